@@ -1,0 +1,88 @@
+r"""The amortized guide: one network gives every data point its own posterior, in any family.
+
+    q(z | x) = family(network(x)),
+
+for every data point in plate "data". It is the recognition model of a VAE, where the family is
+mean-field, and any other family drops in.
+"""
+
+__all__ = ["Encoder"]
+
+from collections.abc import Callable, Sequence
+
+import pyro
+from pyro.distributions import TorchDistribution
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_vi.networks import MLPEncoder
+
+
+class Encoder(PyroModule):
+    r"""An amortized posterior over "z" for models such as :class:`pyro_vi.models.VAE`.
+
+    .. math:: q(z \mid x) = \mathrm{family}(\mathrm{network}(x))
+
+    Args:
+        shape: The shape of one data point.
+        family: The family of the posterior (:mod:`pyro_vi.families`, :mod:`pyro_vi.flows`, or one
+            of your own).
+        network: Makes the network from `shape` and the width of its output, ``family.context_dim``.
+
+    Raises:
+        TypeError: The family is not a module with a `context_dim`.
+
+    References:
+        Auto-Encoding Variational Bayes (arXiv:1312.6114)
+
+    Example:
+        >>> from pyro_vi.families import FullCovariance
+        >>> guide = Encoder((1, 8, 8), FullCovariance(4, context_dim=128))
+        >>> guide.encode(torch.rand(10, 1, 8, 8)).covariance_matrix.shape
+        torch.Size([10, 4, 4])
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        family: nn.Module,
+        *,
+        network: Callable[[tuple[int, ...], int], nn.Module] = MLPEncoder,
+    ) -> None:
+        super().__init__()
+        if not isinstance(family, nn.Module) or not hasattr(family, "context_dim"):
+            raise TypeError(
+                f"expected the family to be a module with a context_dim, such as "
+                f"MeanField(8, context_dim=128), got {family!r}"
+            )
+        self.shape = tuple(shape)
+        self.family = family
+        self.network = network(self.shape, family.context_dim)
+
+    def forward(self, x: Tensor) -> None:
+        """The program: draws "z".
+
+        Args:
+            x: The data, shape (N, *shape).
+
+        Raises:
+            ValueError: The data have another shape.
+        """
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", self.encode(x))
+
+    def encode(self, x: Tensor) -> TorchDistribution:
+        """The posterior q(z | x).
+
+        Args:
+            x: The data, shape (N, *shape).
+
+        Returns:
+            A distribution of batch_shape (N,) and event_shape (family.dim,).
+
+        Raises:
+            ValueError: The data have another shape.
+        """
+        if x.dim() == 0 or tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"expected data of shape (N, *{self.shape}), got {tuple(x.shape)}")
+        return self.family(self.network(x))

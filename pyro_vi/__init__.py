@@ -1,0 +1,1 @@
+"""Variational inference for deep generative models, in Pyro."""

@@ -1,0 +1,144 @@
+"""Data as the arguments of a program: whole, or in shuffled minibatches along the first axis.
+
+A tensor becomes `model(tensor)`, a tuple `model(*tuple)`, a dict `model(**dict)`.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Batches", "Data"]
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Data = Tensor | tuple[Any, ...] | Mapping[str, Any]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Batches:
+    """Batches of some data, as arguments of a program.
+
+    Args:
+        data: a tensor, a tuple of arguments or a dict of keyword arguments.
+        batch_size: rows of a batch, or None to pass the data as they are, unsplit.
+        transform: what to do to each batch, for example dynamic binarization; gets and gives what
+            the data are: a tensor, a tuple or a dict.
+        device: where the batches go; by default they stay where the data are.
+
+    Raises:
+        TypeError: data of another kind; with a batch size, parts that are not tensors.
+        ValueError: NaN in the data; with a batch size, parts of different lengths, or fewer rows
+            than one batch.
+
+    Example:
+        >>> import torch
+        >>> batches = Batches((torch.arange(4.0), torch.ones(4, 2)), batch_size=2)
+        >>> (x, y), _ = next(batches.shuffled())
+        >>> x.shape, y.shape
+        (torch.Size([2]), torch.Size([2, 2]))
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        *,
+        batch_size: int | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        if not isinstance(data, (Tensor, tuple, Mapping)):
+            raise TypeError(
+                "expected data as a tensor, a tuple of arguments or a dict of keyword arguments,"
+                f" got {type(data).__name__}"
+            )
+        self._kind = data
+        self.parts: dict[Any, Any] = {
+            key: part.to(device) if isinstance(part, Tensor) and device is not None else part
+            for key, part in _parts(data).items()
+        }
+        self.transform = transform
+        for key, part in self.parts.items():
+            if isinstance(part, Tensor) and part.is_floating_point() and bool(part.isnan().any()):
+                raise ValueError(
+                    f"expected data without NaN, got {int(part.isnan().sum())} NaN among the"
+                    f" {part.numel()} values of {_label(key)}"
+                )
+        self.batch_size = batch_size
+        self.total: int | None = None
+        if batch_size is not None:
+            self.total = self._rows()
+            if not 1 <= batch_size <= self.total:
+                raise ValueError(
+                    f"expected a batch size from 1 to the number of data points, {self.total},"
+                    f" got {batch_size}"
+                )
+
+    def _rows(self) -> int:
+        lengths = {}
+        for key, part in self.parts.items():
+            if not isinstance(part, Tensor) or part.dim() == 0:
+                raise TypeError(
+                    "minibatches need tensors with data points along the first axis, but"
+                    f" {_label(key)} is {'a scalar' if isinstance(part, Tensor) else repr(part)};"
+                    " bind it to the program (functools.partial), or use batch_size=None"
+                )
+            lengths[key] = len(part)
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"expected parts of one length, got {lengths}")
+        return next(iter(lengths.values()))
+
+    def shuffled(self) -> Iterator[Arguments]:
+        """Batches without end: each epoch in a new random order, its last partial batch left out.
+
+        Every batch is a uniform draw of `batch_size` rows, and all have one shape.
+        """
+        while True:
+            if self.total is None or self.batch_size is None:
+                yield self._arguments(self.parts)
+                continue
+            device = next(iter(self.parts.values())).device
+            order = torch.randperm(self.total).to(device)
+            for start in range(0, self.total - self.batch_size + 1, self.batch_size):
+                yield self.rows(order[start : start + self.batch_size])
+
+    def rows(self, index: Tensor) -> Arguments:
+        """The arguments made of some rows."""
+        return self._arguments({key: part[index] for key, part in self.parts.items()})
+
+    def head(self, size: int) -> Data:
+        """The first rows, or all of the data where they are not split, as data."""
+        if self.total is None:
+            return self._data(self.parts)
+        return self._data({key: part[:size] for key, part in self.parts.items()})
+
+    def tensors(self) -> dict[Any, Tensor]:
+        """The parts that are tensors, untransformed."""
+        return {key: part for key, part in self.parts.items() if isinstance(part, Tensor)}
+
+    def _arguments(self, parts: Mapping[Any, Any]) -> Arguments:
+        data = self._data(parts)
+        return arguments(self.transform(data) if self.transform else data)
+
+    def _data(self, parts: Mapping[Any, Any]) -> Data:
+        if isinstance(self._kind, Tensor):
+            return parts[0]
+        return tuple(parts.values()) if isinstance(self._kind, tuple) else dict(parts)
+
+
+def arguments(data: Data) -> Arguments:
+    """Data as (args, kwargs)."""
+    if isinstance(data, Mapping):
+        return (), dict(data)
+    return (tuple(data) if isinstance(data, tuple) else (data,)), {}
+
+
+def _parts(data: Data) -> dict[Any, Any]:
+    if isinstance(data, Mapping):
+        return dict(data)
+    return dict(enumerate(data if isinstance(data, tuple) else (data,)))
+
+
+def _label(key: Any) -> str:
+    return f"argument {key!r}" if isinstance(key, str) else f"argument {key}"

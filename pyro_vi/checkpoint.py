@@ -1,0 +1,72 @@
+"""Files of fits: written whole or not at all, read without running code from them."""
+
+from __future__ import annotations
+
+__all__ = ["load", "save"]
+
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_FORMAT, _VERSION = "pyro_vi fit", 1
+
+
+def save(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Writes `content` to one file, atomically: a reader sees the old file or the new one.
+
+    Args:
+        path: the file; it is replaced if it exists.
+        content: tensors, numbers, strings, and dicts, lists and tuples of them.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save({"format": _FORMAT, "version": _VERSION, "content": dict(content)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads what `save` wrote, to the CPU, with `weights_only`: nothing in the file is run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, no fit, or of another version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no saved fit at {path}")
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is truncated or no saved fit: {error}") from error
+    if not isinstance(held, dict) or held.get("format") != _FORMAT:
+        raise ValueError(f"{path} is no saved fit of pyro_vi")
+    if held["version"] != _VERSION:
+        raise ValueError(
+            f"{path} is a saved fit of version {held['version']}; this release reads version"
+            f" {_VERSION}"
+        )
+    return held["content"]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

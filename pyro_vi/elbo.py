@@ -1,0 +1,185 @@
+"""Pyro's bounds, told apart and made right where Pyro is silent.
+
+`told(loss)` gives the same bound as an object of ours that also keeps, for the last evaluation,
+the reconstruction (the observed sites' expected log-likelihood), the KL (reconstruction minus
+ELBO), and every site's term, so that a NaN can be named. The mathematics stay Pyro's; changed is
+
+- TraceMeanField_ELBO: torch has no KL between a full or low-rank normal and an independent one,
+  and would sample it: independent normals are handed to torch as what they are too, multivariate
+  normals with a diagonal factor. Pyro's KL for Delta drops its log density and so is wrong under
+  autoguides: such sites are evaluated at the sample instead, which is exact. Sites in another order
+  in the model than in the guide are an error, where Pyro warns and is biased.
+- RenyiELBO: scaled sites, and orders below 0, are refused, since they give no bound.
+"""
+
+from __future__ import annotations
+
+__all__ = ["told"]
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.util import check_fully_reparametrized
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+
+class Told(ELBO):
+    """A mixin over one of Pyro's ELBOs that keeps the terms of the last evaluation."""
+
+    _terms: dict[str, Tensor]
+    _observed: set[str]
+
+    def forget(self) -> None:
+        """Drops what was kept; call it before an evaluation."""
+        self._terms, self._observed = {}, set()
+
+    def _keep(self, model_trace: Trace, guide_trace: Trace) -> None:
+        for trace, whose in ((guide_trace, "guide"), (model_trace, "model")):
+            for name, site in trace.nodes.items():
+                if site["type"] == "sample" and not site_is_subsample(site):
+                    key = f"{whose}:{name}"
+                    term = site["log_prob_sum"].detach() / self.num_particles
+                    self._terms[key] = self._terms[key] + term if key in self._terms else term
+                    if site["is_observed"]:
+                        self._observed.add(key)
+
+    def reconstruction(self) -> float:
+        """E_q of the observed sites' log-likelihood, scaled as the bound was."""
+        return float(sum(self._terms[key] for key in self._observed))
+
+    def kl(self, loss: float) -> float:
+        """Reconstruction minus ELBO, where `loss` is what the evaluation returned."""
+        return self.reconstruction() + loss
+
+    def first_nonfinite(self) -> str | None:
+        """The first site, guide before model, whose log probability is not finite."""
+        for key, term in self._terms.items():
+            if not bool(torch.isfinite(term)):
+                whose, _, name = key.partition(":")
+                return f"site {name!r} of the {whose} (log probability {float(term)})"
+        return None
+
+
+class _Trace(Told, Trace_ELBO):
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        self._keep(model_trace, guide_trace)
+        return model_trace, guide_trace
+
+
+class _MeanField(Told, TraceMeanField_ELBO):
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        # Trace_ELBO's: TraceMeanField_ELBO's own only adds the warning that is an error here.
+        model_trace, guide_trace = Trace_ELBO._get_trace(self, model, guide, args, kwargs)
+        self._keep(model_trace, guide_trace)
+        _check_order(model_trace, guide_trace)
+        for name, site in guide_trace.nodes.items():
+            if site["type"] == "sample" and name in model_trace.nodes:
+                check_fully_reparametrized(site)  # before its distribution may be replaced
+                q, p = _with_kl(site["fn"], model_trace.nodes[name]["fn"])
+                site["fn"], model_trace.nodes[name]["fn"] = q, p
+        return model_trace, guide_trace
+
+
+class _ImportanceWeighted(Told, RenyiELBO):
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        for trace in (model_trace, guide_trace):
+            for name, site in trace.nodes.items():
+                if site["type"] == "sample" and not _is_one(site["scale"]):
+                    raise ValueError(
+                        f"site {name!r} is scaled by {float(torch.as_tensor(site['scale'])):g}, and"
+                        " an importance-weighted bound of scaled sites bounds nothing: use"
+                        " Trace_ELBO, or leave the scale out"
+                    )
+        self._keep(model_trace, guide_trace)
+        return model_trace, guide_trace
+
+    def kl(self, loss: float) -> float:
+        """E_q[log q - log p] of the latent sites: the bound is not reconstruction minus KL."""
+        model = sum(t for key, t in self._terms.items() if key.startswith("model:"))
+        guide = sum(t for key, t in self._terms.items() if key.startswith("guide:"))
+        return self.reconstruction() - float(model - guide)
+
+
+def told(loss: ELBO) -> ELBO:
+    """The same bound as an object that keeps its terms apart; other ELBOs come back as they are.
+
+    Raises:
+        ValueError: a RenyiELBO of an order below 0, which is no lower bound.
+
+    Example:
+        >>> from pyro.infer import TraceMeanField_ELBO
+        >>> isinstance(told(TraceMeanField_ELBO(num_particles=3)), TraceMeanField_ELBO)
+        True
+    """
+    kinds: dict[type, type] = {
+        Trace_ELBO: _Trace,
+        TraceMeanField_ELBO: _MeanField,
+        RenyiELBO: _ImportanceWeighted,
+    }
+    kind = kinds.get(type(loss))
+    if kind is None:
+        return loss
+    if isinstance(loss, RenyiELBO) and loss.alpha < 0:
+        raise ValueError(f"RenyiELBO of order alpha = {loss.alpha} < 0 is no lower bound")
+    ours = kind.__new__(kind)  # the same settings, without running the constructor's checks twice
+    ours.__dict__.update(vars(loss))
+    ours.forget()
+    return ours
+
+
+def _check_order(model_trace: Trace, guide_trace: Trace) -> None:
+    shared = [
+        [n for n, s in a.nodes.items() if s["type"] == "sample" and n in b.nodes]
+        for a, b in ((model_trace, guide_trace), (guide_trace, model_trace))
+    ]
+    if shared[0] != shared[1]:
+        raise ValueError(
+            "TraceMeanField_ELBO needs the latent sites in the same order in model and guide,"
+            f" but the model samples {shared[0]} and the guide {shared[1]}: reorder the guide,"
+            " or use Trace_ELBO, which needs no order"
+        )
+
+
+class _Sampled:
+    """Stands for a distribution whose KL must not be looked up: torch has none for this type."""
+
+    has_rsample = True
+
+
+def _with_kl(q: Any, p: Any) -> tuple[Any, Any]:
+    """The pair itself, or the same pair as types for which torch's KL exists and is right."""
+    if _is_delta(q):
+        return _Sampled(), p
+    joint = (torch.distributions.MultivariateNormal, torch.distributions.LowRankMultivariateNormal)
+    if isinstance(q, joint) and (diagonal := _diagonal_normal(p)) is not None:
+        return q, diagonal
+    if isinstance(p, joint) and (diagonal := _diagonal_normal(q)) is not None:
+        return diagonal, p
+    return q, p
+
+
+def _is_delta(fn: Any) -> bool:
+    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)
+
+
+def _diagonal_normal(fn: Any) -> Any | None:
+    """Independent(Normal, 1) as a MultivariateNormal, None for anything else."""
+    if not (
+        isinstance(fn, torch.distributions.Independent)
+        and fn.reinterpreted_batch_ndims == 1
+        and isinstance(fn.base_dist, torch.distributions.Normal)
+    ):
+        return None
+    return dist.MultivariateNormal(fn.base_dist.loc, scale_tril=torch.diag_embed(fn.base_dist.scale))
+
+
+def _is_one(scale: Any) -> bool:
+    return bool((torch.as_tensor(scale) == 1).all())

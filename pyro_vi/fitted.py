@@ -1,0 +1,308 @@
+"""A fit: a model and a guide bound to their trained parameters.
+
+    generate     x ~ p(x | z), z ~ p(z)
+    reconstruct  E[x' | z],    z ~ q(z | x)
+    predict      x' ~ p(x' | z), z ~ q(z | x)
+    interpolate  E[x' | z_t],  z_t on the line from E_q[z | a] to E_q[z | b]
+
+All of it runs on the fit's own parameters: neither the global store nor another fit plays a part.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Fit"]
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_vi import checkpoint
+from pyro_vi.batches import Batches, Data, arguments
+from pyro_vi.posterior import Posterior, draw_posterior
+from pyro_vi.program import Program, State, seeded
+from pyro_vi.scaling import Structure
+
+Draws = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What `fit` returns.
+
+    Attributes:
+        model: the model bound to its trained parameters, frozen and in `eval()`.
+        guide: the guide, likewise.
+        losses: negative bounds in nats per data point, at the step's KL weight; shape (steps,).
+        reconstruction: expected log-likelihood, nats per data point; (steps,).
+        kl: KL from the latents' prior, unweighted, nats per data point; (steps,).
+        heldout: (step, bound in nats per data point) of every held-out evaluation; (k, 2).
+        seconds: spent in gradient steps.
+        parameters: trained values in all.
+        plate: the name of the plate over data points.
+        template: a few rows of the training data (all of them, if they were not split): the shape
+            of an argument.
+    """
+
+    model: Program
+    guide: Program
+    losses: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+    heldout: Tensor
+    seconds: float
+    parameters: int
+    plate: str
+    template: Data
+
+    def __repr__(self) -> str:
+        return (
+            f"Fit({len(self.losses)} steps, {self.seconds:.1f} s, {self.parameters:,} parameters,"
+            f" last loss {float(self.losses[-1]) if len(self.losses) else float('nan'):.3f} nats)"
+        )
+
+    def posterior(self, data: Data, num_samples: int = 1_000, *, seed: int = 0) -> Posterior:
+        """Draws from the guide for each data point, with log p, log q and the log-likelihood.
+
+        Args:
+            data: as `fit` takes them, N data points.
+            num_samples: draws for each data point (S), at least 1.
+            seed: of the draws.
+
+        Returns:
+            `pyro_vi.posterior.Posterior`.
+
+        Raises:
+            ValueError: fewer than one draw; latents that are not local; a batch that the programs
+                refuse.
+        """
+        return draw_posterior(
+            self.model, self.guide, data, num_samples=num_samples, plate=self.plate, seed=seed
+        )
+
+    def generate(self, num: int, *, expected: bool = False, seed: int = 0) -> Draws:
+        """Data points from the model's prior, with their latents.
+
+        Args:
+            num: how many.
+            expected: observed sites' means given the latents, instead of draws.
+            seed: of the draws.
+
+        Returns:
+            Values by site, each of shape (num, ...).
+
+        Raises:
+            ValueError: num < 1; latents outside the plate over data points.
+        """
+        if num < 1:
+            raise ValueError(f"expected at least one data point to generate, got {num}")
+        rows = _rows(self.template, torch.zeros(num, dtype=torch.long))
+        args, kwargs = arguments(rows)
+        with seeded(seed), torch.no_grad():
+            trace = poutine.trace(poutine.uncondition(self.model)).get_trace(*args, **kwargs)
+        return {**_latent(trace), **_observed(trace, expected)}
+
+    def reconstruct(self, data: Data, *, seed: int = 0) -> Draws:
+        """Means of the observed sites, given one draw of each data point's latents.
+
+        Args:
+            data: as `fit` takes them, N data points.
+            seed: of the draw.
+
+        Returns:
+            Means by observed site, each of shape (N, ...).
+        """
+        return self._given(self._encode(data, 1, seed), data, expected=True, seed=seed)
+
+    def predict(self, data: Data, num_samples: int = 100, *, seed: int = 0) -> Draws:
+        """Posterior predictive draws for each data point.
+
+        Args:
+            data: as `fit` takes them, N data points.
+            num_samples: draws for each (S).
+            seed: of the draws.
+
+        Returns:
+            Draws by observed site, each of shape (S, N, ...).
+        """
+        if num_samples < 1:
+            raise ValueError(f"expected at least one draw, got {num_samples}")
+        batches = Batches(data, batch_size=1)
+        assert batches.total is not None
+        repeated = _rows(data, torch.arange(batches.total).repeat(num_samples))
+        draws = self._given(
+            self._encode(repeated, 1, seed), repeated, expected=False, seed=seed + 1
+        )
+        return {
+            name: value.reshape(num_samples, batches.total, *value.shape[1:])
+            for name, value in draws.items()
+        }
+
+    def decode(self, latents: Mapping[str, Tensor], *, expected: bool = True, seed: int = 0) -> Draws:
+        """Observed sites, given values of the latents.
+
+        Args:
+            latents: values by latent site, each of shape (N, ...).
+            expected: means, rather than draws.
+            seed: of the draws.
+
+        Returns:
+            Values by observed site, each of shape (N, ...).
+        """
+        num = len(next(iter(latents.values())))
+        rows = _rows(self.template, torch.zeros(num, dtype=torch.long))
+        return self._given(latents, rows, expected=expected, seed=seed)
+
+    def interpolate(self, start: Data, end: Data, num: int = 8, *, seed: int = 0) -> Draws:
+        """Means of the observed sites along the line between two data points' mean latents.
+
+        Args:
+            start, end: one data point each (a first axis of length 1).
+            num: points on the line, both ends included; at least 2.
+            seed: of the draws that the means are taken over.
+
+        Returns:
+            Means by observed site, each of shape (num, ...).
+        """
+        if num < 2:
+            raise ValueError(f"expected at least two points to interpolate, got {num}")
+        ends = [self._encode(data, 256, seed) for data in (start, end)]
+        weight = torch.linspace(0, 1, num)
+        line = {}
+        for name, first in ends[0].items():
+            w = weight.to(first).reshape(-1, *[1] * (first.dim() - 1))
+            line[name] = (1 - w) * first + w * ends[1][name]
+        return self.decode(line, expected=True, seed=seed)
+
+    def _encode(self, data: Data, num_samples: int, seed: int) -> Draws:
+        """Mean over `num_samples` draws of each data point's latents."""
+        draws = draw_posterior(
+            self.model, self.guide, data, num_samples=num_samples, plate=self.plate, seed=seed
+        ).draws
+        return {name: value.mean(0) for name, value in draws.items()}
+
+    def _given(
+        self, latents: Mapping[str, Tensor], rows: Data, *, expected: bool, seed: int
+    ) -> Draws:
+        args, kwargs = arguments(rows)
+        program = poutine.condition(poutine.uncondition(self.model), data=dict(latents))
+        with seeded(seed), torch.no_grad():
+            trace = poutine.trace(program).get_trace(*args, **kwargs)
+        return _observed(trace, expected)
+
+    def save(self, path: str | PathLike[str], *, recipe: Mapping[str, Any] | None = None) -> None:
+        """Writes the fit to one file, atomically.
+
+        Args:
+            path: the file; it is replaced if it exists.
+            recipe: plain values that tell how to build the programs again; the command line
+                stores its options there.
+        """
+        content = {
+            "tensors": self.model.state.snapshot(),
+            "recipe": dict(recipe or {}),
+            **{name: getattr(self, name) for name in _PLAIN},
+        }
+        checkpoint.save(path, content)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | PathLike[str],
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *,
+        device: str | torch.device | None = None,
+    ) -> Fit:
+        """Reads a fit from a file, for the programs that it was made with.
+
+        Args:
+            path: the file that `save` wrote.
+            model, guide: the programs, as they were before the fit; they stay as they are.
+            device: where the fit will live; the CPU by default.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, no fit, of another version, or of other programs.
+        """
+        content = checkpoint.load(path)
+        where = torch.device(device) if device is not None else torch.device("cpu")
+        template = _moved(content["template"], where)
+        state = State({"model": model, "guide": guide}, device=where)
+        args, kwargs = arguments(template)
+        try:
+            with seeded(0, where), state.installed(), torch.no_grad():
+                Structure.of(model, guide, args, kwargs, plate=content["plate"])
+            state.own_parameters()
+            state.restore(content["tensors"])
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} was made for other programs: {error}") from error
+        state.freeze()
+        return cls(
+            model=Program(model, state),
+            guide=Program(guide, state),
+            **{**{name: content[name] for name in _PLAIN}, "template": template},
+        )
+
+
+_PLAIN = (
+    "losses",
+    "reconstruction",
+    "kl",
+    "heldout",
+    "seconds",
+    "parameters",
+    "plate",
+    "template",
+)
+
+
+def _rows(data: Data, index: Tensor) -> Data:
+    """Some rows of data, as data."""
+    if isinstance(data, Tensor):
+        return data[index.to(data.device)]
+    if isinstance(data, Mapping):
+        return {name: _row(name, part, index) for name, part in data.items()}
+    return tuple(_row(name, part, index) for name, part in enumerate(data))
+
+
+def _row(name: object, part: Any, index: Tensor) -> Tensor:
+    if not isinstance(part, Tensor) or part.dim() == 0:
+        raise ValueError(
+            f"expected data points along the first axis of every argument, but argument {name!r}"
+            f" is {type(part).__name__}"
+        )
+    return part[index.to(part.device)]
+
+
+def _moved(data: Any, device: torch.device) -> Any:
+    if isinstance(data, Tensor):
+        return data.to(device)
+    if isinstance(data, dict):
+        return {name: _moved(part, device) for name, part in data.items()}
+    return tuple(_moved(part, device) for part in data) if isinstance(data, tuple) else data
+
+
+def _latent(trace: Trace) -> Draws:
+    return {
+        name: site["value"]
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and not site_is_subsample(site)
+        and not site["infer"].get("was_observed")
+    }
+
+
+def _observed(trace: Trace, expected: bool) -> Draws:
+    """Values or means of the sites that the program observes (`poutine.uncondition` marks them)."""
+    return {
+        name: site["fn"].mean if expected else site["value"]
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and site["infer"].get("was_observed")
+    }

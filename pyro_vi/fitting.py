@@ -1,0 +1,487 @@
+"""fit(): batches + SVI + progress -> Fit.
+
+    1/N ELBO(theta, phi) = 1/N E_q[ log p(x, z) - log q(z | x) ]
+
+is maximised with Pyro's SVI over the parameters of model and guide, in nats per data point. The
+programs that come in stay as they are: training happens on a private copy of their state
+(`pyro_vi.program`), to which the fitted programs are bound.
+"""
+
+from __future__ import annotations
+
+__all__ = ["NonFiniteError", "fit"]
+
+import logging
+import math
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from copy import copy
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
+from pyro.optim import PyroOptim
+from pyro.optim.lr_scheduler import PyroLRScheduler
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm.auto import tqdm
+
+from pyro_vi.batches import Batches, Data
+from pyro_vi.fitted import Fit
+from pyro_vi.program import Program, State, seeded
+from pyro_vi.scaling import KLWeight, PerDataPoint, Structure, check_weight
+from pyro_vi.svi import SVI, OneOptimizer
+
+log = logging.getLogger(__name__)
+
+_NONFINITE = re.compile(r"\b(nan|inf)\b")  # in the message of torch's validation
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient that is not finite.
+
+    Attributes:
+        step: the step at which it appeared, from 0.
+        fit: the fit up to there, with the last finite parameters.
+    """
+
+    def __init__(self, message: str, *, step: int, fit: Fit) -> None:
+        super().__init__(message)
+        self.step, self.fit = step, fit
+
+
+def fit(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Data,
+    *,
+    loss: ELBO | None = None,
+    optim: PyroOptim | Callable[[Iterable[Tensor]], Optimizer] | None = None,
+    steps: int = 1_000,
+    batch_size: int | None = None,
+    transform: Callable[[Any], Any] | None = None,
+    kl_weight: float | Callable[[int], float] = 1.0,
+    schedule: Callable[[Optimizer], LRScheduler] | None = None,
+    clip_norm: float | None = None,
+    heldout: Data | None = None,
+    heldout_every: int = 100,
+    patience: int | None = None,
+    plate: str = "data",
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Fit:
+    """Fits a guide, and the model's parameters, to data by stochastic variational inference.
+
+    Args:
+        model: a Pyro program: a PyroModule, or a function with `pyro.param` or `pyro.module`. A
+            fitted model (`Fit.model`) is frozen: then the guide alone is trained.
+        guide: a callable of the same arguments that samples the model's latent sites; autoguides
+            too.
+        data: a tensor (`model(data)`), a tuple (`model(*data)`) or a dict (`model(**data)`).
+        loss: one of Pyro's ELBOs; `Trace_ELBO()` by default.
+        optim: a Pyro optimizer, or a callable that makes a torch optimizer from parameters;
+            `partial(torch.optim.Adam, lr=1e-3)` by default.
+        steps: gradient steps, at least 1.
+        batch_size: rows of a minibatch along the first axis (B); sites inside the plate then weigh
+            1/B and all others 1/N. None passes the data as they are.
+        transform: applied to each batch, such as `pyro_vi.data.binarize`.
+        kl_weight: weight on the latent sites' KL, at least 0: a number, or a function of the step
+            such as `pyro_vi.scaling.warmup(1_000)`.
+        schedule: torch optimizer -> learning-rate scheduler, stepped after every step.
+        clip_norm: the largest global norm of the gradient.
+        heldout: data for the bound on held-out data while training, every `heldout_every` steps
+            and at the end, with `eval()` modules and a KL weight of 1. Latents must be local.
+        heldout_every: steps between evaluations.
+        patience: stop after this many evaluations without a better held-out bound, and keep the
+            best parameters. Needs `heldout`.
+        plate: the name of the plate over data points.
+        seed: of torch's generators, inside this call alone.
+        device: where to compute; by default where the data are.
+        progress: whether to show a progress bar with the current bound.
+
+    Returns:
+        The fit: programs bound to their trained parameters, losses (negative bounds in nats per
+        data point, at the step's KL weight), reconstruction and KL apart, time.
+
+    Raises:
+        NonFiniteError: a loss or gradient that is not finite; names the step and the site, and
+            carries the fit up to there.
+        ValueError, TypeError: arguments or programs that do not fit together; see the message.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro.infer.autoguide import AutoDiagonalNormal
+        >>> def model(x):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+        >>> x = 3 + torch.randn(50)
+        >>> fitted = fit(model, AutoDiagonalNormal(model), x, steps=20, progress=False)
+        >>> fitted.losses.shape
+        torch.Size([20])
+    """
+    loss = Trace_ELBO() if loss is None else loss
+    _check_arguments(loss, steps, heldout, heldout_every, patience, clip_norm, seed)
+    where = _device(device)
+    batches = Batches(data, batch_size=batch_size, transform=transform, device=where)
+    optimizer = _optimizer(optim, schedule, clip_norm)
+    weight = kl_weight if callable(kl_weight) else _constant(check_weight(kl_weight))
+    state = State({"model": model, "guide": guide}, device=where)
+    with seeded(seed, where), state.installed(), warnings.catch_warnings():
+        # Pyro warns of NaN and goes on; here a NaN is an error, raised below.
+        warnings.filterwarnings("ignore", message="Encountered")
+        stream = batches.shuffled()
+        structure = _inspect(model, guide, batches, state, plate)
+        evaluate = _Heldout(model, guide, loss, heldout, batches, structure, state, seed)
+        scaling = _Scaling(model, guide, loss, structure, batches, kl_weight)
+        engine = _Engine(scaling, optimizer, loss)
+        history = _History(steps)
+        result = partial(_result, model, guide, state, history, structure, batches)
+        best, waited = math.inf, 0
+        kept: dict[str, Tensor] | None = None
+        with tqdm(total=steps, disable=not progress, unit="step") as bar:
+            for step in range(steps):
+                scaling.kl.weight = check_weight(weight(step))
+                args, kwargs = next(stream)
+                started = time.perf_counter()
+                try:
+                    value = engine.step(*args, **kwargs)
+                except FloatingPointError as error:
+                    message = f"step {step}: {error}"
+                    raise NonFiniteError(message, step=step, fit=result()) from error
+                except ValueError as error:
+                    error.add_note(f"at step {step}, after {engine.last_site}")
+                    if not _NONFINITE.search(str(error)):
+                        raise
+                    message = f"step {step}, after {engine.last_site}: {error}"
+                    raise NonFiniteError(message, step=step, fit=result()) from error
+                history.add(value, engine, scaling.kl.weight, time.perf_counter() - started)
+                bar.update()
+                bar.set_postfix_str(f"bound {history.recent():.2f} nats", refresh=False)
+                if evaluate.wanted and ((step + 1) % heldout_every == 0 or step + 1 == steps):
+                    bound = evaluate()
+                    history.heldout.append((step + 1, bound))
+                    if -bound < best:
+                        best, waited = -bound, 0
+                        kept = state.snapshot() if patience is not None else None
+                    else:
+                        waited += 1
+                    if patience is not None and waited >= patience:
+                        log.info("stopped at step %d: no better held-out bound", step + 1)
+                        break
+        if kept is not None:
+            state.restore(kept)
+    return result()
+
+
+class _Scaling:
+    """The programs in nats per data point, and the factor that a bound of its own kind needs."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        loss: ELBO,
+        structure: Structure,
+        batches: Batches,
+        kl_weight: float | Callable[[int], float] = 1.0,
+    ) -> None:
+        self.kl, self.outside = KLWeight(), 1.0
+        self.model, self.guide = model, guide
+        if isinstance(loss, RenyiELBO):
+            # Scaled sites inside the logsumexp would be no bound: the mean is taken outside it.
+            if callable(kl_weight) or kl_weight != 1.0:
+                raise ValueError(
+                    "an importance-weighted bound (RenyiELBO) has no KL to weight: use"
+                    " Trace_ELBO with kl_weight, or kl_weight=1"
+                )
+            if structure.batch < structure.total and not structure.is_local:
+                raise ValueError(
+                    "an importance-weighted bound (RenyiELBO) of a minibatch needs every site"
+                    f" inside plate {structure.plate!r}: with a site outside it bounds nothing;"
+                    " use Trace_ELBO, or all data at once (batch_size=None)"
+                )
+            self.outside = 1 / structure.batch
+            return
+        weights = PerDataPoint(structure.plate, batch=structure.batch, total=structure.total)
+        self.model, self.guide = weights(self.kl(model)), weights(self.kl(guide))
+
+
+class _LastSite(Messenger):
+    """Remembers the last sample site, so that an error between two sites can be placed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "the start"
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.name = f"site {msg['name']!r}"
+
+
+class _Engine(SVI):
+    """SVI that refuses to step on a loss or a gradient that is not finite."""
+
+    def __init__(self, scaling: _Scaling, optim: PyroOptim, loss: ELBO) -> None:
+        super().__init__(scaling.model, scaling.guide, optim, loss)
+        self._outside = scaling.outside
+        self._last = _LastSite()
+
+    @property
+    def last_site(self) -> str:
+        """The site that the last step reached."""
+        return self._last.name
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        with self._last:
+            loss, parameters = self._evaluate(*args, **kwargs)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            raise TypeError(
+                "nothing to train: no parameter of the model or the guide has a gradient (a"
+                " fitted program is frozen)"
+            )
+        if not math.isfinite(loss):
+            named = self.elbo.first_nonfinite() if hasattr(self.elbo, "first_nonfinite") else None
+            raise FloatingPointError(f"the loss is {loss}; {named or 'every site is finite'}")
+        if not math.isfinite(float(torch.nn.utils.get_total_norm(gradients))):
+            raise FloatingPointError(f"the loss is {loss:g}, but {_first_bad(parameters)}")
+        if self._outside != 1.0:
+            torch._foreach_mul_(gradients, self._outside)
+        self._update(parameters)
+        return loss * self._outside
+
+    def terms(self, loss: float) -> tuple[float, float]:
+        """Reconstruction and KL of the last step, in nats per data point."""
+        if not hasattr(self.elbo, "reconstruction"):
+            return math.nan, math.nan
+        reconstruction = self.elbo.reconstruction() * self._outside
+        return reconstruction, self.elbo.kl(loss / self._outside) * self._outside
+
+
+def _first_bad(parameters: Iterable[Tensor]) -> str:
+    store = pyro.get_param_store()
+    for parameter in parameters:
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            name = store.param_name(parameter) or "a parameter"
+            return f"the gradient of {name.replace('$$$', '.')!r} is not finite"
+    return "the norm of the gradient is not finite"
+
+
+class _History:
+    """What is kept of every step."""
+
+    def __init__(self, steps: int) -> None:
+        self.losses: list[float] = []
+        self.reconstruction: list[float] = []
+        self.kl: list[float] = []
+        self.heldout: list[tuple[int, float]] = []
+        self.seconds = 0.0
+        self._recent = math.nan
+
+    def add(self, loss: float, engine: _Engine, weight: float, seconds: float) -> None:
+        reconstruction, kl = engine.terms(loss)
+        self.losses.append(loss)
+        self.reconstruction.append(reconstruction)
+        self.kl.append(kl / weight if weight > 0 else math.nan)
+        self.seconds += seconds
+        self._recent = -loss if len(self.losses) == 1 else 0.95 * self._recent - 0.05 * loss
+
+    def recent(self) -> float:
+        """The bound, smoothed over about twenty steps."""
+        return self._recent
+
+
+class _Heldout:
+    """The bound on held-out data, in nats per data point, with the same noise every time."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        loss: ELBO,
+        data: Data | None,
+        training: Batches,
+        structure: Structure,
+        state: State,
+        seed: int,
+    ) -> None:
+        self.wanted = data is not None
+        if data is None:
+            return
+        if not structure.is_local:
+            raise ValueError(
+                "the bound on held-out data needs every site inside plate"
+                f" {structure.plate!r}: with a global latent, q(theta | training data) bounds"
+                " nothing on other data"
+            )
+        size = training.batch_size
+        device = next(iter(training.tensors().values())).device
+        self._batches = Batches(data, batch_size=size, transform=training.transform, device=device)
+        self._svi = SVI(model, guide, PyroOptim(torch.optim.SGD, {}), loss)
+        self._state, self._seed, self._structure = state, seed, structure
+
+    def __call__(self) -> float:
+        total, rows = 0.0, 0
+        with seeded(self._seed), self._state.evaluating():
+            for (args, kwargs), size in self._chunks():
+                total -= self._svi.evaluate_loss(*args, **kwargs)
+                rows += size
+        return total / rows
+
+    def _chunks(self) -> Iterable[tuple[tuple[tuple[Any, ...], dict[str, Any]], int]]:
+        if self._batches.total is None or self._batches.batch_size is None:
+            yield next(self._batches.shuffled()), self._rows()
+            return
+        device = next(iter(self._batches.parts.values())).device
+        for index in torch.arange(self._batches.total, device=device).split(
+            self._batches.batch_size
+        ):
+            yield self._batches.rows(index), len(index)
+
+    def _rows(self) -> int:
+        return len(next(iter(self._batches.tensors().values())))
+
+
+def _inspect(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    batches: Batches,
+    state: State,
+    plate: str,
+) -> Structure:
+    """One run of the programs on the first rows: builds what is lazy, and checks the rest."""
+    if batches.batch_size is None:
+        args, kwargs = next(batches.shuffled())
+    else:
+        device = next(iter(batches.parts.values())).device
+        args, kwargs = batches.rows(torch.arange(batches.batch_size, device=device))
+    with torch.no_grad():
+        structure = Structure.of(
+            model,
+            guide,
+            args,
+            kwargs,
+            plate=plate,
+            batch_size=batches.batch_size,
+            total=batches.total,
+        )
+    if batches.transform is None:
+        structure.check_support({**dict(enumerate(args)), **kwargs}, batches.tensors())
+    state.check_registered()
+    state.own_parameters()
+    return structure
+
+
+def _result(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    state: State,
+    history: _History,
+    structure: Structure,
+    batches: Batches,
+) -> Fit:
+    trained = sum(tensor.numel() for tensor in state.parameters().values())
+    state.freeze()
+    return Fit(
+        model=Program(model, state),
+        guide=Program(guide, state),
+        losses=torch.tensor(history.losses, dtype=torch.float64),
+        reconstruction=torch.tensor(history.reconstruction, dtype=torch.float64),
+        kl=torch.tensor(history.kl, dtype=torch.float64),
+        heldout=torch.tensor(history.heldout, dtype=torch.float64).reshape(-1, 2),
+        seconds=history.seconds,
+        parameters=trained,
+        plate=structure.plate,
+        template=batches.head(2),
+    )
+
+
+def _check_arguments(
+    loss: object,
+    steps: int,
+    heldout: Data | None,
+    heldout_every: int,
+    patience: int | None,
+    clip_norm: float | None,
+    seed: int,
+) -> None:
+    if not isinstance(loss, ELBO):
+        raise TypeError(
+            f"expected one of Pyro's ELBOs as loss, such as Trace_ELBO(), got {loss!r}"
+        )
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"expected at least one step, got {steps!r}")
+    if heldout_every < 1:
+        raise ValueError(f"expected heldout_every of at least 1, got {heldout_every}")
+    if patience is not None and (heldout is None or patience < 1):
+        raise ValueError(
+            f"early stopping needs held-out data and a patience of at least 1, got {patience}"
+            f"{' without heldout' if heldout is None else ''}"
+        )
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"expected a positive clip_norm, got {clip_norm}")
+    if not isinstance(seed, int):
+        raise TypeError(f"expected an integer seed, got {seed!r}")
+
+
+def _device(device: str | torch.device | None) -> torch.device | None:
+    if device is None:
+        return None
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {str(device)!r} was asked for, but torch sees no CUDA here"
+            " (torch.cuda.is_available() is False)"
+        )
+    return device
+
+
+def _optimizer(
+    optim: PyroOptim | Callable[[Iterable[Tensor]], Optimizer] | None,
+    schedule: Callable[[Optimizer], LRScheduler] | None,
+    clip_norm: float | None,
+) -> PyroOptim:
+    if isinstance(optim, PyroOptim):
+        if schedule is not None or clip_norm is not None:
+            raise ValueError(
+                "schedule and clip_norm work on a torch optimizer: give"
+                " optim=partial(torch.optim.Adam, lr=...), or a Pyro optimizer that schedules"
+                " (pyro.optim.ExponentialLR) and clips (clip_args) by itself"
+            )
+        fresh = copy(optim)  # its state belongs to other parameters
+        fresh.optim_objs, fresh.grad_clip = {}, {}
+        fresh._state_waiting_to_be_consumed = dict(optim._state_waiting_to_be_consumed)
+        return _Scheduled(fresh) if isinstance(fresh, PyroLRScheduler) else fresh
+    if optim is not None and not callable(optim):
+        raise TypeError(
+            "expected a Pyro optimizer, or a callable that makes a torch optimizer from"
+            f" parameters, got {type(optim).__name__}: a torch optimizer is bound to its"
+            " parameters, so give functools.partial(torch.optim.Adam, lr=1e-3) instead"
+        )
+    return OneOptimizer(
+        optim or partial(torch.optim.Adam, lr=1e-3), schedule=schedule, clip_norm=clip_norm
+    )
+
+
+class _Scheduled(PyroOptim):
+    """A Pyro scheduler that is stepped after every update, as `schedule` is."""
+
+    def __init__(self, scheduler: PyroLRScheduler) -> None:
+        super().__init__(scheduler.pt_optim_constructor, {})
+        self._scheduler = scheduler
+
+    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        self._scheduler(params, *args, **kwargs)
+        self._scheduler.step()
+
+
+def _constant(value: float) -> Callable[[int], float]:
+    return lambda step: value

@@ -1,0 +1,374 @@
+"""Any Pyro callable as a function of its own state, without global state.
+
+A Pyro program keeps what it learns in two places: the modules that it reaches (a `PyroModule`, the
+`nn.Module`s behind `pyro.module`, the model behind an autoguide) and the global parameter store
+(`pyro.param`). `State` is a private copy of both. While it is installed, the programs run on that
+copy, and outside they are as they were: modules are swapped attribute dictionary by attribute
+dictionary, the store through its scope. Nothing is deep-copied, so autoguides, closures and tied
+weights keep their identity, and what a guide builds lazily on its first call stays in the copy too.
+
+A `Program` is a callable bound to a state. It calls like the original, on its own parameters.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Program", "State", "seeded"]
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import pyro
+import torch
+from pyro.nn.module import _Context
+from torch import Tensor, nn
+
+_DEPTH = 12  # how far to look for modules behind a program
+_LIBRARIES = {"builtins", "collections", "functools", "numpy", "pyro", "torch", "weakref", "zuko"}
+_MODULE_INTERNALS = set(vars(nn.Module()))
+
+
+class State:
+    """A private copy of all that some programs keep: modules, buffers, and a parameter store.
+
+    Args:
+        programs: the programs by name, such as `{"model": model, "guide": guide}`.
+        device: where the copy lives; by default where the originals live.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(1, 1)
+        >>> state = State({"model": layer})
+        >>> with state.installed():
+        ...     _ = torch.nn.init.constant_(layer.weight, 7.0)
+        >>> float(layer.weight.detach()) == 7.0
+        False
+        >>> float(state.tensors()["model.weight"])
+        7.0
+    """
+
+    def __init__(
+        self, programs: Mapping[str, Callable[..., Any]], *, device: torch.device | None = None
+    ) -> None:
+        self.device = device
+        self._roots: dict[str, nn.Module] = {}
+        for name, program in programs.items():
+            self._roots.update(_reach(program, name, seen=_all_modules(self._roots.values())))
+        self._modules = list(_all_modules(self._roots.values()).values())
+        copied = _Copy(self._modules, device)
+        self._held = [(type(module), copied.attributes(module)) for module in self._modules]
+        self._store: dict[str, dict[str, Any]] = {"params": {}, "constraints": {}}
+        self._open = False
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Runs the programs on this state; what they change stays in it."""
+        if self._open:
+            yield
+            return
+        self._open = True
+        before = [(type(module), module.__dict__) for module in self._modules]
+        try:
+            self._install(self._held)
+            with (
+                pyro.settings.context(module_local_params=True),
+                pyro.get_param_store().scope(self._store),  # type: ignore[arg-type]
+                _default_device(self.device),
+            ):
+                yield
+        finally:
+            self._held = [(type(module), module.__dict__) for module in self._modules]
+            self._install(before)
+            self._open = False
+
+    def _install(self, held: Iterable[tuple[type, dict[str, Any]]]) -> None:
+        for module, (kind, attributes) in zip(self._modules, held, strict=True):
+            object.__setattr__(module, "__dict__", attributes)
+            if type(module) is not kind:  # lazy layers change their class at the first call
+                object.__setattr__(module, "__class__", kind)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every parameter (unconstrained) and buffer by name, modules first, each tensor once."""
+        found: list[tuple[str, Tensor]] = []
+        with self.installed():
+            for root, module in self._roots.items():
+                found.extend(module.named_parameters(prefix=root))
+                found.extend(module.named_buffers(prefix=root))
+            for name, tensor in pyro.get_param_store().named_parameters():
+                found.append((f"param.{name}", tensor))
+        names: dict[int, str] = {}
+        for name, tensor in found:
+            names.setdefault(id(tensor), name)
+        return {name: tensor for name, tensor in found if names[id(tensor)] == name}
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The trainable tensors by name."""
+        return {name: tensor for name, tensor in self.tensors().items() if tensor.requires_grad}
+
+    def check_registered(self) -> None:
+        """Raises ValueError if `pyro.module` registered a module that no program leads to.
+
+        Such a module could neither be isolated nor saved.
+        """
+        with self.installed():
+            held = {id(p) for module in self._roots.values() for p in module.parameters()}
+            for name, tensor in pyro.get_param_store().named_parameters():
+                if "$$$" in name and id(tensor) not in held:
+                    raise ValueError(
+                        f"parameter {name.replace('$$$', '.')!r} belongs to a module that cannot be"
+                        " reached from the model or the guide: make the module an attribute, a"
+                        " closure variable or an argument (functools.partial) of the program"
+                    )
+
+    def own_parameters(self) -> None:
+        """Makes the store's tensors this state's own.
+
+        `pyro.param("loc", tensor)` would otherwise train the caller's tensor in place.
+        """
+        with self.installed():
+            held = {id(p) for module in self._roots.values() for p in module.parameters()}
+            store = pyro.get_param_store()
+            params, limits = dict(store._params), dict(store._constraints)
+            store.clear()
+            store.set_state(
+                {
+                    "params": {
+                        name: tensor
+                        if id(tensor) in held
+                        else tensor.detach().clone().requires_grad_()
+                        for name, tensor in params.items()
+                    },
+                    "constraints": limits,
+                }
+            )
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of every tensor by name."""
+        return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies the values of `tensors` in.
+
+        Raises:
+            ValueError: the names or the shapes are not this state's.
+        """
+        own = self.tensors()
+        if missing := sorted(own.keys() - tensors.keys()):
+            raise ValueError(f"the programs have parameters that the state lacks: {missing}")
+        if unknown := sorted(tensors.keys() - own.keys()):
+            raise ValueError(f"the state has parameters that the programs lack: {unknown}")
+        for name, tensor in own.items():
+            if tensor.shape != tensors[name].shape:
+                raise ValueError(
+                    f"parameter {name!r}: expected shape {tuple(tensor.shape)},"
+                    f" got {tuple(tensors[name].shape)}"
+                )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+
+    def freeze(self) -> None:
+        """Turns gradients off and every module to `eval()`."""
+        with self.installed():
+            for module in self._roots.values():
+                module.eval()
+        for tensor in self.tensors().values():
+            tensor.requires_grad_(False)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Every module in `eval()`, and back to its own mode afterwards."""
+        with self.installed():
+            modules = [m for root in self._roots.values() for m in root.modules()]
+            modes = [m.training for m in modules]
+            try:
+                for module in modules:
+                    module.training = False
+                yield
+            finally:
+                for module, mode in zip(modules, modes, strict=True):
+                    module.training = mode
+
+
+class Program:
+    """A Pyro callable bound to a state: calls like the original, on its own parameters.
+
+    Args:
+        function: the model or guide.
+        state: what it runs on.
+    """
+
+    def __init__(self, function: Callable[..., Any], state: State) -> None:
+        self.function = function
+        self.state = state
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.state.installed():
+            return self.function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        kind = getattr(self.function, "__name__", type(self.function).__name__)
+        return f"Program({kind}, {sum(t.numel() for t in self.state.tensors().values())} values)"
+
+
+_CLOSED = (Program, Tensor, ModuleType, type)
+
+
+class _StoreContext(_Context):
+    """A PyroModule's context whose `pyro.param` statements reach the installed store.
+
+    Pyro's own gives each module a store of its own and then refuses such statements.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.param_state = {"params": {}, "constraints": {}}
+
+    def __enter__(self) -> None:
+        self.active += 1
+        self.used = True
+
+    def __exit__(self, *exception: object) -> None:
+        self.active -= 1
+        if not self.active:
+            self.cache.clear()
+
+
+class _Copy:
+    """Copies modules' attributes: tensors once each (ties survive), containers one level deep."""
+
+    def __init__(self, modules: Iterable[nn.Module], device: torch.device | None) -> None:
+        self._memo: dict[int, Any] = {}
+        for module in modules:
+            for parameter in module._parameters.values():
+                if parameter is not None and id(parameter) not in self._memo:
+                    copy = deepcopy(parameter)
+                    copy.grad = None
+                    if device is not None:
+                        copy.data = copy.data.to(device)
+                    self._memo[id(parameter)] = copy
+            for buffer in module._buffers.values():
+                if buffer is not None and id(buffer) not in self._memo:
+                    copy = buffer.detach().clone()
+                    self._memo[id(buffer)] = copy if device is None else copy.to(device)
+
+    def attributes(self, module: nn.Module) -> dict[str, Any]:
+        return {name: self._value(value) for name, value in module.__dict__.items()}
+
+    def _value(self, value: Any) -> Any:
+        if id(value) in self._memo:
+            return self._memo[id(value)]
+        if type(value) is _Context or type(value) is _StoreContext:
+            return self._memo.setdefault(id(value), _StoreContext())
+        if type(value) in (dict, OrderedDict):
+            return type(value)((k, self._memo.get(id(v), v)) for k, v in value.items())
+        if type(value) in (list, set):
+            return type(value)(self._memo.get(id(v), v) for v in value)
+        return value
+
+
+def _all_modules(roots: Iterable[nn.Module]) -> dict[int, nn.Module]:
+    """Every module below the roots, once, by identity."""
+    return {id(module): module for root in roots for module in root.modules()}
+
+
+def _reach(program: Any, name: str, seen: Mapping[int, nn.Module]) -> dict[str, nn.Module]:
+    """The root modules that a program can reach and `seen` lacks, by a readable path.
+
+    Follows attributes of callables, bound methods, closures, partials (Pyro's handlers are
+    partials), the globals that a function names, and containers. Library code is not followed,
+    and a `Program` is closed: it has a state of its own.
+    """
+    found: dict[str, nn.Module] = {}
+    known = set(seen)
+    visited: set[int] = set()
+
+    def visit(value: Any, path: str, depth: int = 0) -> None:
+        if id(value) in visited or depth > _DEPTH or isinstance(value, _CLOSED):
+            return
+        visited.add(id(value))
+        if isinstance(value, nn.Module) and id(value) not in known:
+            while path in found:
+                path += "'"
+            found[path] = value
+            known.update(id(module) for module in value.modules())
+        for inner, held in _held_by(value):
+            visit(held, f"{path}.{inner}" if inner else path, depth + 1)
+
+    visit(program, name)
+    # A root found early may sit inside one found later: name each tree once, by its topmost root.
+    below = {id(m) for root in found.values() for m in root.modules() if m is not root}
+    return {path: module for path, module in found.items() if id(module) not in below}
+
+
+def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
+    """What `value` holds that may be or lead to a module, with the name of each."""
+    if isinstance(value, nn.Module):
+        for module in value.modules():  # beside submodules: the model that an autoguide holds
+            for name, held in vars(module).items():
+                if name not in _MODULE_INTERNALS and (
+                    callable(held) or isinstance(held, (dict, list, tuple, set))
+                ):
+                    yield name, held
+    elif isinstance(value, MethodType):
+        yield "", value.__self__
+        yield "", value.__func__
+    elif isinstance(value, FunctionType):
+        if _is_library(value.__module__):
+            return
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            yield name, _content(cell)
+        for name in value.__code__.co_names:
+            held = value.__globals__.get(name)
+            if isinstance(held, (nn.Module, FunctionType, MethodType, partial)):
+                yield name, held
+        for held in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
+            yield "default", held
+    elif isinstance(value, partial):
+        yield "", value.func
+        for held in value.args:
+            yield "", held
+        yield from value.keywords.items()
+    elif isinstance(value, dict):
+        for key, held in value.items():
+            yield str(key), held
+    elif isinstance(value, (list, tuple, set)):
+        for index, held in enumerate(value):
+            yield str(index), held
+    elif hasattr(value, "__dict__") and not _is_library(type(value).__module__):
+        yield from list(vars(value).items())
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _is_library(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in _LIBRARIES
+
+
+@contextmanager
+def _default_device(device: torch.device | None) -> Iterator[None]:
+    """New tensors on `device`; entered for accelerators alone, since it slows every operation."""
+    if device is None or device.type == "cpu":
+        yield
+    else:
+        with device:
+            yield
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seeds torch's generators inside, and leaves them outside as they were."""
+    on_cuda = torch.cuda.is_initialized() or (device is not None and device.type == "cuda")
+    devices = list(range(torch.cuda.device_count())) if on_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

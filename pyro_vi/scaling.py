@@ -1,0 +1,347 @@
+"""What a data point is, and the weights of the bound's terms, as effect handlers.
+
+With batch size B of N data points, the sites inside plate "data" weigh 1/B and all others 1/N, in
+model and guide alike, so that one minibatch estimates
+
+    1/N ELBO = 1/N ( E_q[log p(theta) - log q(theta)] + sum_n E_q[log p(x_n, z_n | theta) - log q(z_n)] )
+
+in nats per data point. A plate that sub-samples by itself scales its sites by N/B already; then
+every site weighs 1/N. `KLWeight` multiplies the latent sites of the model and every site of the
+guide: beta-VAE's weight (Higgins et al., 2017, beta-VAE: Learning Basic Visual Concepts with a
+Constrained Variational Framework), constant or warmed up.
+"""
+
+from __future__ import annotations
+
+__all__ = ["KLWeight", "PerDataPoint", "Structure", "warmup"]
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What one run of a guide and a model against it shows.
+
+    Attributes:
+        model_trace: the model's trace, its latent sites at the guide's values.
+        guide_trace: the guide's trace.
+        plate: the name of the plate over data points.
+        batch: rows of the batch in the plate (B); 1 if there is no such plate.
+        total: data points in all (N); 1 if there is no such plate.
+    """
+
+    model_trace: Trace
+    guide_trace: Trace
+    plate: str
+    batch: int
+    total: int
+
+    @classmethod
+    def of(
+        cls,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        plate: str = "data",
+        batch_size: int | None = None,
+        total: int | None = None,
+    ) -> Structure:
+        """Runs the guide, then the model against it, and checks that they belong together.
+
+        Args:
+            model: the generative program.
+            guide: the variational program.
+            args, kwargs: one batch.
+            plate: the name of the plate over data points.
+            batch_size: rows of the batch, or None for data that were not split.
+            total: rows of the data, or None for data that were not split.
+
+        Raises:
+            ValueError: latent sites do not match in name or shape; a minibatch whose observed
+                sites stand outside the plate; a latent inside the plate on one side only; an
+                autoguide with latents of single data points and a minibatch.
+        """
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        with _Match(trace=guide_trace):
+            model_trace = poutine.trace(model).get_trace(*args, **kwargs)
+        latent, proposed = set(_latents(model_trace)), set(_latents(guide_trace, auxiliary=False))
+        if proposed - latent:
+            raise ValueError(
+                f"the guide samples {sorted(proposed - latent)}, which the model does not; the"
+                f" model's latent sites are {sorted(latent)} (mark auxiliary guide sites with"
+                " infer={'is_auxiliary': True})"
+            )
+        frames = [f for trace in (model_trace, guide_trace) for f in _frames(trace, plate)]
+        sizes = {(int(f.size), int(f.full_size or f.size)) for f in frames}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"plate {plate!r} has several sizes in one run: {sorted(s for s, _ in sizes)}"
+            )
+        rows, full = sizes.pop() if sizes else (1, 1)
+        if batch_size is not None and total is not None and frames and rows == full:
+            if rows != batch_size:
+                raise ValueError(
+                    f"plate {plate!r} holds {rows} data points in a batch of {batch_size} rows"
+                )
+            full = total
+        found = cls(model_trace, guide_trace, plate, rows, full)
+        if rows < full or (batch_size is not None and total is not None and batch_size < total):
+            found._check_minibatch(guide)
+        return found
+
+    def _check_minibatch(self, guide: Callable[..., Any]) -> None:
+        outside = [name for name in _observed(self.model_trace) if not self._inside_model(name)]
+        if outside:
+            raise ValueError(
+                f"minibatches need every observed site inside plate {self.plate!r}, but"
+                f" {outside} stand outside it; put them inside, name another plate (plate=...),"
+                " or fit all data at once (batch_size=None)"
+            )
+        for name in self.latents:
+            if self._inside_model(name) != self._inside_guide(name):
+                raise ValueError(
+                    f"latent site {name!r} stands inside plate {self.plate!r} in the"
+                    f" {'model' if self._inside_model(name) else 'guide'} alone; with minibatches"
+                    " it must stand inside on both sides, or outside on both"
+                )
+        local = [name for name in self.latents if self._inside_model(name)]
+        if local and isinstance(poutine.unwrap(guide), AutoGuide):
+            raise ValueError(
+                f"an autoguide has one set of parameters for the latents {local} of the batch,"
+                " so that another batch would be scored with this one's: use an amortized guide"
+                " (pyro_vi.guides.Encoder), or fit all data at once (batch_size=None)"
+            )
+
+    @property
+    def latents(self) -> list[str]:
+        """The model's latent sites, in the order in which it samples them."""
+        return _latents(self.model_trace)
+
+    @property
+    def proposed(self) -> list[str]:
+        """The guide's sites, auxiliary ones included, in the order in which it samples them."""
+        return _latents(self.guide_trace)
+
+    @property
+    def observed(self) -> list[str]:
+        """The model's observed sites, in the order in which it meets them."""
+        return _observed(self.model_trace)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether every site of the model and the guide stands inside the plate."""
+        return self.batch > 0 and all(
+            _inside(site, self.plate)
+            for trace in (self.model_trace, self.guide_trace)
+            for site in trace.nodes.values()
+            if site["type"] == "sample" and not site_is_subsample(site)
+        )
+
+    @property
+    def subsamples_itself(self) -> bool:
+        """Whether the plate draws its own minibatch."""
+        return any(
+            f.full_size is not None and f.full_size != f.size
+            for f in _frames(self.model_trace, self.plate)
+        )
+
+    def _inside_model(self, name: str) -> bool:
+        return _inside(self.model_trace.nodes[name], self.plate)
+
+    def _inside_guide(self, name: str) -> bool:
+        return _inside(self.guide_trace.nodes[name], self.plate)
+
+    def check_support(self, batch: Mapping[str, Tensor], data: Mapping[str, Tensor]) -> None:
+        """Holds the whole of the data against the support of the site that observes them.
+
+        A site is matched to its data by identity: its value is a tensor of the batch.
+
+        Raises:
+            ValueError: some values lie outside the support, such as grey levels under Bernoulli.
+        """
+        for site_name in self.observed:
+            site = self.model_trace.nodes[site_name]
+            for name, rows in batch.items():
+                if site["value"] is not rows:
+                    continue
+                support = site["fn"].support
+                values = data[name]
+                if not bool(support.check(values).all()):
+                    raise ValueError(
+                        f"observed site {site_name!r}: expected values in the support of"
+                        f" {_named(site['fn'])}, {support}, got values from"
+                        f" {float(values.min()):g} to {float(values.max()):g}"
+                        f"{_hint(values)}"
+                    )
+
+
+def _hint(values: Tensor) -> str:
+    some = values.flatten()[:100_000].unique()
+    return f" ({some.numel()} different ones, such as {[round(v, 4) for v in some[:4].tolist()]})"
+
+
+def _named(distribution: Any) -> str:
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    return type(distribution).__name__
+
+
+def _latents(trace: Trace, *, auxiliary: bool = True) -> list[str]:
+    return [
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and not site["is_observed"]
+        and not site_is_subsample(site)
+        and (auxiliary or not site["infer"].get("is_auxiliary"))
+    ]
+
+
+def _observed(trace: Trace) -> list[str]:
+    return [
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and site["is_observed"] and not site_is_subsample(site)
+    ]
+
+
+def _frames(trace: Trace, plate: str) -> list[Any]:
+    return [
+        frame
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        for frame in site["cond_indep_stack"]
+        if frame.name == plate
+    ]
+
+
+def _inside(site: Mapping[str, Any], plate: str) -> bool:
+    return any(frame.name == plate for frame in site["cond_indep_stack"])
+
+
+class _Match(ReplayMessenger):
+    """Replays a guide's trace, with errors where a site of the model does not match."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg):
+            assert self.trace is not None
+            name = msg["name"]
+            if name not in self.trace:
+                if msg["infer"].get("enumerate") == "parallel":
+                    return None
+                raise ValueError(
+                    f"latent site {name!r} of the model is missing from the guide, which samples"
+                    f" {_latents(self.trace)}"
+                )
+            expected = msg["fn"].event_shape
+            value = self.trace.nodes[name]["value"]
+            got = value.shape[value.dim() - len(expected) :]
+            if value.dim() < len(expected) or got != expected:
+                raise ValueError(
+                    f"latent site {name!r}: the model expects values of shape"
+                    f" {tuple(expected)}, the guide gives {tuple(got)}"
+                )
+        super()._pyro_sample(msg)
+
+
+class PerDataPoint(Messenger):
+    """Scales sites so that a bound is in nats per data point: 1/B inside the plate, 1/N outside.
+
+    Args:
+        plate: the name of the plate over data points.
+        batch: data points in the batch (B).
+        total: data points in all (N).
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro import poutine
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+        >>> x = torch.zeros(4)
+        >>> per_point = PerDataPoint("data", batch=4, total=100)(model)
+        >>> scaled = poutine.trace(per_point).get_trace(x).log_prob_sum()
+        >>> whole = poutine.trace(model).get_trace(x).log_prob_sum()
+        >>> bool(torch.isclose(scaled * 4, whole))
+        True
+    """
+
+    def __init__(self, plate: str, *, batch: int, total: int) -> None:
+        super().__init__()
+        self.plate, self.batch, self.total = plate, batch, total
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            return
+        for frame in msg["cond_indep_stack"]:
+            if frame.name == self.plate:
+                itself = frame.full_size is not None and frame.full_size != frame.size
+                msg["scale"] = msg["scale"] / (frame.full_size if itself else frame.size)
+                return
+        msg["scale"] = msg["scale"] / self.total
+
+
+class KLWeight(Messenger):
+    """Multiplies the KL of the latent sites by a weight, which may change from step to step.
+
+    Wrap both programs with the same object: in the model the latent sites are weighted, in the
+    guide every site (its auxiliary ones belong to the KL too).
+
+    Args:
+        weight: at least 0; 1 is the plain bound.
+    """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg):
+            msg["scale"] = msg["scale"] * self.weight
+
+
+def warmup(steps: int) -> Callable[[int], float]:
+    """A weight that rises linearly from 1/steps to 1 over the first `steps` steps.
+
+    Raises:
+        ValueError: fewer than one step.
+
+    Example:
+        >>> weight = warmup(100)
+        >>> weight(0), weight(49), weight(500)
+        (0.01, 0.5, 1.0)
+    """
+    if steps < 1:
+        raise ValueError(f"expected at least one step of warm-up, got {steps}")
+    return lambda step: min(1.0, (step + 1) / steps)
+
+
+def check_weight(weight: float) -> float:
+    """The weight as a float; raises ValueError unless it is finite and at least 0."""
+    if not 0 <= float(weight) < float("inf"):
+        raise ValueError(f"expected a KL weight of at least 0, got {weight}")
+    return float(weight)
+
+
+def log_prob_rows(site: Mapping[str, Any], plate: str) -> Tensor:
+    """A site's log probability per data point, all other dimensions summed; shape (B,)."""
+    frame = next(frame for frame in site["cond_indep_stack"] if frame.name == plate)
+    log_prob = site["log_prob"]
+    rows = torch.as_tensor(log_prob).expand(
+        torch.broadcast_shapes(log_prob.shape, (frame.size,) + (1,) * (-frame.dim - 1))
+    )
+    return rows.movedim(frame.dim, 0).reshape(frame.size, -1).sum(-1)

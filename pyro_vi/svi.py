@@ -1,0 +1,164 @@
+"""A drop-in for Pyro's SVI.
+
+`SVI` takes the arguments of `pyro.infer.SVI`, is a subclass of it, trains in place and writes the
+parameter store. It evaluates Pyro's ELBOs through `pyro_vi.elbo`, which mends what is silently
+wrong in them, and works under `module_local_params` too. The step is eager: `step` is evaluation
+(`_evaluate`), then update (`_update`), the seam at which a compiled evaluation can take over.
+
+`OneOptimizer` lets any torch optimizer serve as a Pyro optimizer, as one instance for all
+parameters: Pyro makes one instance a tensor, which is slow and cannot clip by the global norm.
+"""
+
+from __future__ import annotations
+
+__all__ = ["SVI", "OneOptimizer"]
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.infer import ELBO
+from pyro.infer.util import torch_item, zero_grads
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from pyro_vi.elbo import told
+
+
+class SVI(pyro.infer.SVI):
+    """Stochastic variational inference, as `pyro.infer.SVI`.
+
+    Args:
+        model: the model, a callable with Pyro statements.
+        guide: the guide, a callable of the same arguments.
+        optim: a Pyro optimizer.
+        loss: one of Pyro's ELBOs, or a loss function of (model, guide, *args, **kwargs).
+        loss_and_grads: for a loss function, what computes its gradients too.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro.infer import Trace_ELBO
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 0.7))
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+        >>> _ = [svi.step(torch.tensor(2.0)) for _ in range(100)]
+        >>> abs(pyro.param("loc").item() - 1.0) < 0.5
+        True
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optim: PyroOptim,
+        loss: ELBO | Callable[..., Any],
+        loss_and_grads: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.elbo = told(loss) if isinstance(loss, ELBO) else None
+        super().__init__(model, guide, optim, self.elbo or loss, loss_and_grads, **kwargs)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """One gradient step; returns the loss."""
+        loss, parameters = self._evaluate(*args, **kwargs)
+        self._update(parameters)
+        if isinstance(loss, tuple):
+            return type(loss)(map(torch_item, loss))
+        return torch_item(loss)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
+        """The loss, and the unconstrained parameters that the programs used, with gradients."""
+        if hasattr(self.elbo, "forget"):
+            self.elbo.forget()
+        with poutine.trace(param_only=True) as capture:
+            loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        store = pyro.get_param_store()
+        parameters = {}
+        for name, site in capture.trace.nodes.items():
+            # A module's own parameter (module_local_params) is its own unconstrained value.
+            value = site["value"]
+            parameter = value.unconstrained() if hasattr(value, "unconstrained") else value
+            if parameter.requires_grad:
+                parameters[parameter] = None
+                store._param_to_name.setdefault(parameter, name)  # optimizers ask for names
+        return loss, list(parameters)
+
+    def _update(self, parameters: Sequence[Tensor]) -> None:
+        self.optim(parameters)
+        zero_grads(parameters)
+
+
+class OneOptimizer(PyroOptim):
+    """A torch optimizer over all parameters at once, as a Pyro optimizer.
+
+    Args:
+        make: parameters -> torch optimizer, such as `partial(torch.optim.Adam, lr=1e-3)`.
+        schedule: optimizer -> learning-rate scheduler, stepped after every update.
+        clip_norm: the largest global norm of the gradient.
+
+    Raises:
+        TypeError: `make` gives something else than a torch optimizer.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> optim = OneOptimizer(partial(torch.optim.SGD, lr=0.5))
+        >>> p = torch.tensor([1.0], requires_grad=True)
+        >>> p.grad = torch.tensor([1.0])
+        >>> optim([p]); p
+        tensor([0.5000], requires_grad=True)
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Iterable[Tensor]], Optimizer],
+        *,
+        schedule: Callable[[Optimizer], LRScheduler] | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
+        super().__init__(make, {})
+        self._schedule, self._clip_norm = schedule, clip_norm
+        self._optimizer: Optimizer | None = None
+        self._scheduler: LRScheduler | None = None
+        self._known: dict[Tensor, None] = {}
+
+    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        params = list(params)
+        if new := [p for p in params if p not in self._known]:
+            self._add(new)
+        assert self._optimizer is not None
+        if self._clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(params, self._clip_norm)
+        self._optimizer.step()
+        if self._scheduler is not None:
+            self._scheduler.step()
+
+    def _add(self, new: list[Tensor]) -> None:
+        self._known.update(dict.fromkeys(new))
+        if self._optimizer is not None:
+            self._optimizer.add_param_group({"params": new})
+            return
+        self._optimizer = self.pt_optim_constructor(new)
+        if not isinstance(self._optimizer, Optimizer):
+            raise TypeError(
+                "expected a callable that makes a torch optimizer from parameters, such as"
+                f" functools.partial(torch.optim.Adam, lr=1e-3); it made {self._optimizer!r}"
+            )
+        if self._schedule is not None:
+            self._scheduler = self._schedule(self._optimizer)
+
+    def get_state(self) -> dict[str, Any]:
+        """The torch optimizer's state, and the scheduler's."""
+        return {
+            name: holder.state_dict()
+            for name, holder in (("optimizer", self._optimizer), ("scheduler", self._scheduler))
+            if holder is not None
+        }
