@@ -1,1 +1,28 @@
-"""Variational inference for deep generative models, in Pyro."""
+"""Fit, compare and judge variational posteriors of Pyro programs.
+
+    data -> model + guide -> fit -> posterior -> diagnostics -> comparison
+
+Families are in `pyro_vi.families` and `pyro_vi.flows`, programs in `pyro_vi.models` and
+`pyro_vi.guides`, data sets in `pyro_vi.data`.
+"""
+
+from pyro_vi._version import __version__
+from pyro_vi.comparison import Comparison, Row, compare
+from pyro_vi.fitted import Fit
+from pyro_vi.fitting import NonFiniteError, fit
+from pyro_vi.posterior import Posterior
+from pyro_vi.scaling import warmup
+from pyro_vi.svi import SVI
+
+__all__ = [
+    "SVI",
+    "Comparison",
+    "Fit",
+    "NonFiniteError",
+    "Posterior",
+    "Row",
+    "__version__",
+    "compare",
+    "fit",
+    "warmup",
+]

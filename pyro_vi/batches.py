@@ -89,17 +89,19 @@ class Batches:
             raise ValueError(f"expected parts of one length, got {lengths}")
         return next(iter(lengths.values()))
 
-    def shuffled(self) -> Iterator[Arguments]:
+    def shuffled(self, seed: int = 0) -> Iterator[Arguments]:
         """Batches without end: each epoch in a new random order, its last partial batch left out.
 
-        Every batch is a uniform draw of `batch_size` rows, and all have one shape.
+        Every batch is a uniform draw of `batch_size` rows, and all have one shape. The order comes
+        from a generator of its own: whatever the programs draw, one seed gives the same batches.
         """
+        generator = torch.Generator().manual_seed(seed)
         while True:
             if self.total is None or self.batch_size is None:
                 yield self._arguments(self.parts)
                 continue
             device = next(iter(self.parts.values())).device
-            order = torch.randperm(self.total).to(device)
+            order = torch.randperm(self.total, generator=generator).to(device)
             for start in range(0, self.total - self.batch_size + 1, self.batch_size):
                 yield self.rows(order[start : start + self.batch_size])
 
@@ -132,6 +134,17 @@ def arguments(data: Data) -> Arguments:
     if isinstance(data, Mapping):
         return (), dict(data)
     return (tuple(data) if isinstance(data, tuple) else (data,)), {}
+
+
+def moved(data: Any, device: str | torch.device | None) -> Any:
+    """Data with its tensors on `device`; None leaves them where they are."""
+    if device is None:
+        return data
+    if isinstance(data, Tensor):
+        return data.to(device)
+    if isinstance(data, Mapping):
+        return {name: moved(part, device) for name, part in data.items()}
+    return tuple(moved(part, device) for part in data) if isinstance(data, tuple) else data
 
 
 def _parts(data: Data) -> dict[Any, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["load", "save"]
+__all__ = ["load", "save", "write"]
 
+import io
 import os
 import pickle
 import tempfile
@@ -26,13 +27,24 @@ def save(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     Raises:
         FileNotFoundError: its folder does not exist.
     """
+    buffer = io.BytesIO()
+    torch.save({"format": _FORMAT, "version": _VERSION, "content": dict(content)}, buffer)
+    write(path, buffer.getbuffer())
+
+
+def write(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
+    """Writes bytes to a file, atomically.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+    """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save({"format": _FORMAT, "version": _VERSION, "content": dict(content)}, file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())

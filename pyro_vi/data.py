@@ -197,8 +197,8 @@ def npz(path: str | os.PathLike[str]) -> ImageData:
     elif not all(dtype.kind == "f" for dtype in kinds.values()):
         raise TypeError(
             f"{path}: expected train and test both of uint8 or both of floats in [0, 1], got "
-            f"{kinds['train']} and {kinds['test']}. Store grey levels k = 0 ... L - 1 as uint8, with "
-            "a scalar levels=L if L is not 256, or k / (L - 1) as float32, with levels=L"
+            f"{kinds['train']} and {kinds['test']}. Store grey levels k = 0 ... L - 1 as uint8, "
+            "with a scalar levels=L if L is not 256, or k / (L - 1) as float32, with levels=L"
         )
     images = {}
     for name in kinds:

@@ -178,7 +178,9 @@ def _diagonal_normal(fn: Any) -> Any | None:
         and isinstance(fn.base_dist, torch.distributions.Normal)
     ):
         return None
-    return dist.MultivariateNormal(fn.base_dist.loc, scale_tril=torch.diag_embed(fn.base_dist.scale))
+    return dist.MultivariateNormal(
+        fn.base_dist.loc, scale_tril=torch.diag_embed(fn.base_dist.scale)
+    )
 
 
 def _is_one(scale: Any) -> bool:

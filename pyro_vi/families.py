@@ -60,7 +60,7 @@ class MeanField(nn.Module):
         >>> q.batch_shape, q.event_shape
         (torch.Size([100]), torch.Size([2]))
         >>> q.mean[0].detach(), q.stddev[0].detach()  # new, it is near the standard normal
-        (tensor([0., 0.]), tensor([1.0000, 1.0000]))
+        (tensor([0., 0.]), tensor([1., 1.]))
     """
 
     def __init__(self, dim: int, context_dim: int) -> None:

@@ -24,7 +24,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vi import checkpoint
-from pyro_vi.batches import Batches, Data, arguments
+from pyro_vi.batches import Batches, Data, arguments, moved
 from pyro_vi.posterior import Posterior, draw_posterior
 from pyro_vi.program import Program, State, seeded
 from pyro_vi.scaling import Structure
@@ -144,7 +144,9 @@ class Fit:
             for name, value in draws.items()
         }
 
-    def decode(self, latents: Mapping[str, Tensor], *, expected: bool = True, seed: int = 0) -> Draws:
+    def decode(
+        self, latents: Mapping[str, Tensor], *, expected: bool = True, seed: int = 0
+    ) -> Draws:
         """Observed sites, given values of the latents.
 
         Args:
@@ -233,7 +235,7 @@ class Fit:
         """
         content = checkpoint.load(path)
         where = torch.device(device) if device is not None else torch.device("cpu")
-        template = _moved(content["template"], where)
+        template = moved(content["template"], where)
         state = State({"model": model, "guide": guide}, device=where)
         args, kwargs = arguments(template)
         try:
@@ -279,14 +281,6 @@ def _row(name: object, part: Any, index: Tensor) -> Tensor:
             f" is {type(part).__name__}"
         )
     return part[index.to(part.device)]
-
-
-def _moved(data: Any, device: torch.device) -> Any:
-    if isinstance(data, Tensor):
-        return data.to(device)
-    if isinstance(data, dict):
-        return {name: _moved(part, device) for name, part in data.items()}
-    return tuple(_moved(part, device) for part in data) if isinstance(data, tuple) else data
 
 
 def _latent(trace: Trace) -> Draws:

@@ -75,7 +75,7 @@ def fit(
     plate: str = "data",
     seed: int = 0,
     device: str | torch.device | None = None,
-    progress: bool = True,
+    progress: bool | str = True,
 ) -> Fit:
     """Fits a guide, and the model's parameters, to data by stochastic variational inference.
 
@@ -104,7 +104,7 @@ def fit(
         plate: the name of the plate over data points.
         seed: of torch's generators, inside this call alone.
         device: where to compute; by default where the data are.
-        progress: whether to show a progress bar with the current bound.
+        progress: whether to show a progress bar with the current bound; a string labels it.
 
     Returns:
         The fit: programs bound to their trained parameters, losses (negative bounds in nats per
@@ -138,7 +138,7 @@ def fit(
     with seeded(seed, where), state.installed(), warnings.catch_warnings():
         # Pyro warns of NaN and goes on; here a NaN is an error, raised below.
         warnings.filterwarnings("ignore", message="Encountered")
-        stream = batches.shuffled()
+        stream = batches.shuffled(seed)
         structure = _inspect(model, guide, batches, state, plate)
         evaluate = _Heldout(model, guide, loss, heldout, batches, structure, state, seed)
         scaling = _Scaling(model, guide, loss, structure, batches, kl_weight)
@@ -147,7 +147,8 @@ def fit(
         result = partial(_result, model, guide, state, history, structure, batches)
         best, waited = math.inf, 0
         kept: dict[str, Tensor] | None = None
-        with tqdm(total=steps, disable=not progress, unit="step") as bar:
+        label = progress if isinstance(progress, str) else None
+        with tqdm(total=steps, desc=label, disable=not progress, unit="step") as bar:
             for step in range(steps):
                 scaling.kl.weight = check_weight(weight(step))
                 args, kwargs = next(stream)
@@ -414,9 +415,7 @@ def _check_arguments(
     seed: int,
 ) -> None:
     if not isinstance(loss, ELBO):
-        raise TypeError(
-            f"expected one of Pyro's ELBOs as loss, such as Trace_ELBO(), got {loss!r}"
-        )
+        raise TypeError(f"expected one of Pyro's ELBOs as loss, such as Trace_ELBO(), got {loss!r}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"expected at least one step, got {steps!r}")
     if heldout_every < 1:

@@ -23,8 +23,8 @@ from torch.distributions import Distribution
 from pyro_vi.families import HEAD_GAIN, check_context, check_sizes
 
 # Importing zuko switches off the validation of every torch distribution in the process: put back
-# what stood before.
-_validate_args = Distribution._validate_args  # type: ignore[attr-defined]
+# what stood before. (Its default of no argument constraints stays: its own distributions need it.)
+_validate_args = Distribution._validate_args
 import zuko  # noqa: E402
 
 Distribution.set_default_validate_args(_validate_args)

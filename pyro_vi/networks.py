@@ -180,8 +180,8 @@ class ConvDecoder(nn.Module):
 
     Args:
         latent_dim: The width of the input.
-        shape_out: The shape of one output, (..., H, W), with one dimension or more before the height;
-            together they are the channels of the last layer.
+        shape_out: The shape of one output, (..., H, W), with one dimension or more before the
+            height; together they are the channels of the last layer.
         channels: The number of channels before each transposed convolution.
         activation: Makes the nonlinearity.
 
@@ -250,5 +250,5 @@ def _batch_shape(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The dimensions before a data point's own; ValueError if `x` does not end in `shape`."""
     split = x.dim() - len(shape)
     if split < 0 or tuple(x.shape[split:]) != shape:
-        raise ValueError(f"expected an input of shape (..., {shape}), got {tuple(x.shape)}")
+        raise ValueError(f"expected an input of shape (..., *{shape}), got {tuple(x.shape)}")
     return tuple(x.shape[:split])

@@ -3,7 +3,8 @@
 With batch size B of N data points, the sites inside plate "data" weigh 1/B and all others 1/N, in
 model and guide alike, so that one minibatch estimates
 
-    1/N ELBO = 1/N ( E_q[log p(theta) - log q(theta)] + sum_n E_q[log p(x_n, z_n | theta) - log q(z_n)] )
+    1/N ELBO = 1/N ( E_q[log p(theta) - log q(theta)]
+                     + sum_n E_q[log p(x_n, z_n | theta) - log q(z_n)] )
 
 in nats per data point. A plate that sub-samples by itself scales its sites by N/B already; then
 every site weighs 1/N. `KLWeight` multiplies the latent sites of the model and every site of the

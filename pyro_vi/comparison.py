@@ -1,0 +1,323 @@
+"""compare(): {name: guide} -> one row per variational family, and a verdict.
+
+Two questions, by what is passed as the model:
+
+- a model: every family trains its own copy of it, from the same initial weights on the same
+  batches. What differs is the model-and-guide pair: a poor family bends the model to itself.
+- a fitted model (`Fit.model`): it is frozen, and the guides alone are trained. What differs is
+  inference: the evidence is one number, and the gap to it belongs to the family alone.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Comparison", "Row", "Split", "compare"]
+
+import csv
+import io
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from os import PathLike
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pyro_vi import checkpoint, diagnostics
+from pyro_vi.batches import Data, moved
+from pyro_vi.diagnostics import Estimate
+from pyro_vi.fitted import Fit
+from pyro_vi.fitting import fit
+from pyro_vi.posterior import Posterior
+from pyro_vi.program import seeded
+
+_MIN_DRAWS = 21  # fewer have no tail to fit a k-hat to
+_TRUSTED = 0.1  # share of data points whose k-hat may exceed its bound
+
+
+class Split(Protocol):
+    """Data in two parts, such as `pyro_vi.data.ImageData`."""
+
+    @property
+    def train(self) -> Any: ...
+
+    @property
+    def test(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """One family, on test data. Bounds in nats per data point, `_se` Monte Carlo standard errors.
+
+    Differences are to the first family, paired over the data points: their `_se` says whether
+    other data points would rank the families alike.
+    """
+
+    family: str
+    elbo: float
+    elbo_se: float
+    elbo_difference: float
+    elbo_difference_se: float
+    evidence: float  # importance-weighted, a lower bound on log p(x) in expectation
+    evidence_se: float
+    evidence_difference: float
+    evidence_difference_se: float
+    gap: float  # evidence - ELBO, an estimate of KL(q || posterior)
+    gap_se: float
+    reconstruction: float
+    kl: float
+    bits_per_dim: float  # -evidence in bits per observed value; NaN unless the data are discrete
+    khat_median: float
+    khat_bad: float  # share of data points whose k-hat exceeds the bound for that many draws
+    ess: float  # median over data points, of the number of draws
+    active_units: int
+    latent_units: int
+    parameters: int
+    seconds_per_step: float
+
+
+@dataclass(frozen=True)
+class PerPoint:
+    """What stands behind a row, for each test data point; (N,) each."""
+
+    elbo: npt.NDArray[np.float64]
+    evidence: npt.NDArray[np.float64]
+    khat: npt.NDArray[np.float64]
+    ess: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` returns; print it for the table.
+
+    Attributes:
+        rows: one per family, in the order given.
+        fits: the fits by family.
+        points: the diagnostics of each test data point by family.
+        test: the test data that the rows are about, transformed.
+        num_samples: posterior draws for each data point.
+    """
+
+    rows: tuple[Row, ...]
+    fits: dict[str, Fit]
+    points: dict[str, PerPoint]
+    test: Data
+    num_samples: int
+
+    @property
+    def verdict(self) -> str:
+        """Which family to trust, and how far, in plain words."""
+        return _verdict(self)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the numbers warn of: collapsed posteriors."""
+        return tuple(
+            f"{row.family}: {row.active_units} of {row.latent_units} latent units are active;"
+            " the others equal the prior (posterior collapse)"
+            for row in self.rows
+            if row.active_units < row.latent_units / 2
+        )
+
+    def to_csv(self, path: str | PathLike[str]) -> None:
+        """Writes the rows to a file, every digit, one line per family."""
+        names = [field.name for field in fields(Row)]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows([getattr(row, name) for name in names] for row in self.rows)
+        checkpoint.write(path, text.getvalue().encode())
+
+    def __str__(self) -> str:
+        lines = [*_table(self), "", self.verdict]
+        return "\n".join([*lines, *(f"Warning: {warning}." for warning in self.warnings)])
+
+
+def compare(
+    model: Callable[..., Any],
+    guides: Mapping[str, Callable[..., Any]],
+    data: Split,
+    *,
+    num_samples: int = 1_000,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> Comparison:
+    """Fits each guide and judges it on test data.
+
+    Args:
+        model: a Pyro program with local latents, of which each guide gets its own copy to train;
+            or a fitted model (`Fit.model`), which stays as it is.
+        guides: guides by name; differences are to the first.
+        data: has `train` and `test`, each as `fit` takes data.
+        num_samples: posterior draws for each test data point, at least 21.
+        seed: of the fits and of the draws.
+        progress: whether to show progress bars.
+        **options: as `fit` takes them: loss, optim, steps, batch_size, transform, ...; a transform
+            is applied to the test data too, once.
+
+    Raises:
+        ValueError: no guides, too few draws, or what `fit` refuses.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from pyro_vi.families import FullCovariance, MeanField
+        >>> from pyro_vi.guides import Encoder
+        >>> from pyro_vi.models import LinearGaussian
+        >>> model = LinearGaussian(torch.ones(3, 2), torch.zeros(3), 1.0)
+        >>> data = SimpleNamespace(train=torch.randn(64, 3), test=torch.randn(16, 3))
+        >>> guides = {
+        ...     "mean-field": Encoder((3,), MeanField(2, context_dim=8)),
+        ...     "full covariance": Encoder((3,), FullCovariance(2, context_dim=8)),
+        ... }
+        >>> result = compare(model, guides, data, num_samples=50, steps=5, progress=False)
+        >>> [row.family for row in result.rows]
+        ['mean-field', 'full covariance']
+    """
+    if not guides:
+        raise ValueError("expected at least one guide to compare, got none")
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int):
+        raise TypeError(f"expected a whole number of posterior draws, got {num_samples!r}")
+    if num_samples < _MIN_DRAWS:
+        raise ValueError(
+            f"expected at least {_MIN_DRAWS} posterior draws for a k-hat, got {num_samples}"
+        )
+    transform = options.get("transform")
+    with seeded(seed):
+        test = transform(data.test) if transform else data.test
+    fits: dict[str, Fit] = {}
+    points: dict[str, PerPoint] = {}
+    rows: list[Row] = []
+    for name, guide in guides.items():
+        fitted = fit(
+            model, guide, data.train, seed=seed, progress=name if progress else False, **options
+        )
+        posterior = fitted.posterior(moved(test, options.get("device")), num_samples, seed=seed)
+        fits[name] = fitted
+        points[name] = PerPoint(
+            elbo=posterior.elbo().value,
+            evidence=posterior.evidence().value,
+            khat=posterior.khat(),
+            ess=posterior.ess(),
+        )
+        first = points[next(iter(guides))]
+        rows.append(_row(name, fitted, posterior, points[name], first))
+    return Comparison(tuple(rows), fits, points, test, num_samples)
+
+
+def _row(name: str, fitted: Fit, posterior: Posterior, own: PerPoint, first: PerPoint) -> Row:
+    elbo = diagnostics.mean_estimate(posterior.elbo())
+    evidence = diagnostics.mean_estimate(posterior.evidence())
+    gap = diagnostics.mean_estimate(posterior.kl_to_posterior())
+    reconstruction = float(posterior.log_likelihood.mean())
+    elbo_difference = diagnostics.paired_difference(own.elbo, first.elbo)
+    evidence_difference = diagnostics.paired_difference(own.evidence, first.evidence)
+    bits = -float(evidence.value) / (posterior.num_observed * math.log(2))
+    active = posterior.active_units().values()
+    bound = diagnostics.khat_threshold(len(posterior.log_p))
+    return Row(
+        family=name,
+        **_pair("elbo", elbo),
+        **_pair("elbo_difference", elbo_difference),
+        **_pair("evidence", evidence),
+        **_pair("evidence_difference", evidence_difference),
+        **_pair("gap", gap),
+        reconstruction=reconstruction,
+        kl=reconstruction - float(elbo.value),
+        bits_per_dim=bits if posterior.discrete else math.nan,
+        khat_median=float(np.median(own.khat)),
+        khat_bad=float(np.mean(own.khat > bound)),
+        ess=float(np.median(own.ess)),
+        active_units=int(sum(units.sum() for units in active)),
+        latent_units=int(sum(units.size for units in active)),
+        parameters=fitted.parameters,
+        seconds_per_step=fitted.seconds / len(fitted.losses),
+    )
+
+
+def _pair(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: float(estimate.value), f"{name}_se": float(estimate.se)}
+
+
+def _table(result: Comparison) -> list[str]:
+    """The table as lines: a column per family, a line per quantity."""
+    bound = diagnostics.khat_threshold(result.num_samples)
+    first = result.rows[0].family
+
+    def error(name: str) -> Callable[[Row], str]:
+        return lambda row: f"{getattr(row, name):.2f} ± {getattr(row, name + '_se'):.2f}"
+
+    def difference(name: str) -> Callable[[Row], str]:
+        return lambda row: (
+            ""
+            if row.family == first
+            else f"{getattr(row, name):+.2f} ± {getattr(row, name + '_se'):.2f}"
+        )
+
+    lines: list[tuple[str, Callable[[Row], str]]] = [
+        ("test ELBO (nats)", error("elbo")),
+        (f"  minus {first}'s", difference("elbo_difference")),
+        ("evidence (nats)", error("evidence")),
+        (f"  minus {first}'s", difference("evidence_difference")),
+        ("gap: evidence - ELBO", error("gap")),
+        ("reconstruction (nats)", lambda row: f"{row.reconstruction:.2f}"),
+        ("KL to the prior (nats)", lambda row: f"{row.kl:.2f}"),
+        ("bits per dimension", lambda row: f"{row.bits_per_dim:.3f}"),
+        ("k-hat, median", lambda row: f"{row.khat_median:.2f}"),
+        (f"k-hat above {bound:.2f}", lambda row: f"{row.khat_bad:.0%}"),
+        (f"ESS of {result.num_samples:,} draws", lambda row: f"{row.ess:.0f}"),
+        ("active units", lambda row: f"{row.active_units} of {row.latent_units}"),
+        ("parameters", lambda row: f"{row.parameters:,}"),
+        ("ms per step", lambda row: f"{1e3 * row.seconds_per_step:.1f}"),
+    ]
+    if any(math.isnan(row.bits_per_dim) for row in result.rows):
+        lines = [line for line in lines if line[0] != "bits per dimension"]
+    if len(result.rows) == 1:
+        lines = [line for line in lines if "minus" not in line[0]]
+    cells = [["", *(row.family for row in result.rows)]]
+    cells += [[name, *(show(row) for row in result.rows)] for name, show in lines]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
+
+
+def _verdict(result: Comparison) -> str:
+    ranked = sorted(result.rows, key=lambda row: -row.elbo)
+    best = ranked[0]
+    bound = diagnostics.khat_threshold(result.num_samples)
+    if len(ranked) == 1:
+        words = f"{best.family}: test ELBO {best.elbo:.2f} nats"
+    else:
+        second = ranked[1]
+        lead = diagnostics.paired_difference(
+            result.points[best.family].elbo, result.points[second.family].elbo
+        )
+        by = f"{float(lead.value):.2f} ± {float(lead.se):.2f} nats"
+        if lead.value > 2 * lead.se:
+            words = f"{best.family} has the highest test ELBO, {by} above {second.family}"
+        else:
+            words = f"{best.family} and {second.family} have the highest test ELBO ({by} apart)"
+    good = 1 - best.khat_bad
+    if best.khat_bad <= _TRUSTED:
+        return (
+            f"{words}; trust {best.family}: its k-hat is below {bound:.2f} for {good:.0%} of the"
+            " test data."
+        )
+    safest = min(result.rows, key=lambda row: row.khat_bad)
+    other = ""
+    if safest.khat_bad <= _TRUSTED and safest is not best:
+        other = (
+            f" {safest.family} is the one whose draws can be trusted as they are (k-hat below"
+            f" {bound:.2f} for {1 - safest.khat_bad:.0%}), at {best.elbo - safest.elbo:.2f} nats"
+            " less."
+        )
+    return (
+        f"{words}; but do not take its draws for the posterior as they are: its k-hat is above"
+        f" {bound:.2f} for {best.khat_bad:.0%} of the test data.{other}"
+    )
