@@ -9,6 +9,7 @@ mean-field, and any other family drops in.
 __all__ = ["Encoder"]
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import pyro
 from pyro.distributions import TorchDistribution
@@ -57,7 +58,7 @@ class Encoder(PyroModule):
             )
         self.shape = tuple(shape)
         self.family = family
-        self.network = network(self.shape, family.context_dim)
+        self.network = network(self.shape, cast(int, family.context_dim))
 
     def forward(self, x: Tensor) -> None:
         """The program: draws "z".
@@ -68,8 +69,9 @@ class Encoder(PyroModule):
         Raises:
             ValueError: The data have another shape.
         """
+        q = self.encode(x)
         with pyro.plate("data", x.shape[0]):
-            pyro.sample("z", self.encode(x))
+            pyro.sample("z", q)
 
     def encode(self, x: Tensor) -> TorchDistribution:
         """The posterior q(z | x).

@@ -232,7 +232,7 @@ class DiscretizedLogistic(nn.Module):
     r"""Grey levels 0, 1 / (levels - 1), ..., 1: each has the probability of its bin in a logistic.
 
     The location is 1/2 + raw_0. The scale is softplus(raw_1 - 2) plus a twentieth of a bin, with
-    which already all but 5e-5 of the probability is in one bin.
+    which already all but 1e-4 of the probability can be in one bin.
 
     Args:
         levels: The number of grey levels: 256 for 8 bits.
@@ -241,8 +241,8 @@ class DiscretizedLogistic(nn.Module):
         ValueError: There are fewer than two levels.
 
     References:
-        Improved Variational Inference with Inverse Autoregressive Flow (arXiv:1606.04934, section
-        on images); PixelCNN++ (arXiv:1701.05517)
+        Improved Variational Inference with Inverse Autoregressive Flow (arXiv:1606.04934);
+        PixelCNN++ (arXiv:1701.05517)
 
     Example:
         >>> likelihood = DiscretizedLogistic(256)
@@ -338,7 +338,7 @@ class DiscretizedLogisticDistribution(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         steps = self.levels - 1
-        level = (value * steps).round()
+        level = (value * float(steps)).round()
         a = ((level - 0.5) / steps - self.loc) / self.scale
         b = ((level + 0.5) / steps - self.loc) / self.scale
         above = torch.where(level == 0, 0.0, F.logsigmoid(-a))
@@ -371,7 +371,7 @@ class DiscretizedLogisticDistribution(TorchDistribution):
 
 
 class UnitGrid(constraints.Constraint):
-    """The numbers 0, 1 / (levels - 1), ..., 1, up to the rounding of their dtype.
+    """The numbers 0, 1 / (levels - 1), ..., 1, up to their rounding, to float32 at best.
 
     Args:
         levels: The number of grid points, at least two.
@@ -389,13 +389,14 @@ class UnitGrid(constraints.Constraint):
 
     def check(self, value: Tensor) -> Tensor:
         """Whether each number is on the grid."""
-        if not value.is_floating_point():
-            value = value.double()  # eight-bit arithmetic would wrap around
         steps = self.levels - 1
-        level = value * steps
-        tolerance = min(4 * torch.finfo(value.dtype).eps * steps, 0.25)
-        near = (level - level.round()).abs() <= tolerance
-        return near & (level.round() >= 0) & (level.round() <= steps)
+        level = value * float(steps)  # a float, where eight-bit integers would wrap around
+        nearest = level.round()
+        # float64 data may have been float32 before.
+        eps = max(torch.finfo(level.dtype).eps, torch.finfo(torch.float32).eps)
+        tolerance = min(4 * eps * steps, 0.25)
+        on_grid = (level - nearest).abs() <= tolerance
+        return on_grid & (nearest >= 0) & (nearest <= steps)
 
     def __repr__(self) -> str:
         return f"UnitGrid(levels={self.levels})"

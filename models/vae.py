@@ -9,14 +9,15 @@ Kingma and Welling, Auto-Encoding Variational Bayes (arXiv:1312.6114).
 __all__ = ["VAE"]
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import pyro
 from pyro.distributions import Normal, TorchDistribution
 from pyro.nn import PyroModule
-from pyro_vi.models.likelihoods import Bernoulli
 from torch import Tensor, nn
 
 from pyro_vi.families import check_sizes
+from pyro_vi.models.likelihoods import Bernoulli
 from pyro_vi.networks import MLPDecoder
 
 
@@ -38,7 +39,7 @@ class VAE(PyroModule):
             ``(likelihood.outputs, *shape)``.
 
     Raises:
-        TypeError: `latent_dim` is not an integer.
+        TypeError: `latent_dim` is not an integer, or the likelihood is not a module with `outputs`.
         ValueError: `latent_dim` is below one.
 
     References:
@@ -64,10 +65,17 @@ class VAE(PyroModule):
     ) -> None:
         super().__init__()
         check_sizes(latent_dim=latent_dim)
+        likelihood = Bernoulli() if likelihood is None else likelihood
+        if not isinstance(likelihood, nn.Module) or not hasattr(likelihood, "outputs"):
+            raise TypeError(
+                f"expected the likelihood to be a module with its number of outputs, such as "
+                f"Gaussian(0.1), got {likelihood!r}"
+            )
         self.shape = tuple(shape)
         self.latent_dim = latent_dim
-        self.likelihood = Bernoulli() if likelihood is None else likelihood
-        self.decoder = decoder(latent_dim, (self.likelihood.outputs, *self.shape))
+        self.likelihood = likelihood
+        self.shape_out = (cast(int, likelihood.outputs), *self.shape)
+        self.decoder = decoder(latent_dim, self.shape_out)
 
     def forward(self, x: Tensor) -> None:
         """The program: draws "z" and observes "x".
@@ -101,7 +109,7 @@ class VAE(PyroModule):
             ValueError: The decoder's output has another shape than it was asked for.
         """
         raw = self.decoder(z)
-        expected = (*z.shape[:-1], self.likelihood.outputs, *self.shape)
+        expected = (*z.shape[:-1], *self.shape_out)
         if tuple(raw.shape) != expected:
             raise ValueError(
                 f"expected a decoder from {tuple(z.shape)} to {expected}, got {tuple(raw.shape)}"

@@ -8,7 +8,7 @@ It knows nothing of sample sites: guides wrap it in ``pyro.sample``, and models 
 Three Gaussian families live here, from the cheapest to the richest,
 
     MeanField       N(z | m, diag(s^2))           dim + dim numbers
-    LowRank         N(z | m, diag(s^2) + F F')    dim + dim + dim * rank
+    LowRank         N(z | m, S (I + F F') S)      dim + dim + dim * rank,  S = diag(s)
     FullCovariance  N(z | m, L L')                dim + dim * (dim + 1) / 2
 
 and :mod:`pyro_vi.flows` adds normalizing flows. Each is one linear map of the context, so the
@@ -150,7 +150,7 @@ class FullCovariance(nn.Module):
 class LowRank(nn.Module):
     r"""A normal whose covariance is diagonal plus low rank: the strongest correlations for little.
 
-    .. math:: q(z \mid c) = N(z \mid m(c), \mathrm{diag}(s(c)^2) + F(c) F(c)^T)
+    .. math:: q(z \mid c) = N(z \mid m, S (I + F F^T) S), \quad S = \mathrm{diag}(s)
 
     with `m` and the matrix `F` of shape (dim, rank) linear in the context and `s` the softplus of a
     linear map, plus a floor of 1e-5. A sample costs O(dim * rank), its density O(dim * rank^2). The
@@ -202,7 +202,10 @@ class LowRank(nn.Module):
         sizes = [self.dim, self.dim, self.dim * self.rank]
         loc, raw, entries = self.head(context).split(sizes, dim=-1)
         factor = entries.unflatten(-1, (self.dim, self.rank))
-        return LowRankMultivariateNormal(loc, factor, positive(raw).square())
+        # In units of the scale: the Cholesky factor in the density is that of I + F'F, which stays
+        # well conditioned when a scale comes close to zero.
+        scale = positive(raw)
+        return LowRankMultivariateNormal(loc, scale.unsqueeze(-1) * factor, scale.square())
 
 
 def positive(raw: Tensor) -> Tensor:

@@ -247,8 +247,8 @@ class Fit:
             raise ValueError(f"{path} was made for other programs: {error}") from error
         state.freeze()
         return cls(
-            model=Program(model, state),
-            guide=Program(guide, state),
+            model=Program(model, state, "model"),
+            guide=Program(guide, state, "guide"),
             **{**{name: content[name] for name in _PLAIN}, "template": template},
         )
 

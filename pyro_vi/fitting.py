@@ -392,8 +392,8 @@ def _result(
     trained = sum(tensor.numel() for tensor in state.parameters().values())
     state.freeze()
     return Fit(
-        model=Program(model, state),
-        guide=Program(guide, state),
+        model=Program(model, state, "model"),
+        guide=Program(guide, state, "guide"),
         losses=torch.tensor(history.losses, dtype=torch.float64),
         reconstruction=torch.tensor(history.reconstruction, dtype=torch.float64),
         kl=torch.tensor(history.kl, dtype=torch.float64),

@@ -62,6 +62,7 @@ class State:
         copied = _Copy(self._modules, device)
         self._held = [(type(module), copied.attributes(module)) for module in self._modules]
         self._store: dict[str, dict[str, Any]] = {"params": {}, "constraints": {}}
+        self._frozen = {n: p for n, p in programs.items() if isinstance(p, Program)}
         self._open = False
 
     @contextmanager
@@ -147,11 +148,17 @@ class State:
             )
 
     def snapshot(self) -> dict[str, Tensor]:
-        """A copy of every tensor by name."""
-        return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
+        """A copy of every tensor by name, those of a frozen model's modules included."""
+        tensors = self.tensors()
+        for name, program in self._frozen.items():
+            for inner, tensor in program.state.snapshot().items():
+                root, dot, rest = inner.partition(".")
+                if root == program.name:
+                    tensors[f"{name}{dot}{rest}"] = tensor
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies the values of `tensors` in.
+        """Copies the values of `tensors` in; a frozen program stays as it is.
 
         Raises:
             ValueError: the names or the shapes are not this state's.
@@ -159,7 +166,7 @@ class State:
         own = self.tensors()
         if missing := sorted(own.keys() - tensors.keys()):
             raise ValueError(f"the programs have parameters that the state lacks: {missing}")
-        if unknown := sorted(tensors.keys() - own.keys()):
+        if unknown := sorted(tensors.keys() - self.snapshot().keys()):
             raise ValueError(f"the state has parameters that the programs lack: {unknown}")
         for name, tensor in own.items():
             if tensor.shape != tensors[name].shape:
@@ -200,11 +207,11 @@ class Program:
     Args:
         function: the model or guide.
         state: what it runs on.
+        name: the program's name in that state.
     """
 
-    def __init__(self, function: Callable[..., Any], state: State) -> None:
-        self.function = function
-        self.state = state
+    def __init__(self, function: Callable[..., Any], state: State, name: str) -> None:
+        self.function, self.state, self.name = function, state, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.state.installed():

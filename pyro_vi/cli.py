@@ -1,0 +1,356 @@
+"""The command line: names to objects, results to files.
+
+pyro-vi compare --data digits --out runs/digits
+pyro-vi sample runs/digits/flow.pt --num 64 --out samples.png
+"""
+
+from __future__ import annotations
+
+__all__ = ["main"]
+
+import argparse
+import difflib
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro.infer import TraceMeanField_ELBO
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from pyro_vi import __version__, checkpoint, data, networks
+from pyro_vi.comparison import Comparison, compare
+from pyro_vi.data import ImageData
+from pyro_vi.families import FullCovariance, LowRank, MeanField
+from pyro_vi.fitted import Fit
+from pyro_vi.flows import Flow
+from pyro_vi.guides import Encoder
+from pyro_vi.models import (
+    VAE,
+    Bernoulli,
+    ContinuousBernoulli,
+    DiscretizedLogistic,
+    Gaussian,
+    LearnedGaussian,
+    PixelGaussian,
+)
+
+_CONTEXT = 128  # width of the encoder's output, the families' context
+
+_DATA: dict[str, Callable[[], ImageData]] = {
+    "digits": data.digits,
+    "fashion-mnist": data.fashion_mnist,
+}
+_FAMILIES: dict[str, Callable[[int, int], nn.Module]] = {
+    "mean-field": MeanField,
+    "full-covariance": FullCovariance,
+    "low-rank": LowRank,
+    "flow": Flow,
+}
+_LIKELIHOODS: dict[str, Callable[[int], nn.Module]] = {
+    "bernoulli": lambda levels: Bernoulli(),
+    "continuous-bernoulli": lambda levels: ContinuousBernoulli(),
+    "gaussian": lambda levels: Gaussian(0.1),
+    "learned-gaussian": lambda levels: LearnedGaussian(),
+    "pixel-gaussian": lambda levels: PixelGaussian(),
+    "discretized-logistic": DiscretizedLogistic,
+}
+_NETWORKS: dict[str, tuple[Any, Any]] = {
+    "mlp": (networks.MLPEncoder, networks.MLPDecoder),
+    "conv": (networks.ConvEncoder, networks.ConvDecoder),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, or 2 for wrong input."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        options.run(options)
+    except (ValueError, TypeError, ArithmeticError, OSError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    formatter = partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=28)
+    parser = argparse.ArgumentParser(prog="pyro-vi", description=_summary())
+    parser.add_argument("--version", action="version", version=f"pyro-vi {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "compare",
+        help="fit one VAE under several variational families and judge them",
+        description="Fits one VAE under several variational families, each with its own copy of"
+        " the model, then once more with the best model frozen, so that inference alone differs."
+        " Prints both tables; leaves them, plots and every fit in the output folder.",
+        formatter_class=formatter,
+    )
+    command.set_defaults(run=_compare)
+    add = command.add_argument
+    add(
+        "--data",
+        default="digits",
+        help="digits (8x8, from scikit-learn), fashion-mnist (Debian's dataset-fashion-mnist), a"
+        " folder of IDX files, or an .npz file with arrays train and test",
+    )
+    add(
+        "--families",
+        default=",".join(_FAMILIES),
+        help="comma-separated; differences are to the first",
+    )
+    add("--latent-dim", type=int, default=6, help="dimensions of the latent z")
+    add(
+        "--likelihood",
+        default=None,
+        help=f"of a pixel: {', '.join(_LIKELIHOODS)} (default: discretized-logistic where the data"
+        " have grey levels, else gaussian)",
+    )
+    add("--binarize", action="store_true", help="draw each pixel as 0 or 1, anew in every batch")
+    add("--network", default="mlp", help=f"encoder and decoder: {', '.join(_NETWORKS)}")
+    add("--steps", type=int, default=1_500, help="gradient steps for each fit")
+    add("--batch-size", type=int, default=128, help="images in a step")
+    add("--learning-rate", type=float, default=2e-3, help="of Adam; falls to 0 along a cosine")
+    add("--seed", type=int, default=0, help="of initial weights, batches, noise and draws")
+    add(
+        "--device",
+        default="auto",
+        help="cpu, cuda, or auto: cuda where there is one",
+    )
+    add("--draws", type=int, default=1_000, help="posterior draws for each test image")
+    add("--test-images", type=int, default=1_000, help="test images to judge on, at most")
+    add("--out", type=Path, default=Path("runs/digits"), help="output folder")
+    add("--overwrite", action="store_true", help="replace the output folder if it exists")
+    add("--quiet", action="store_true", help="no progress bars")
+
+    command = commands.add_parser(
+        "sample",
+        help="draw images from a saved fit",
+        description="Draws images from a fit that `pyro-vi compare` saved.",
+        formatter_class=formatter,
+    )
+    command.set_defaults(run=_sample)
+    add = command.add_argument
+    add("fit", type=Path, help="the saved fit, such as runs/digits/flow.pt")
+    add("--num", type=int, default=64, help="how many images")
+    add("--seed", type=int, default=0, help="of the draws")
+    add("--out", type=Path, default=Path("samples.png"), help="the picture to write")
+    add("--overwrite", action="store_true", help="replace the picture if it exists")
+    return parser
+
+
+def _summary() -> str:
+    return "Fit, compare and judge variational posteriors of deep generative models."
+
+
+def _compare(options: argparse.Namespace) -> None:
+    names = [_known("family", name.strip(), _FAMILIES) for name in options.families.split(",")]
+    if len(set(names)) != len(names):
+        raise ValueError(f"expected each family once, got {options.families}")
+    if not options.learning_rate > 0:
+        raise ValueError(f"expected a positive learning rate, got {options.learning_rate}")
+    if options.test_images < 1:
+        raise ValueError(f"expected at least one test image, got {options.test_images}")
+    device = _device(options.device)
+    _check_out(options.out, options.overwrite)
+    images = _load(options.data)
+    images = replace(images, test=images.test[: options.test_images])
+    recipe = {
+        "shape": list(images.shape),
+        "levels": images.levels or 0,
+        "latent_dim": options.latent_dim,
+        "likelihood": _likelihood(options, images),
+        "network": _known("network", options.network, _NETWORKS),
+        "data": images.name,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        model = _model(recipe)
+        guides = {name: _guide({**recipe, "family": name}) for name in names}
+    options_of_fit: dict[str, Any] = {
+        "loss": TraceMeanField_ELBO(),
+        "optim": partial(torch.optim.Adam, lr=options.learning_rate),
+        "schedule": partial(CosineAnnealingLR, T_max=max(1, options.steps)),
+        "clip_norm": 100.0,
+        "steps": options.steps,
+        "batch_size": min(options.batch_size, len(images.train)),
+        "transform": data.binarize if options.binarize else None,
+        "num_samples": options.draws,
+        "seed": options.seed,
+        "device": device,
+        "progress": not options.quiet,
+    }
+    print(
+        f"{images.name}: {len(images.train):,} training images, {len(images.test):,} test images,"
+        f" shape {images.shape}; {recipe['likelihood']} likelihood, {options.latent_dim} latent"
+        f" dimensions, on {device}"
+    )
+    print("Every family trains its own copy of the model:", flush=True)
+    joint = compare(model, guides, images, **options_of_fit)
+    print(joint, flush=True)
+    best = max(joint.rows, key=lambda row: row.elbo).family
+    print(f"\nInference alone, with the model of {best} frozen:", flush=True)
+    alone = compare(joint.fits[best].model, guides, images, **options_of_fit)
+    print(alone, flush=True)
+    with _replacing(options.out) as folder:
+        _write(folder, joint, alone, recipe)
+    print(f"\nTables, plots and fits are in {options.out}")
+
+
+def _write(folder: Path, joint: Comparison, alone: Comparison, recipe: Mapping[str, Any]) -> None:
+    from pyro_vi import plots
+
+    joint.to_csv(folder / "comparison.csv")
+    alone.to_csv(folder / "inference.csv")
+    (folder / "comparison.txt").write_text(
+        f"Every family with its own copy of the model:\n{joint}\n\nInference alone, one model"
+        f" frozen:\n{alone}\n",
+        encoding="utf-8",
+    )
+    for name, fitted in joint.fits.items():
+        fitted.save(folder / f"{name}.pt", recipe={**recipe, "family": name})
+    (folder / "inference").mkdir()
+    for name, fitted in alone.fits.items():
+        fitted.save(folder / "inference" / f"{name}.pt", recipe={**recipe, "family": name})
+    few = joint.test[:10]
+    for name, figure in {
+        "losses": plots.losses(joint),
+        "reconstructions": plots.reconstructions(joint, few),
+        "samples": plots.samples(joint),
+        "posteriors": plots.posteriors(alone, few[:4]),
+        "khat": plots.khats(alone),
+    }.items():
+        figure.savefig(folder / f"{name}.png", dpi=120)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from pyro_vi import plots
+
+    if options.out.exists() and not options.overwrite:
+        raise ValueError(f"{options.out} exists; --overwrite replaces it")
+    recipe = checkpoint.load(options.fit)["recipe"]
+    if "family" not in recipe:
+        raise ValueError(f"{options.fit} was not saved by `pyro-vi compare`: load it from Python")
+    fitted = Fit.load(options.fit, _model(recipe), _guide(recipe))
+    images = fitted.generate(options.num, expected=True, seed=options.seed)["x"]
+    with tempfile.TemporaryDirectory(dir=_folder(options.out.parent)) as folder:
+        picture = Path(folder) / "samples.png"
+        plots.grid(images).savefig(picture, dpi=120)
+        picture.replace(options.out)
+    print(f"{options.num} samples of {options.fit} are in {options.out}")
+
+
+def _model(recipe: Mapping[str, Any]) -> VAE:
+    return VAE(
+        recipe["shape"],
+        recipe["latent_dim"],
+        likelihood=_LIKELIHOODS[recipe["likelihood"]](recipe["levels"]),
+        decoder=_NETWORKS[recipe["network"]][1],
+    )
+
+
+def _guide(recipe: Mapping[str, Any]) -> Encoder:
+    return Encoder(
+        recipe["shape"],
+        _FAMILIES[recipe["family"]](recipe["latent_dim"], _CONTEXT),
+        network=_NETWORKS[recipe["network"]][0],
+    )
+
+
+def _load(name: str) -> ImageData:
+    if name in _DATA:
+        return _DATA[name]()
+    path = Path(name)
+    if path.is_dir():
+        return data.idx(path)
+    if path.suffix == ".npz" or path.is_file():
+        return data.npz(path)
+    nearest = difflib.get_close_matches(name, _DATA, n=1, cutoff=0.4)
+    raise ValueError(
+        f"unknown data {name!r}: expected {', '.join(_DATA)}, a folder of IDX files or an .npz"
+        f" file{f'; did you mean {nearest[0]}?' if nearest else ''}"
+    )
+
+
+def _likelihood(options: argparse.Namespace, images: ImageData) -> str:
+    if options.likelihood is None:
+        if options.binarize:
+            return "bernoulli"
+        return "discretized-logistic" if images.levels else "gaussian"
+    name = _known("likelihood", options.likelihood, _LIKELIHOODS)
+    if name == "discretized-logistic" and not images.levels:
+        raise ValueError(
+            f"the discretized logistic needs data with grey levels; those of {images.name} are"
+            " continuous (an .npz file can say `levels`)"
+        )
+    if name == "bernoulli" and not options.binarize and images.levels != 2:
+        raise ValueError(
+            f"a Bernoulli likelihood takes 0 and 1 alone, and {images.name} has grey levels: add"
+            " --binarize, or choose continuous-bernoulli or discretized-logistic"
+        )
+    return name
+
+
+def _known(what: str, name: str, known: Mapping[str, Any]) -> str:
+    if name in known:
+        return name
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+    raise ValueError(
+        f"unknown {what} {name!r}: expected one of {', '.join(known)}"
+        f"{f'; did you mean {nearest[0]}?' if nearest else ''}"
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}: expected cpu, cuda or auto") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA here")
+    return device
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Refuses before any work is done what could not be written at its end."""
+    if out.exists():
+        if not overwrite:
+            raise ValueError(f"output folder {out} exists; --overwrite replaces it")
+        if not out.is_dir():
+            raise ValueError(f"{out} is a file, not a folder")
+        if any(out.iterdir()) and not (out / "comparison.csv").exists():
+            raise ValueError(
+                f"{out} is not a folder of pyro-vi (it has no comparison.csv): it is not replaced"
+            )
+    _folder(out.parent)
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A fresh folder that becomes `out` when all is written, and vanishes if something fails."""
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        fresh = Path(scratch) / "new"
+        fresh.mkdir()
+        yield fresh
+        if out.exists():
+            out.rename(Path(scratch) / "old")
+        fresh.rename(out)

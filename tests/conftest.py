@@ -1,0 +1,33 @@
+"""What every test starts from: the device asked for, a fixed seed, an empty parameter store."""
+
+import pyro
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the tests that take the `device` fixture put their tensors (default: cpu)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no CUDA device on this machine")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device named on the command line."""
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True)
+def clean_slate() -> None:
+    """Each test gives the same numbers alone and in any order."""
+    pyro.clear_param_store()
+    pyro.enable_validation(True)
+    torch.manual_seed(0)
