@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vi.program import seeded
+
 Data = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -85,6 +87,8 @@ class Batches:
                     " bind it to the program (functools.partial), or use batch_size=None"
                 )
             lengths[key] = len(part)
+        if not lengths:
+            raise ValueError("minibatches need data, but there are no arguments")
         if len(set(lengths.values())) != 1:
             raise ValueError(f"expected parts of one length, got {lengths}")
         return next(iter(lengths.values()))
@@ -110,10 +114,22 @@ class Batches:
         return self._arguments({key: part[index] for key, part in self.parts.items()})
 
     def head(self, size: int) -> Data:
-        """The first rows, or all of the data where they are not split, as data."""
-        if self.total is None:
-            return self._data(self.parts)
-        return self._data({key: part[:size] for key, part in self.parts.items()})
+        """A copy of the first rows, or of all data where they are not split: transformed, as data.
+
+        A view would keep all data alive, and `torch.save` would write all of them.
+        """
+        rows = slice(size if self.total is not None else None)
+        data = self._data(
+            {
+                key: part[rows].clone() if isinstance(part, Tensor) and part.dim() else part
+                for key, part in self.parts.items()
+            }
+        )
+        if self.transform is None:
+            return data
+        device = next((part.device for part in self.tensors().values()), None)
+        with seeded(0, device):  # what the transform draws is not seen outside
+            return self.transform(data)
 
     def tensors(self) -> dict[Any, Tensor]:
         """The parts that are tensors, untransformed."""

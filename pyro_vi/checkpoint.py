@@ -7,7 +7,10 @@ __all__ = ["load", "save", "write"]
 import io
 import os
 import pickle
+import re
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +29,18 @@ def save(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
 
     Raises:
         FileNotFoundError: its folder does not exist.
+        TypeError: it holds something else, which `load` would refuse; nothing is written.
     """
     buffer = io.BytesIO()
     torch.save({"format": _FORMAT, "version": _VERSION, "content": dict(content)}, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise TypeError(
+            "a saved fit holds tensors, numbers, strings, and dicts, lists and tuples of them, but"
+            f" this one has {_stranger(error)}"
+        ) from error
     write(path, buffer.getbuffer())
 
 
@@ -59,23 +71,54 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, no fit, or of another version.
+        ValueError: it is truncated, damaged, no fit, or of another version.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no saved fit at {path}")
+    _check_intact(path)
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is truncated or no saved fit: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is no saved fit: it holds {_stranger(error)} beside tensors and plain values"
+            " (nothing in it was run)"
+        ) from error
+    except (RuntimeError, ValueError, LookupError) as error:
+        raise ValueError(f"{path} is damaged or no saved fit") from error
     if not isinstance(held, dict) or held.get("format") != _FORMAT:
         raise ValueError(f"{path} is no saved fit of pyro_vi")
-    if held["version"] != _VERSION:
+    if held.get("version") != _VERSION:
         raise ValueError(
-            f"{path} is a saved fit of version {held['version']}; this release reads version"
+            f"{path} is a saved fit of version {held.get('version')}; this release reads version"
             f" {_VERSION}"
         )
     return held["content"]
+
+
+def _check_intact(path: Path) -> None:
+    """Holds every byte against the archive's checksums, which torch does not look at."""
+    with path.open("rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as error:
+            raise ValueError(f"{path} is truncated or no saved fit") from error
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: {damaged!r} in it does not match its checksum")
+
+
+def _stranger(error: Exception) -> str:
+    """The kind of object that torch refused, without torch's advice to load it all the same."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return found[1] if found else "an unknown kind of object"
 
 
 def _umask() -> int:

@@ -76,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (ValueError, TypeError, ArithmeticError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        reason = str(error).partition("\n")[0]  # without the shapes that Pyro adds
+        print(f"{parser.prog}: error: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; nothing was written", file=sys.stderr)
@@ -114,9 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--latent-dim", type=int, default=6, help="dimensions of the latent z")
     add(
         "--likelihood",
-        default=None,
-        help=f"of a pixel: {', '.join(_LIKELIHOODS)} (default: discretized-logistic where the data"
-        " have grey levels, else gaussian)",
+        default="auto",
+        help=f"of a pixel: {', '.join(_LIKELIHOODS)}, or auto: bernoulli with --binarize,"
+        " discretized-logistic where the data have grey levels, else gaussian",
     )
     add("--binarize", action="store_true", help="draw each pixel as 0 or 1, anew in every batch")
     add("--network", default="mlp", help=f"encoder and decoder: {', '.join(_NETWORKS)}")
@@ -161,12 +162,22 @@ def _compare(options: argparse.Namespace) -> None:
         raise ValueError(f"expected each family once, got {options.families}")
     if not options.learning_rate > 0:
         raise ValueError(f"expected a positive learning rate, got {options.learning_rate}")
-    if options.test_images < 1:
-        raise ValueError(f"expected at least one test image, got {options.test_images}")
+    if options.test_images < 2:
+        raise ValueError(f"expected at least two test images, got {options.test_images}")
+    if options.latent_dim < 2:
+        raise ValueError(
+            "expected at least two latent dimensions, since families differ in how they relate"
+            f" them, got {options.latent_dim}"
+        )
     device = _device(options.device)
     _check_out(options.out, options.overwrite)
     images = _load(options.data)
     images = replace(images, test=images.test[: options.test_images])
+    if len(images.test) < 2 or images.shape[0] not in (1, 3):
+        raise ValueError(
+            "expected at least two test images, of one channel or three, got"
+            f" {len(images.test)} of shape {images.shape}"
+        )
     recipe = {
         "shape": list(images.shape),
         "levels": images.levels or 0,
@@ -243,11 +254,16 @@ def _sample(options: argparse.Namespace) -> None:
     recipe = checkpoint.load(options.fit)["recipe"]
     if "family" not in recipe:
         raise ValueError(f"{options.fit} was not saved by `pyro-vi compare`: load it from Python")
-    fitted = Fit.load(options.fit, _model(recipe), _guide(recipe))
+    try:
+        model, guide = _model(recipe), _guide(recipe)
+    except KeyError as error:
+        raise ValueError(f"{options.fit} was saved by another release: {error} is new") from error
+    fitted = Fit.load(options.fit, model, guide)
     images = fitted.generate(options.num, expected=True, seed=options.seed)["x"]
+    form = options.out.suffix.lstrip(".") or "png"
     with tempfile.TemporaryDirectory(dir=_folder(options.out.parent)) as folder:
-        picture = Path(folder) / "samples.png"
-        plots.grid(images).savefig(picture, dpi=120)
+        picture = Path(folder) / "picture"
+        plots.grid(images).savefig(picture, dpi=120, format=form)
         picture.replace(options.out)
     print(f"{options.num} samples of {options.fit} are in {options.out}")
 
@@ -285,7 +301,7 @@ def _load(name: str) -> ImageData:
 
 
 def _likelihood(options: argparse.Namespace, images: ImageData) -> str:
-    if options.likelihood is None:
+    if options.likelihood == "auto":
         if options.binarize:
             return "bernoulli"
         return "discretized-logistic" if images.levels else "gaussian"
@@ -336,7 +352,16 @@ def _check_out(out: Path, overwrite: bool) -> None:
             raise ValueError(
                 f"{out} is not a folder of pyro-vi (it has no comparison.csv): it is not replaced"
             )
-    _folder(out.parent)
+        if out.is_mount():
+            raise ValueError(
+                f"{out} is a mount point, which cannot be replaced: name a folder in it"
+            )
+    above = next(folder for folder in out.resolve().parents if folder.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=above):
+            pass
+    except OSError as error:
+        raise ValueError(f"output folder {out} cannot be made: {error}") from error
 
 
 def _folder(path: Path) -> Path:
@@ -347,10 +372,16 @@ def _folder(path: Path) -> Path:
 @contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
     """A fresh folder that becomes `out` when all is written, and vanishes if something fails."""
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        fresh = Path(scratch) / "new"
+    out = out.resolve()
+    with tempfile.TemporaryDirectory(dir=_folder(out.parent), prefix=f".{out.name}.") as scratch:
+        fresh, old = Path(scratch) / "new", Path(scratch) / "old"
         fresh.mkdir()
         yield fresh
         if out.exists():
-            out.rename(Path(scratch) / "old")
-        fresh.rename(out)
+            out.rename(old)
+        try:
+            fresh.rename(out)
+        except BaseException:
+            if old.exists():
+                old.rename(out)
+            raise

@@ -100,12 +100,12 @@ class Fit:
         Raises:
             ValueError: num < 1; latents outside the plate over data points.
         """
-        if num < 1:
-            raise ValueError(f"expected at least one data point to generate, got {num}")
+        _check_count("data point to generate", num)
         rows = _rows(self.template, torch.zeros(num, dtype=torch.long))
         args, kwargs = arguments(rows)
         with seeded(seed), torch.no_grad():
             trace = poutine.trace(poutine.uncondition(self.model)).get_trace(*args, **kwargs)
+        _check_local(trace, self.plate)
         return {**_latent(trace), **_observed(trace, expected)}
 
     def reconstruct(self, data: Data, *, seed: int = 0) -> Draws:
@@ -131,8 +131,7 @@ class Fit:
         Returns:
             Draws by observed site, each of shape (S, N, ...).
         """
-        if num_samples < 1:
-            raise ValueError(f"expected at least one draw, got {num_samples}")
+        _check_count("predictive draw", num_samples)
         batches = Batches(data, batch_size=1)
         assert batches.total is not None
         repeated = _rows(data, torch.arange(batches.total).repeat(num_samples))
@@ -156,8 +155,14 @@ class Fit:
 
         Returns:
             Values by observed site, each of shape (N, ...).
+
+        Raises:
+            ValueError: no latents, too few, unknown ones, or of different lengths.
         """
-        num = len(next(iter(latents.values())))
+        lengths = {name: len(value) for name, value in latents.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"expected values of the latents, all of one length, got {lengths}")
+        num = next(iter(lengths.values()))
         rows = _rows(self.template, torch.zeros(num, dtype=torch.long))
         return self._given(latents, rows, expected=expected, seed=seed)
 
@@ -171,14 +176,19 @@ class Fit:
 
         Returns:
             Means by observed site, each of shape (num, ...).
+
+        Raises:
+            ValueError: num < 2; an end that is not one data point.
         """
-        if num < 2:
-            raise ValueError(f"expected at least two points to interpolate, got {num}")
+        _check_count("points to interpolate", num, least=2)
+        for name, data in (("start", start), ("end", end)):
+            if (total := Batches(data, batch_size=1).total) != 1:
+                raise ValueError(f"expected one data point as {name}, got {total}")
         ends = [self._encode(data, 256, seed) for data in (start, end)]
-        weight = torch.linspace(0, 1, num)
         line = {}
         for name, first in ends[0].items():
-            w = weight.to(first).reshape(-1, *[1] * (first.dim() - 1))
+            w = torch.linspace(0, 1, num, dtype=first.dtype, device=first.device)
+            w = w.reshape(-1, *[1] * (first.dim() - 1))
             line[name] = (1 - w) * first + w * ends[1][name]
         return self.decode(line, expected=True, seed=seed)
 
@@ -196,6 +206,16 @@ class Fit:
         program = poutine.condition(poutine.uncondition(self.model), data=dict(latents))
         with seeded(seed), torch.no_grad():
             trace = poutine.trace(program).get_trace(*args, **kwargs)
+        _check_local(trace, self.plate)
+        names = {
+            name
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample" and not site_is_subsample(site) and not _is_data(site)
+        }
+        if names != latents.keys():
+            raise ValueError(
+                f"expected values of the latent sites {sorted(names)}, got {sorted(latents)}"
+            )
         return _observed(trace, expected)
 
     def save(self, path: str | PathLike[str], *, recipe: Mapping[str, Any] | None = None) -> None:
@@ -205,6 +225,10 @@ class Fit:
             path: the file; it is replaced if it exists.
             recipe: plain values that tell how to build the programs again; the command line
                 stores its options there.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            TypeError: the recipe or the template holds more than tensors and plain values.
         """
         content = {
             "tensors": self.model.state.snapshot(),
@@ -243,8 +267,10 @@ class Fit:
                 Structure.of(model, guide, args, kwargs, plate=content["plate"])
             state.own_parameters()
             state.restore(content["tensors"])
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} was made for other programs: {error}") from error
+            _check_frozen(state, content["tensors"])
+        except (ValueError, TypeError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]  # without the shapes that Pyro adds
+            raise ValueError(f"{path} was made for other programs: {reason}") from error
         state.freeze()
         return cls(
             model=Program(model, state, "model"),
@@ -263,6 +289,21 @@ _PLAIN = (
     "plate",
     "template",
 )
+
+
+def _check_count(what: str, count: object, *, least: int = 1) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < least:
+        raise ValueError(
+            f"expected at least {'one' if least == 1 else least} {what}, got {count!r}"
+        )
+
+
+def _check_frozen(state: State, saved: Mapping[str, Tensor]) -> None:
+    """A frozen model is not restored: it must hold what the file does."""
+    own = state.tensors()
+    for name, tensor in state.snapshot().items():
+        if name not in own and not torch.equal(tensor.cpu(), saved[name]):
+            raise ValueError(f"the frozen model has other values of {name!r}")
 
 
 def _rows(data: Data, index: Tensor) -> Data:
@@ -287,9 +328,7 @@ def _latent(trace: Trace) -> Draws:
     return {
         name: site["value"]
         for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and not site_is_subsample(site)
-        and not site["infer"].get("was_observed")
+        if site["type"] == "sample" and not site_is_subsample(site) and not _is_data(site)
     }
 
 
@@ -298,5 +337,20 @@ def _observed(trace: Trace, expected: bool) -> Draws:
     return {
         name: site["fn"].mean if expected else site["value"]
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and site["infer"].get("was_observed")
+        if site["type"] == "sample" and _is_data(site)
     }
+
+
+def _is_data(site: Mapping[str, Any]) -> bool:
+    return bool(site["infer"].get("was_observed"))
+
+
+def _check_local(trace: Trace, plate: str) -> None:
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        if not any(frame.name == plate for frame in site["cond_indep_stack"]):
+            raise ValueError(
+                f"data points are generated one by one, from sites inside plate {plate!r}, but"
+                f" {name!r} stands outside it"
+            )

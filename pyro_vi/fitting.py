@@ -27,6 +27,7 @@ from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -224,7 +225,8 @@ class _LastSite(Messenger):
         self.name = "the start"
 
     def _pyro_sample(self, msg: Any) -> None:
-        self.name = f"site {msg['name']!r}"
+        if not site_is_subsample(msg):
+            self.name = f"site {msg['name']!r}"
 
 
 class _Engine(SVI):
@@ -323,8 +325,10 @@ class _Heldout:
                 f" {structure.plate!r}: with a global latent, q(theta | training data) bounds"
                 " nothing on other data"
             )
-        size = training.batch_size
         device = next(iter(training.tensors().values())).device
+        whole = Batches(data, device=device)
+        rows = len(next(iter(whole.tensors().values()), ()))
+        size = None if training.batch_size is None else max(1, min(training.batch_size, rows))
         self._batches = Batches(data, batch_size=size, transform=training.transform, device=device)
         self._svi = SVI(model, guide, PyroOptim(torch.optim.SGD, {}), loss)
         self._state, self._seed, self._structure = state, seed, structure

@@ -45,6 +45,7 @@ import pyro.poutine as poutine
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -66,17 +67,20 @@ _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _WIDTH = 12.0  # inches; 1,200 pixels at the usual 100 dpi
 _MASSES = (0.9, 0.5)  # of a density, inside its contours
 _GREYS = ("0.9", "0.75")  # of the exact posterior, for the same masses
+_FAR = 1e6  # beyond every axis
 _POINTS = 1_000  # of a smoothed curve
 _CELLS = 80  # of a grid, along each axis
+_PASSES = 10  # at most, until a grid holds a density
 _BLOCKS = 4  # panels side by side
 
 
 def losses(result: Comparison) -> Figure:
     """The bound against steps: training losses with the sign turned, so that higher is better.
 
-    A strong line is the running median over 1/50 of the steps, and the raw values stand faint
+    A strong line is the running median over 1/20 of the steps, and the raw values stand faint
     behind it; markers are bounds on held-out data, where the fits have some. The y-axis shows the
-    second half of training (its 1st to 99th percentile), so that the first steps run out of it.
+    second half of training (its 5th to 95th percentile and a margin), so that the first steps, and
+    single bad ones, run out of it.
 
     Args:
         result: what `compare` returned. Training bounds are at the step's KL weight, held-out
@@ -88,27 +92,27 @@ def losses(result: Comparison) -> Figure:
     figure = Figure(figsize=(_WIDTH, 5.5), layout="constrained")
     axes = _plain(figure.add_subplot())
     longest = max(len(fit.losses) for fit in result.fits.values())
-    window = max(1, longest // 50) | 1
+    window = max(1, longest // 20) | 1
     shown: list[float] = []
     for (family, fit), colour in zip(result.fits.items(), _colours(result), strict=True):
         bound = -_array(fit.losses)
         steps = np.arange(1, len(bound) + 1)
         axes.plot(steps, bound, color=colour, alpha=0.15, linewidth=0.6, zorder=1)
         axes.plot(*_running_median(bound, window), color=colour, linewidth=2, label=family)
-        shown += np.percentile(bound[len(bound) // 2 :], (1, 99)).tolist()
+        shown += np.percentile(bound[len(bound) // 2 :], (5, 95)).tolist()
         heldout = _array(fit.heldout)
         axes.plot(*heldout.T, "o", color=colour, markeredgecolor="white", zorder=4)
         shown += heldout[heldout[:, 0] > len(bound) / 2, 1].tolist()
     low, high = min(shown), max(shown)
     if low < high:
-        axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
-    axes.set_xlim(0, longest)
+        axes.set_ylim(low - 0.25 * (high - low), high + 0.25 * (high - low))
+    axes.set_xlim(0, 1.01 * longest)
     smoothed = f"\nrunning median over {window} steps" if window > 1 else ""
     axes.set(xlabel="step", ylabel=f"bound (nats per data point){smoothed}")
-    handles = axes.get_legend_handles_labels()[0]
+    handles: list[Any] = list(axes.get_legend_handles_labels()[0])
     if any(len(fit.heldout) for fit in result.fits.values()):
         handles.append(Line2D([], [], color="0.4", marker="o", ls="", label="on held-out data"))
-    axes.legend(handles=handles, loc="lower right", frameon=False)
+    _legend(figure, handles)
     return figure
 
 
@@ -140,7 +144,7 @@ def reconstructions(result: Comparison, images: Tensor, *, seed: int = 0) -> Fig
         figsize=(2 + num * size, 0.2 + len(rows) * size * height / width), layout="constrained"
     )
     for number, (name, row) in enumerate(rows.items(), start=1):
-        axes = figure.add_subplot(len(rows), 1, number)
+        axes = figure.add_subplot(len(rows), 1, number, anchor="W")
         _show(axes, row, columns=num)
         axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
     return figure
@@ -174,7 +178,10 @@ def samples(result: Comparison, *, num: int = 36, seed: int = 0) -> Figure:
     down = math.ceil(len(blocks) / across)
     size = min(4.5, _WIDTH / across)
     tall = math.ceil(num / columns) * first.shape[2] / (columns * first.shape[3])
-    figure = Figure(figsize=(across * size, down * (size * tall + 0.4)), layout="constrained")
+    figure = Figure(
+        figsize=(across * size, down * (size * tall + 0.3)),
+        layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.05),
+    )
     for number, (name, block) in enumerate(blocks.items(), start=1):
         axes = figure.add_subplot(down, across, number)
         _show(axes, block, columns=columns)
@@ -183,15 +190,15 @@ def samples(result: Comparison, *, num: int = 36, seed: int = 0) -> Figure:
 
 
 def posteriors(
-    result: Comparison, images: Tensor, *, num_samples: int = 1_000, seed: int = 0
+    result: Comparison, images: Tensor, *, num_samples: int = 4_000, seed: int = 0
 ) -> Figure:
     """What each family makes of the same image: its posterior over two latent units, overlaid.
 
-    Contours hold 50% and 90% of the mass of a Gaussian kernel estimate from draws of q(z | x) (its
-    bandwidth, by Scott's rule, makes them about 5% too wide at 1,000 draws). For each image the
-    two units are those with the largest absolute correlation under any family: there a mean-field
-    family, whose units are independent, can miss the most. If the model has exactly two latent
-    units, its exact posterior p(z | x), from log p(x, z) on a grid, stands in grey behind.
+    Contours hold 50% and 90% of the mass of a Gaussian kernel estimate from draws of q(z | x); the
+    estimate keeps the draws' mean and covariance. For each image the two units are those with the
+    largest absolute correlation under any family: there a mean-field family, whose units are
+    independent, can miss the most. If the model has exactly two latent units, its exact posterior
+    p(z | x), from log p(x, z) on a grid, stands in grey behind.
 
     The families must share one model. Where each has trained its own copy, unit 3 of one is not
     unit 3 of another (latents are learned up to rotations and the like), and to draw them over one
@@ -215,6 +222,10 @@ def posteriors(
         TypeError: `images` is not a floating-point tensor.
         ValueError: another shape; too few draws; fewer than two latent units; fits that do not
             take one tensor; or families that do not share a model.
+
+    References:
+        West, "Approximating posterior distributions by mixtures", Journal of the Royal Statistical
+        Society B 55(2), 1993: the kernel estimate.
     """
     _checked(images)
     if num_samples < 21:
@@ -240,7 +251,7 @@ def posteriors(
     )
     for index in range(across * down):
         row, column = divmod(index, across)
-        picture, axes = panels[2 * row, column], _plain(panels[2 * row + 1, column])
+        picture, axes = panels[2 * row, column], _plain(panels[2 * row + 1, column], ticks=5)
         if index >= count:
             picture.remove()
             axes.remove()
@@ -264,13 +275,7 @@ def posteriors(
     ]
     if len(units) == 2:
         handles.append(Patch(facecolor=_GREYS[1], label="exact posterior"))
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=len(handles),
-        frameon=False,
-        title="contours: 50% and 90% of the mass",
-    )
+    _legend(figure, handles, title="contours: 50% and 90% of the mass")
     return figure
 
 
@@ -278,8 +283,9 @@ def khats(result: Comparison) -> Figure:
     """How far each family's draws can be trusted: the share of test data below each k-hat.
 
     Left of the bound (`diagnostics.khat_threshold`) the draws can be reweighted to the exact
-    posterior. The legend gives the share of the data that lies right of it. A k-hat of `-inf`
-    (constant weights) or `inf` (no fit) stands at the edge of the figure.
+    posterior. The legend gives the share of the data that lies right of it. The axis ends at 1.5
+    (above 1 the weights have no mean at all): a curve that leaves below 100% has the rest beyond,
+    and one that enters above 0% has k-hats of `-inf`, from constant weights.
 
     Args:
         result: what `compare` returned.
@@ -290,34 +296,39 @@ def khats(result: Comparison) -> Figure:
     figure = Figure(figsize=(_WIDTH, 5.5), layout="constrained")
     axes = _plain(figure.add_subplot())
     bound = khat_threshold(result.num_samples)
-    values = {family: np.sort(points.khat) for family, points in result.points.items()}
-    finite = np.concatenate([khat[np.isfinite(khat)] for khat in values.values()])
-    low, high = min(finite.min(initial=0), 0.0), max(finite.max(initial=1), 1.0)
-    edges = low - 0.04 * (high - low), high + 0.04 * (high - low)
-    for (family, khat), colour in zip(values.items(), _colours(result), strict=True):
-        share = np.arange(len(khat) + 1) / len(khat)
-        steps = np.concatenate([[edges[0]], khat.clip(*edges)])
-        above = float(np.mean(khat > bound))
+    low, high = 0.0, 1.0
+    for (family, points), colour in zip(result.points.items(), _colours(result), strict=True):
+        khat = np.sort(points.khat)
+        finite = khat[np.isfinite(khat)]
+        low, high = finite.min(initial=low), finite.max(initial=high)
+        share = np.arange(len(khat) + 2) / len(khat)
+        share[-1] = 1.0
         axes.plot(
-            steps,
+            np.concatenate([[-_FAR], khat.clip(-_FAR, _FAR), [_FAR]]),
             share,
             drawstyle="steps-post",
             color=colour,
             linewidth=2,
-            label=f"{family}: {above:.0%} above",
+            label=f"{family}: {float(np.mean(khat > bound)):.0%} above the bound",
         )
     axes.axvline(bound, color="0.3", linestyle="--", linewidth=1)
-    axes.annotate(
+    axes.text(
+        bound,
+        1.01,
         f"bound {bound:.2f}",
-        (bound, 0.02),
-        xytext=(-6, 0),
-        textcoords="offset points",
-        ha="right",
+        transform=axes.get_xaxis_transform(),
+        ha="center",
+        va="bottom",
         color="0.3",
     )
-    axes.set(xlim=edges, ylim=(0, 1.02), xlabel="k-hat", ylabel="test data with at most this k-hat")
+    axes.set(
+        xlim=(max(low - 0.05, -0.5), min(high + 0.05, 1.5)),
+        ylim=(0, 1.01),
+        xlabel="k-hat",
+        ylabel="share of test data up to this k-hat",
+    )
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(loc="best", frameon=False)
+    _legend(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 
@@ -359,11 +370,19 @@ def _colours(result: Comparison) -> list[str]:
     return [_PALETTE[index % len(_PALETTE)] for index in range(len(result.fits))]
 
 
-def _plain(axes: Axes) -> Axes:
+def _plain(axes: Axes, *, ticks: int = 8) -> Axes:
+    """Axes without a frame, with at most so many ticks."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]))
     return axes
+
+
+def _legend(figure: Figure, handles: list[Any], title: str | None = None) -> None:
+    columns = min(len(handles), 5)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, title=title
+    )
 
 
 def _limit(axes: Axes, points: Array) -> None:
@@ -443,8 +462,8 @@ def _running_median(values: Array, window: int) -> tuple[Array, Array]:
     window = min(window, len(values))
     windows = sliding_window_view(values, window)
     keep = slice(None, None, math.ceil(len(windows) / _POINTS))
-    centres = np.arange(len(windows)) + (window + 1) / 2
-    return centres[keep], np.asarray(np.median(windows[keep], axis=1), dtype=np.float64)
+    centres: Array = np.arange(len(windows), dtype=np.float64) + (window + 1) / 2
+    return centres[keep], np.median(windows[keep], axis=1)
 
 
 # Latent units
@@ -461,7 +480,7 @@ def _unit_names(draws: Mapping[str, Tensor]) -> list[str]:
 
 def _flat(draws: Mapping[str, Tensor]) -> Array:
     """Draws by site as one array (S, n, D) of D units."""
-    return _array(torch.cat([values.double().flatten(2) for values in draws.values()], dim=-1))
+    return _array(torch.cat([v.double().reshape(*v.shape[:2], -1) for v in draws.values()], dim=-1))
 
 
 def _most_correlated(draws: Iterable[Array]) -> tuple[int, int]:
@@ -509,19 +528,22 @@ def _check_shared(result: Comparison, images: Tensor, draws: Mapping[str, Tensor
 
 
 def _kernel_density(draws: Array) -> Density:
-    """A Gaussian kernel estimate from draws (S, 2), with Scott's bandwidth.
+    """A Gaussian kernel estimate from draws (S, 2), with their mean and covariance.
 
     In coordinates that make the draws white the kernel is a product, and the density on a grid one
-    product of matrices; mapped back, the grid leans as the draws do.
+    product of matrices; mapped back, the grid leans as the draws do. Kernels of width h alone would
+    widen it by a factor sqrt(1 + h^2), by which West's estimate shrinks draws and kernels.
     """
     centre = draws.mean(axis=0)
     covariance = np.cov(draws, rowvar=False)
     scale = np.linalg.cholesky(covariance + np.eye(2) * (1e-9 * covariance.trace() + 1e-30))
-    white = np.linalg.solve(scale, (draws - centre).T)  # (2, S)
-    bandwidth = len(draws) ** (-1 / 6)
-    axes = [np.linspace(w.min() - 3 * bandwidth, w.max() + 3 * bandwidth, _CELLS) for w in white]
+    bandwidth = 1.25 * len(draws) ** (-1 / 6)  # a little more than Scott's rule, for calm contours
+    shrink = 1 / math.sqrt(1 + bandwidth**2)
+    white = shrink * np.linalg.solve(scale, (draws - centre).T)  # (2, S)
+    width = shrink * bandwidth
+    axes = [np.linspace(w.min() - 3 * width, w.max() + 3 * width, _CELLS) for w in white]
     kernels = [
-        np.exp(-0.5 * ((axis[:, None] - w) / bandwidth) ** 2)
+        np.exp(-0.5 * ((axis[:, None] - w) / width) ** 2)
         for axis, w in zip(axes, white, strict=True)
     ]
     u, v = np.meshgrid(*axes, indexing="ij")
@@ -539,16 +561,17 @@ def _level(density: Array, mass: float) -> float:
 def _exact(
     fit: Fit, image: Tensor, draws: Mapping[str, Tensor], guesses: Array, seed: int
 ) -> Density:
-    """p(z | x) of a model with two latent units, on a grid that narrows down on its mass.
+    """p(z | x) of a model with two latent units, on a grid that closes in on its mass.
 
     The first grid spans all of the guides' draws and the prior's, so that no guide hides a mode.
+    From then on a side that cuts mass off moves out, and one that stands too far off moves in.
     """
     prior = fit.generate(1_000, seed=seed)
-    wide = torch.cat([prior[name].cpu().double().flatten(1) for name in draws], dim=-1)
+    wide = torch.cat([prior[name].cpu().double().reshape(1_000, -1) for name in draws], dim=-1)
     points = np.concatenate([guesses, wide.numpy()])
     low, high = points.min(axis=0), points.max(axis=0)
     sizes = [values[0, 0].numel() for values in draws.values()]
-    for _ in range(3):
+    for _ in range(_PASSES):
         x, y = np.meshgrid(*np.linspace(low, high, _CELLS).T, indexing="ij")
         z = torch.from_numpy(np.stack([x, y], axis=-1).reshape(-1, 2))
         latents = {
@@ -557,10 +580,15 @@ def _exact(
         }
         log_p = _log_joint(fit, image.expand(len(z), *image.shape), latents)
         density = (log_p - log_p.max()).exp().numpy().reshape(_CELLS, _CELLS)
+        rows, columns = np.nonzero(density > 1e-5)
+        first = np.array([rows.min(), columns.min()])
+        last = np.array([rows.max(), columns.max()])
+        cut = (first == 0) | (last == _CELLS - 1)
+        if not cut.any() and (last - first > _CELLS / 2).all():
+            break
         cell = (high - low) / (_CELLS - 1)
-        inside = density > 1e-5
-        low = np.array([x[inside].min(), y[inside].min()]) - cell
-        high = np.array([x[inside].max(), y[inside].max()]) + cell
+        high = low + cell * (last + np.where(last == _CELLS - 1, _CELLS / 2, 1))
+        low = low + cell * (first - np.where(first == 0, _CELLS / 2, 1))
     return x, y, density
 
 

@@ -77,7 +77,7 @@ class Posterior:
     def active_units(self) -> dict[str, npt.NDArray[np.bool_]]:
         """Whether Var_x(E_q[z]) > 0.01, by latent site and unit."""
         return {
-            name: diagnostics.active_units(values.double().mean(0).flatten(1).numpy())
+            name: diagnostics.active_units(values.double().mean(0).reshape(values.shape[1], -1).numpy())
             for name, values in self.draws.items()
         }
 

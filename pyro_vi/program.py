@@ -26,6 +26,7 @@ import pyro
 import torch
 from pyro.nn.module import _Context
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 _DEPTH = 12  # how far to look for modules behind a program
 _LIBRARIES = {"builtins", "collections", "functools", "numpy", "pyro", "torch", "weakref", "zuko"}
@@ -39,15 +40,18 @@ class State:
         programs: the programs by name, such as `{"model": model, "guide": guide}`.
         device: where the copy lives; by default where the originals live.
 
+    Raises:
+        ValueError: a lazy layer that has not seen a batch yet.
+
     Example:
         >>> import torch
         >>> layer = torch.nn.Linear(1, 1)
         >>> state = State({"model": layer})
         >>> with state.installed():
         ...     _ = torch.nn.init.constant_(layer.weight, 7.0)
-        >>> float(layer.weight.detach()) == 7.0
+        >>> layer.weight.item() == 7.0
         False
-        >>> float(state.tensors()["model.weight"])
+        >>> state.tensors()["model.weight"].item()
         7.0
     """
 
@@ -59,8 +63,15 @@ class State:
         for name, program in programs.items():
             self._roots.update(_reach(program, name, seen=_all_modules(self._roots.values())))
         self._modules = list(_all_modules(self._roots.values()).values())
+        for root, module in self._roots.items():
+            for name, parameter in module.named_parameters(prefix=root):
+                if is_lazy(parameter):
+                    raise ValueError(
+                        f"parameter {name!r} has no shape yet: call lazy layers once on a batch"
+                        " before they are fitted"
+                    )
         copied = _Copy(self._modules, device)
-        self._held = [(type(module), copied.attributes(module)) for module in self._modules]
+        self._held = [copied.attributes(module) for module in self._modules]
         self._store: dict[str, dict[str, Any]] = {"params": {}, "constraints": {}}
         self._frozen = {n: p for n, p in programs.items() if isinstance(p, Program)}
         self._open = False
@@ -72,7 +83,7 @@ class State:
             yield
             return
         self._open = True
-        before = [(type(module), module.__dict__) for module in self._modules]
+        before = [module.__dict__ for module in self._modules]
         try:
             self._install(self._held)
             with (
@@ -80,17 +91,18 @@ class State:
                 pyro.get_param_store().scope(self._store),  # type: ignore[arg-type]
                 _default_device(self.device),
             ):
-                yield
+                try:
+                    yield
+                finally:  # scope() keeps nothing of a run that ends in an error
+                    self._store.update(pyro.get_param_store().get_state())  # type: ignore[arg-type]
         finally:
-            self._held = [(type(module), module.__dict__) for module in self._modules]
+            self._held = [module.__dict__ for module in self._modules]
             self._install(before)
             self._open = False
 
-    def _install(self, held: Iterable[tuple[type, dict[str, Any]]]) -> None:
-        for module, (kind, attributes) in zip(self._modules, held, strict=True):
+    def _install(self, held: Iterable[dict[str, Any]]) -> None:
+        for module, attributes in zip(self._modules, held, strict=True):
             object.__setattr__(module, "__dict__", attributes)
-            if type(module) is not kind:  # lazy layers change their class at the first call
-                object.__setattr__(module, "__class__", kind)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every parameter (unconstrained) and buffer by name, modules first, each tensor once."""
