@@ -41,6 +41,7 @@ from pyro_vi.models import (
     LearnedGaussian,
     PixelGaussian,
 )
+from pyro_vi.scaling import warmup
 
 _CONTEXT = 128  # width of the encoder's output, the families' context
 
@@ -121,7 +122,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--binarize", action="store_true", help="draw each pixel as 0 or 1, anew in every batch")
     add("--network", default="mlp", help=f"encoder and decoder: {', '.join(_NETWORKS)}")
-    add("--steps", type=int, default=1_500, help="gradient steps for each fit")
+    add(
+        "--steps",
+        type=int,
+        default=1_500,
+        help="gradient steps for each fit; the KL is warmed up over the first fifth",
+    )
     add("--batch-size", type=int, default=128, help="images in a step")
     add("--learning-rate", type=float, default=2e-3, help="of Adam; falls to 0 along a cosine")
     add("--seed", type=int, default=0, help="of initial weights, batches, noise and draws")
@@ -132,7 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--draws", type=int, default=1_000, help="posterior draws for each test image")
     add("--test-images", type=int, default=1_000, help="test images to judge on, at most")
-    add("--out", type=Path, default=Path("runs/digits"), help="output folder")
+    add("--threads", type=int, default=1, help="of the CPU; small networks gain nothing from more")
+    add("--out", type=Path, default="runs/DATA", help="output folder")
     add("--overwrite", action="store_true", help="replace the output folder if it exists")
     add("--quiet", action="store_true", help="no progress bars")
 
@@ -169,7 +176,12 @@ def _compare(options: argparse.Namespace) -> None:
             "expected at least two latent dimensions, since families differ in how they relate"
             f" them, got {options.latent_dim}"
         )
+    if options.threads < 1:
+        raise ValueError(f"expected at least one thread, got {options.threads}")
+    torch.set_num_threads(options.threads)
     device = _device(options.device)
+    if options.out == Path("runs/DATA"):
+        options.out = Path("runs") / Path(options.data).stem
     _check_out(options.out, options.overwrite)
     images = _load(options.data)
     images = replace(images, test=images.test[: options.test_images])
@@ -194,7 +206,8 @@ def _compare(options: argparse.Namespace) -> None:
         "loss": TraceMeanField_ELBO(),
         "optim": partial(torch.optim.Adam, lr=options.learning_rate),
         "schedule": partial(CosineAnnealingLR, T_max=max(1, options.steps)),
-        "clip_norm": 100.0,
+        # Without it the families collapse to different numbers of active units by chance.
+        "kl_weight": warmup(max(1, options.steps // 5)),
         "steps": options.steps,
         "batch_size": min(options.batch_size, len(images.train)),
         "transform": data.binarize if options.binarize else None,
@@ -211,7 +224,7 @@ def _compare(options: argparse.Namespace) -> None:
     print("Every family trains its own copy of the model:", flush=True)
     joint = compare(model, guides, images, **options_of_fit)
     print(joint, flush=True)
-    best = max(joint.rows, key=lambda row: row.elbo).family
+    best = joint.best.family
     print(f"\nInference alone, with the model of {best} frozen:", flush=True)
     alone = compare(joint.fits[best].model, guides, images, **options_of_fit)
     print(alone, flush=True)
@@ -235,6 +248,7 @@ def _write(folder: Path, joint: Comparison, alone: Comparison, recipe: Mapping[s
     (folder / "inference").mkdir()
     for name, fitted in alone.fits.items():
         fitted.save(folder / "inference" / f"{name}.pt", recipe={**recipe, "family": name})
+    assert isinstance(joint.test, torch.Tensor)
     few = joint.test[:10]
     for name, figure in {
         "losses": plots.losses(joint),
@@ -257,7 +271,9 @@ def _sample(options: argparse.Namespace) -> None:
     try:
         model, guide = _model(recipe), _guide(recipe)
     except KeyError as error:
-        raise ValueError(f"{options.fit} was saved by another release: {error} is new") from error
+        raise ValueError(
+            f"{options.fit} was saved by another release: its recipe has or lacks {error}"
+        ) from error
     fitted = Fit.load(options.fit, model, guide)
     images = fitted.generate(options.num, expected=True, seed=options.seed)["x"]
     form = options.out.suffix.lstrip(".") or "png"
@@ -348,9 +364,11 @@ def _check_out(out: Path, overwrite: bool) -> None:
             raise ValueError(f"output folder {out} exists; --overwrite replaces it")
         if not out.is_dir():
             raise ValueError(f"{out} is a file, not a folder")
-        if any(out.iterdir()) and not (out / "comparison.csv").exists():
+        ours = {"comparison.csv", "inference.csv"}
+        if any(out.iterdir()) and not ours <= {path.name for path in out.iterdir()}:
             raise ValueError(
-                f"{out} is not a folder of pyro-vi (it has no comparison.csv): it is not replaced"
+                f"{out} is no folder that pyro-vi compare wrote (it lacks {' or '.join(sorted(ours))}):"
+                " it is not replaced"
             )
         if out.is_mount():
             raise ValueError(

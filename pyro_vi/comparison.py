@@ -16,7 +16,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ from pyro_vi.diagnostics import Estimate
 from pyro_vi.fitted import Fit
 from pyro_vi.fitting import fit
 from pyro_vi.posterior import Posterior
-from pyro_vi.program import seeded
+from pyro_vi.program import Program, State, seeded
 
 _MIN_DRAWS = 21  # fewer have no tail to fit a k-hat to
 _TRUSTED = 0.1  # share of data points whose k-hat may exceed its bound
@@ -60,9 +60,9 @@ class Row:
     elbo_difference_se: float
     evidence: float  # importance-weighted, a lower bound on log p(x) in expectation
     evidence_se: float
-    evidence_difference: float
+    evidence_difference: float  # NaN if all families share one model, and so one evidence
     evidence_difference_se: float
-    gap: float  # evidence - ELBO, an estimate of KL(q || posterior)
+    gap: float  # evidence - ELBO, an estimate of KL(q || posterior); one model: its best estimate
     gap_se: float
     reconstruction: float
     kl: float
@@ -96,6 +96,7 @@ class Comparison:
         points: the diagnostics of each test data point by family.
         test: the test data that the rows are about, transformed.
         num_samples: posterior draws for each data point.
+        shared: whether the model was frozen, so that there is one evidence for all families.
     """
 
     rows: tuple[Row, ...]
@@ -103,6 +104,12 @@ class Comparison:
     points: dict[str, PerPoint]
     test: Data
     num_samples: int
+    shared: bool
+
+    @property
+    def best(self) -> Row:
+        """The row with the highest test ELBO."""
+        return max(self.rows, key=lambda row: row.elbo)
 
     @property
     def verdict(self) -> str:
@@ -203,26 +210,45 @@ def compare(
         )
         first = points[next(iter(guides))]
         rows.append(_row(name, fitted, posterior, points[name], first))
-    return Comparison(tuple(rows), fits, points, test, num_samples)
+    shared = isinstance(model, Program) or not State({"model": model}).parameters()
+    if shared:
+        rows = _with_one_evidence(rows)
+    return Comparison(tuple(rows), fits, points, test, num_samples, shared)
+
+
+def _with_one_evidence(rows: list[Row]) -> list[Row]:
+    """The gaps to one evidence: a frozen model has one, and the highest estimate is the closest.
+
+    Each family's own estimate is a lower bound in expectation, the looser the worse the family: a
+    gap to it would flatter the worst.
+    """
+    best = max(rows, key=lambda row: row.evidence)
+    return [
+        replace(
+            row,
+            evidence_difference=math.nan,
+            evidence_difference_se=math.nan,
+            gap=best.evidence - row.elbo,
+            gap_se=row.gap_se if row is best else math.hypot(best.evidence_se, row.elbo_se),
+        )
+        for row in rows
+    ]
 
 
 def _row(name: str, fitted: Fit, posterior: Posterior, own: PerPoint, first: PerPoint) -> Row:
-    elbo = diagnostics.mean_estimate(posterior.elbo())
     evidence = diagnostics.mean_estimate(posterior.evidence())
-    gap = diagnostics.mean_estimate(posterior.kl_to_posterior())
+    elbo = diagnostics.mean_estimate(posterior.elbo())
     reconstruction = float(posterior.log_likelihood.mean())
-    elbo_difference = diagnostics.paired_difference(own.elbo, first.elbo)
-    evidence_difference = diagnostics.paired_difference(own.evidence, first.evidence)
-    bits = -float(evidence.value) / (posterior.num_observed * math.log(2))
     active = posterior.active_units().values()
+    bits = -float(evidence.value) / (posterior.num_observed * math.log(2))
     bound = diagnostics.khat_threshold(len(posterior.log_p))
     return Row(
         family=name,
         **_pair("elbo", elbo),
-        **_pair("elbo_difference", elbo_difference),
+        **_pair("elbo_difference", diagnostics.paired_difference(own.elbo, first.elbo)),
         **_pair("evidence", evidence),
-        **_pair("evidence_difference", evidence_difference),
-        **_pair("gap", gap),
+        **_pair("evidence_difference", diagnostics.paired_difference(own.evidence, first.evidence)),
+        **_pair("gap", diagnostics.mean_estimate(posterior.kl_to_posterior())),
         reconstruction=reconstruction,
         kl=reconstruction - float(elbo.value),
         bits_per_dim=bits if posterior.discrete else math.nan,
@@ -246,21 +272,21 @@ def _table(result: Comparison) -> list[str]:
     first = result.rows[0].family
 
     def error(name: str) -> Callable[[Row], str]:
-        return lambda row: f"{getattr(row, name):.2f} ± {getattr(row, name + '_se'):.2f}"
+        return lambda row: f"{getattr(row, name):.2f} ± {_short(getattr(row, name + '_se'))}"
 
     def difference(name: str) -> Callable[[Row], str]:
         return lambda row: (
             ""
             if row.family == first
-            else f"{getattr(row, name):+.2f} ± {getattr(row, name + '_se'):.2f}"
+            else f"{getattr(row, name):+.2f} ± {_short(getattr(row, name + '_se'))}"
         )
 
     lines: list[tuple[str, Callable[[Row], str]]] = [
         ("test ELBO (nats)", error("elbo")),
         (f"  minus {first}'s", difference("elbo_difference")),
         ("evidence (nats)", error("evidence")),
-        (f"  minus {first}'s", difference("evidence_difference")),
-        ("gap: evidence - ELBO", error("gap")),
+        (f"  minus {first}'s ", difference("evidence_difference")),
+        ("gap: best evidence - ELBO" if result.shared else "gap: evidence - ELBO", error("gap")),
         ("reconstruction (nats)", lambda row: f"{row.reconstruction:.2f}"),
         ("KL to the prior (nats)", lambda row: f"{row.kl:.2f}"),
         ("bits per dimension", lambda row: f"{row.bits_per_dim:.3f}"),
@@ -273,6 +299,8 @@ def _table(result: Comparison) -> list[str]:
     ]
     if any(math.isnan(row.bits_per_dim) for row in result.rows):
         lines = [line for line in lines if line[0] != "bits per dimension"]
+    if result.shared:
+        lines = [line for line in lines if line[0] != f"  minus {first}'s "]
     if len(result.rows) == 1:
         lines = [line for line in lines if "minus" not in line[0]]
     cells = [["", *(row.family for row in result.rows)]]
@@ -287,37 +315,41 @@ def _table(result: Comparison) -> list[str]:
     ]
 
 
+def _short(error: float) -> str:
+    """A standard error with two decimals, or one digit where those would show 0.00."""
+    return f"{error:.2f}" if error >= 0.01 or error == 0 else f"{error:.1g}"
+
+
 def _verdict(result: Comparison) -> str:
     ranked = sorted(result.rows, key=lambda row: -row.elbo)
     best = ranked[0]
     bound = diagnostics.khat_threshold(result.num_samples)
-    if len(ranked) == 1:
-        words = f"{best.family}: test ELBO {best.elbo:.2f} nats"
-    else:
+    words = f"{best.family}: test ELBO {best.elbo:.2f} nats"
+    if len(ranked) > 1:
         second = ranked[1]
         lead = diagnostics.paired_difference(
             result.points[best.family].elbo, result.points[second.family].elbo
         )
-        by = f"{float(lead.value):.2f} ± {float(lead.se):.2f} nats"
-        if lead.value > 2 * lead.se:
-            words = f"{best.family} has the highest test ELBO, {by} above {second.family}"
-        else:
-            words = f"{best.family} and {second.family} have the highest test ELBO ({by} apart)"
-    good = 1 - best.khat_bad
+        by = f"{float(lead.value):.2f} ± {_short(float(lead.se))} nats"
+        words = (
+            f"{best.family} has the highest test ELBO, {by} above {second.family}"
+            if lead.value > 2 * lead.se
+            else f"{best.family} and {second.family} share the highest test ELBO ({by} apart)"
+        )
     if best.khat_bad <= _TRUSTED:
         return (
-            f"{words}; trust {best.family}: its k-hat is below {bound:.2f} for {good:.0%} of the"
-            " test data."
+            f"{words}. Trust {best.family}: its k-hat is at most {bound:.2f} for"
+            f" {1 - best.khat_bad:.0%} of the test data."
         )
     safest = min(result.rows, key=lambda row: row.khat_bad)
-    other = ""
-    if safest.khat_bad <= _TRUSTED and safest is not best:
-        other = (
-            f" {safest.family} is the one whose draws can be trusted as they are (k-hat below"
-            f" {bound:.2f} for {1 - safest.khat_bad:.0%}), at {best.elbo - safest.elbo:.2f} nats"
-            " less."
-        )
+    advice = (
+        f" The draws of {safest.family} can be taken as they are (k-hat at most {bound:.2f} for"
+        f" {1 - safest.khat_bad:.0%}), at {best.elbo - safest.elbo:.2f} nats less."
+        if safest.khat_bad <= _TRUSTED
+        else f" No family here is the posterior for all data; {safest.family} comes closest"
+        f" ({1 - safest.khat_bad:.0%})."
+    )
     return (
-        f"{words}; but do not take its draws for the posterior as they are: its k-hat is above"
-        f" {bound:.2f} for {best.khat_bad:.0%} of the test data.{other}"
+        f"{words}. Its bound can be compared, but its draws are not the posterior's: k-hat is above"
+        f" {bound:.2f} for {best.khat_bad:.0%} of the test data.{advice}"
     )

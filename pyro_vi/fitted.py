@@ -265,7 +265,6 @@ class Fit:
         try:
             with seeded(0, where), state.installed(), torch.no_grad():
                 Structure.of(model, guide, args, kwargs, plate=content["plate"])
-            state.own_parameters()
             state.restore(content["tensors"])
             _check_frozen(state, content["tensors"])
         except (ValueError, TypeError, RuntimeError) as error:

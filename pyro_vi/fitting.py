@@ -381,7 +381,6 @@ def _inspect(
     if batches.transform is None:
         structure.check_support({**dict(enumerate(args)), **kwargs}, batches.tensors())
     state.check_registered()
-    state.own_parameters()
     return structure
 
 

@@ -76,9 +76,10 @@ class Posterior:
 
     def active_units(self) -> dict[str, npt.NDArray[np.bool_]]:
         """Whether Var_x(E_q[z]) > 0.01, by latent site and unit."""
+        means = {name: values.double().mean(0) for name, values in self.draws.items()}
         return {
-            name: diagnostics.active_units(values.double().mean(0).reshape(values.shape[1], -1).numpy())
-            for name, values in self.draws.items()
+            name: diagnostics.active_units(mean.reshape(len(mean), -1).numpy())
+            for name, mean in means.items()
         }
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.nn.module import _Context
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -90,6 +91,7 @@ class State:
                 pyro.settings.context(module_local_params=True),
                 pyro.get_param_store().scope(self._store),  # type: ignore[arg-type]
                 _default_device(self.device),
+                _OwnInitialValues(),
             ):
                 try:
                     yield
@@ -136,28 +138,6 @@ class State:
                         " reached from the model or the guide: make the module an attribute, a"
                         " closure variable or an argument (functools.partial) of the program"
                     )
-
-    def own_parameters(self) -> None:
-        """Makes the store's tensors this state's own.
-
-        `pyro.param("loc", tensor)` would otherwise train the caller's tensor in place.
-        """
-        with self.installed():
-            held = {id(p) for module in self._roots.values() for p in module.parameters()}
-            store = pyro.get_param_store()
-            params, limits = dict(store._params), dict(store._constraints)
-            store.clear()
-            store.set_state(
-                {
-                    "params": {
-                        name: tensor
-                        if id(tensor) in held
-                        else tensor.detach().clone().requires_grad_()
-                        for name, tensor in params.items()
-                    },
-                    "constraints": limits,
-                }
-            )
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of every tensor by name, those of a frozen model's modules included."""
@@ -216,6 +196,8 @@ class State:
 class Program:
     """A Pyro callable bound to a state: calls like the original, on its own parameters.
 
+    The original's methods are there too: `fitted.guide.encode(x)`, an autoguide's `median()`.
+
     Args:
         function: the model or guide.
         state: what it runs on.
@@ -228,6 +210,14 @@ class Program:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.state.installed():
             return self.function(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or "function" not in self.__dict__:
+            raise AttributeError(name)
+        method = getattr(type(self.function), name, None)
+        if not callable(method):
+            raise AttributeError(f"a fitted {type(self.function).__name__} has no method {name!r}")
+        return Program(partial(method, self.function), self.state, self.name)
 
     def __repr__(self) -> str:
         kind = getattr(self.function, "__name__", type(self.function).__name__)
@@ -255,6 +245,18 @@ class _StoreContext(_Context):
         self.active -= 1
         if not self.active:
             self.cache.clear()
+
+
+class _OwnInitialValues(Messenger):
+    """Keeps `pyro.param("loc", tensor)` from training the caller's tensor in place."""
+
+    def _pyro_param(self, msg: Any) -> None:
+        store = pyro.get_param_store()
+        if msg["fn"] != store.get_param or "$$$" in msg["name"] or msg["name"] in store:
+            return  # a module's own parameter, or one that exists
+        name, *rest = msg["args"]
+        if rest and isinstance(rest[0], Tensor):
+            msg["args"] = (name, rest[0].detach().clone(), *rest[1:])
 
 
 class _Copy:

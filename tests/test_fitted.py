@@ -148,6 +148,19 @@ def test_predictions_have_the_posterior_predictive_distribution(
     )
 
 
+def test_predictions_draw_latents_and_data_independently(device: torch.device) -> None:
+    """With as many observed values as latents, one stream of noise could serve for both."""
+    weight = torch.tensor([[1.5, 0.5], [-0.3, 1.0]], dtype=torch.float64)
+    model = LinearGaussian(weight, torch.zeros(2).double(), 1.0).to(device)
+    x = torch.randn(1, 2, dtype=torch.float64).to(device)
+    still = partial(torch.optim.SGD, lr=0.0)
+    fitted = fit(model, Exact(model).to(device), x, optim=still, steps=1, progress=False)
+    posterior = model.posterior(x)
+    inner = model.weight @ posterior.covariance_matrix[0] @ model.weight.T
+    draws = fitted.predict(x, 10_000)["x"][:, 0]
+    assert_moments(draws, posterior.mean[0] @ model.weight.T, inner + torch.eye(2).to(inner))
+
+
 def test_decoded_latents_are_means_or_draws(oracle: tuple[Fit, LinearGaussian, Tensor]) -> None:
     fitted, model, _ = oracle
     z = torch.randn(6, 2).to(model.weight)
@@ -164,7 +177,9 @@ def test_interpolation_is_a_line_between_posterior_means(
     fitted, model, x = oracle
     line = fitted.interpolate(x[:1], x[1:2], num=7, seed=1)["x"]
     assert line.shape == (7, 3)
-    torch.testing.assert_close(line.diff(n=2, dim=0), torch.zeros(5, 3).to(line), atol=1e-13, rtol=0)
+    torch.testing.assert_close(
+        line.diff(n=2, dim=0), torch.zeros(5, 3).to(line), atol=1e-13, rtol=0
+    )
     posterior = model.posterior(x[:2])
     exact = posterior.mean @ model.weight.T + model.bias
     inner = model.weight @ posterior.covariance_matrix[0] @ model.weight.T
@@ -313,6 +328,23 @@ def test_functions_with_parameters_are_the_same_from_their_file(tmp_path: Path) 
     assert_same_fit(fitted, loaded, x)
     assert list(pyro.get_param_store().keys()) == ["weight"]
     assert pyro.param("weight").abs().sum() == 0
+
+
+def test_tensors_that_parameters_start_from_stay_as_they_are(tmp_path: Path) -> None:
+    start = torch.zeros(2, 3)
+
+    def guide(x: Tensor) -> None:
+        gain = pyro.param("gain", start)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ gain.T, 1.0).to_event(1))
+
+    x = torch.randn(10, 3)
+    fitted = quick(local_model, guide, x)
+    fitted.save(tmp_path / "fit.pt")
+    loaded = Fit.load(tmp_path / "fit.pt", local_model, guide)
+    assert loaded.guide.state.tensors()["param.gain"].abs().min() > 0
+    assert torch.equal(start, torch.zeros(2, 3))
+    assert_same_fit(fitted, loaded, x)
 
 
 def module_programs() -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:

@@ -98,7 +98,7 @@ def test_the_store_is_private() -> None:
     assert state.tensors()["param.scale"].item() == pytest.approx(torch.tensor(0.5).log().item())
 
 
-def test_a_tensor_given_to_param_is_not_trained_in_place() -> None:
+def test_a_tensor_given_to_param_is_neither_trained_nor_marked() -> None:
     start = torch.zeros(2)
 
     def guide() -> None:
@@ -107,10 +107,27 @@ def test_a_tensor_given_to_param_is_not_trained_in_place() -> None:
     state = State({"guide": guide})
     with state.installed():
         guide()
-    state.own_parameters()
     with torch.no_grad():
         state.tensors()["param.loc"].add_(1)
-    assert bool((start == 0).all())
+    assert bool((start == 0).all()) and not start.requires_grad
+    with state.installed():
+        guide()
+    assert bool((state.tensors()["param.loc"] == 1).all())
+
+
+def test_methods_run_on_the_fits_parameters() -> None:
+    guide = AutoDiagonalNormal(normal_mean)
+    state = State({"guide": guide})
+    with state.installed():
+        guide(torch.ones(3))
+        nn.init.constant_(
+            guide.loc_unconstrained if hasattr(guide, "loc_unconstrained") else guide.loc, 4.0
+        )
+    state.freeze()
+    program = Program(guide, state, "guide")
+    assert float(program.median()["mean"]) == 4.0
+    with pytest.raises(AttributeError, match="no method 'nothing'"):
+        _ = program.nothing
 
 
 class Net(PyroModule):
