@@ -367,8 +367,8 @@ def _check_out(out: Path, overwrite: bool) -> None:
         ours = {"comparison.csv", "inference.csv"}
         if any(out.iterdir()) and not ours <= {path.name for path in out.iterdir()}:
             raise ValueError(
-                f"{out} is no folder that pyro-vi compare wrote (it lacks {' or '.join(sorted(ours))}):"
-                " it is not replaced"
+                f"{out} is not replaced: pyro-vi compare did not write it (it holds no"
+                f" {' and '.join(sorted(ours))})"
             )
         if out.is_mount():
             raise ValueError(

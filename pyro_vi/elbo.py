@@ -14,7 +14,7 @@ ELBO), and every site's term, so that a NaN can be named. The mathematics stay P
 
 from __future__ import annotations
 
-__all__ = ["told"]
+__all__ = ["Told", "told"]
 
 from typing import Any
 
@@ -117,7 +117,7 @@ def told(loss: ELBO) -> ELBO:
         >>> isinstance(told(TraceMeanField_ELBO(num_particles=3)), TraceMeanField_ELBO)
         True
     """
-    kinds: dict[type, type] = {
+    kinds: dict[type, type[Told]] = {
         Trace_ELBO: _Trace,
         TraceMeanField_ELBO: _MeanField,
         RenyiELBO: _ImportanceWeighted,
@@ -127,7 +127,9 @@ def told(loss: ELBO) -> ELBO:
         return loss
     if isinstance(loss, RenyiELBO) and loss.alpha < 0:
         raise ValueError(f"RenyiELBO of order alpha = {loss.alpha} < 0 is no lower bound")
-    ours = kind.__new__(kind)  # the same settings, without running the constructor's checks twice
+    ours: Told = kind.__new__(
+        kind
+    )  # the same settings, without running the constructor's checks twice
     ours.__dict__.update(vars(loss))
     ours.forget()
     return ours

@@ -252,7 +252,7 @@ class _Engine(SVI):
                 " fitted program is frozen)"
             )
         if not math.isfinite(loss):
-            named = self.elbo.first_nonfinite() if hasattr(self.elbo, "first_nonfinite") else None
+            named = self.told.first_nonfinite() if self.told is not None else None
             raise FloatingPointError(f"the loss is {loss}; {named or 'every site is finite'}")
         if not math.isfinite(float(torch.nn.utils.get_total_norm(gradients))):
             raise FloatingPointError(f"the loss is {loss:g}, but {_first_bad(parameters)}")
@@ -263,10 +263,10 @@ class _Engine(SVI):
 
     def terms(self, loss: float) -> tuple[float, float]:
         """Reconstruction and KL of the last step, in nats per data point."""
-        if not hasattr(self.elbo, "reconstruction"):
+        if self.told is None:
             return math.nan, math.nan
-        reconstruction = self.elbo.reconstruction() * self._outside
-        return reconstruction, self.elbo.kl(loss / self._outside) * self._outside
+        kl = self.told.kl(loss / self._outside)
+        return self.told.reconstruction() * self._outside, kl * self._outside
 
 
 def _first_bad(parameters: Iterable[Tensor]) -> str:
@@ -379,7 +379,9 @@ def _inspect(
             total=batches.total,
         )
     if batches.transform is None:
-        structure.check_support({**dict(enumerate(args)), **kwargs}, batches.tensors())
+        batch: dict[Any, Any] = {**kwargs}
+        batch.update(enumerate(args))
+        structure.check_support(batch, batches.tensors())
     state.check_registered()
     return structure
 

@@ -89,14 +89,14 @@ class State:
             self._install(self._held)
             with (
                 pyro.settings.context(module_local_params=True),
-                pyro.get_param_store().scope(self._store),  # type: ignore[arg-type]
+                pyro.get_param_store().scope(self._store),
                 _default_device(self.device),
                 _OwnInitialValues(),
             ):
                 try:
                     yield
                 finally:  # scope() keeps nothing of a run that ends in an error
-                    self._store.update(pyro.get_param_store().get_state())  # type: ignore[arg-type]
+                    self._store.update(pyro.get_param_store().get_state())
         finally:
             self._held = [module.__dict__ for module in self._modules]
             self._install(before)
@@ -235,7 +235,7 @@ class _StoreContext(_Context):
 
     def __init__(self) -> None:
         super().__init__()
-        self.param_state = {"params": {}, "constraints": {}}
+        self.param_state: dict[str, dict[str, Any]] = {"params": {}, "constraints": {}}
 
     def __enter__(self) -> None:
         self.active += 1
@@ -274,8 +274,8 @@ class _Copy:
                     self._memo[id(parameter)] = copy
             for buffer in module._buffers.values():
                 if buffer is not None and id(buffer) not in self._memo:
-                    copy = buffer.detach().clone()
-                    self._memo[id(buffer)] = copy if device is None else copy.to(device)
+                    own = buffer.detach().clone()
+                    self._memo[id(buffer)] = own if device is None else own.to(device)
 
     def attributes(self, module: nn.Module) -> dict[str, Any]:
         return {name: self._value(value) for name, value in module.__dict__.items()}

@@ -165,7 +165,7 @@ class Structure:
     def _inside_guide(self, name: str) -> bool:
         return _inside(self.guide_trace.nodes[name], self.plate)
 
-    def check_support(self, batch: Mapping[str, Tensor], data: Mapping[str, Tensor]) -> None:
+    def check_support(self, batch: Mapping[Any, Any], data: Mapping[Any, Tensor]) -> None:
         """Holds the whole of the data against the support of the site that observes them.
 
         A site is matched to its data by identity: its value is a tensor of the batch.

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyro_vi.elbo import told
+from pyro_vi.elbo import Told, told
 
 
 class SVI(pyro.infer.SVI):
@@ -63,8 +63,9 @@ class SVI(pyro.infer.SVI):
         loss_and_grads: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.elbo = told(loss) if isinstance(loss, ELBO) else None
-        super().__init__(model, guide, optim, self.elbo or loss, loss_and_grads, **kwargs)
+        evaluated = told(loss) if isinstance(loss, ELBO) else loss
+        self.told: Told | None = evaluated if isinstance(evaluated, Told) else None
+        super().__init__(model, guide, optim, evaluated, loss_and_grads, **kwargs)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One gradient step; returns the loss."""
@@ -76,12 +77,12 @@ class SVI(pyro.infer.SVI):
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
         """The loss, and the unconstrained parameters that the programs used, with gradients."""
-        if hasattr(self.elbo, "forget"):
-            self.elbo.forget()
+        if self.told is not None:
+            self.told.forget()
         with poutine.trace(param_only=True) as capture:
             loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
         store = pyro.get_param_store()
-        parameters = {}
+        parameters: dict[Tensor, None] = {}  # in order, each once
         for name, site in capture.trace.nodes.items():
             # A module's own parameter (module_local_params) is its own unconstrained value.
             value = site["value"]

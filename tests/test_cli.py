@@ -475,7 +475,7 @@ def test_a_folder_of_something_else_is_not_replaced(
     before = listing(tmp_path)
     base = ["compare", "--data", str(run.data), *TINY, "--overwrite", "--out"]
     message = refused([*base, str(tmp_path / "thesis")], capsys)
-    assert "thesis is not a folder of pyro-vi (it has no comparison.csv)" in message
+    assert "thesis is not replaced: pyro-vi compare did not write it" in message
     assert "file is a file, not a folder" in refused([*base, str(tmp_path / "file")], capsys)
     message = refused([*base, str(tmp_path / "file" / "out")], capsys)
     assert "out cannot be made: " in message
