@@ -1,0 +1,257 @@
+"""compare(): rows with known answers, verdicts that the numbers support."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pyro.infer import TraceMeanField_ELBO
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from pyro_vi import Comparison, compare, fit
+from pyro_vi.comparison import PerPoint, Row
+from pyro_vi.data import binarize
+from pyro_vi.families import FullCovariance, MeanField
+from pyro_vi.guides import Encoder
+from pyro_vi.models import VAE, LinearGaussian
+
+
+@dataclass(frozen=True)
+class Data:
+    train: Tensor
+    test: Tensor
+
+
+def linear_gaussian() -> tuple[LinearGaussian, Data]:
+    weight = torch.tensor([[1.0, 0.9], [0.9, 1.0], [0.9, 0.8], [0.5, 0.6]]).double()
+    model = LinearGaussian(weight, torch.zeros(4).double(), 0.6)
+    z, noise = torch.randn(712, 2).double(), 0.6 * torch.randn(712, 4).double()
+    x = z @ weight.T + noise
+    return model, Data(x[:512], x[512:])
+
+
+def encoder(family: nn.Module) -> Encoder:
+    return Encoder((4,), family.double(), network=lambda shape, width: nn.Identity())
+
+
+@pytest.fixture(scope="module")
+def known() -> tuple[LinearGaussian, Data, Comparison]:
+    torch.manual_seed(0)
+    model, data = linear_gaussian()
+    guides = {
+        "mean-field": encoder(MeanField(2, 4)),
+        "full covariance": encoder(FullCovariance(2, 4)),
+    }
+    result = compare(
+        model,
+        guides,
+        data,
+        loss=TraceMeanField_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1),
+        optim=partial(torch.optim.Adam, lr=0.02),
+        schedule=partial(CosineAnnealingLR, T_max=1000),
+        steps=1000,
+        batch_size=128,
+        progress=False,
+    )
+    return model, data, result
+
+
+def test_rows_hold_the_exact_answers(known: tuple[LinearGaussian, Data, Comparison]) -> None:
+    model, data, result = known
+    evidence = float(model.log_evidence(data.test).mean())
+    gap = float(model.mean_field_gap())
+    mean_field, full = result.rows
+    assert result.shared  # the model has no parameters: one evidence
+    assert full.evidence == pytest.approx(evidence, abs=0.01)
+    assert full.gap < 0.01
+    assert mean_field.gap == pytest.approx(gap, rel=0.03)
+    assert mean_field.elbo == pytest.approx(evidence - gap, abs=0.03 * gap + 4 * mean_field.elbo_se)
+    assert full.elbo_difference == pytest.approx(gap, rel=0.03)
+    assert math.isnan(full.evidence_difference) and math.isnan(full.bits_per_dim)
+    assert mean_field.elbo_difference == 0
+    for row in result.rows:
+        assert row.reconstruction - row.kl == pytest.approx(row.elbo, abs=1e-9)
+        assert (row.active_units, row.latent_units) == (2, 2)
+        assert row.parameters == result.fits[row.family].parameters
+    # k is the posterior's correlation, 0.88; its estimate from 1,000 draws sits about 0.1 lower
+    assert mean_field.khat_median == pytest.approx(0.78, abs=0.1)
+    assert full.khat_bad < 0.05 and mean_field.khat_bad > 0.5
+    assert full.ess > 900 and mean_field.ess < 300
+    assert result.best is full
+    assert result.verdict.startswith("full covariance has the highest test ELBO")
+    assert "Trust full covariance" in result.verdict
+    assert "minus mean-field's" in str(result) and "gap: best evidence - ELBO" in str(result)
+
+
+def test_the_csv_holds_every_digit(
+    known: tuple[LinearGaussian, Data, Comparison], tmp_path: Path
+) -> None:
+    result = known[2]
+    result.to_csv(tmp_path / "rows.csv")
+    with (tmp_path / "rows.csv").open(encoding="utf-8") as file:
+        read = list(csv.DictReader(file))
+    assert [line["family"] for line in read] == ["mean-field", "full covariance"]
+    for line, row in zip(read, result.rows, strict=True):
+        assert float(line["elbo"]) == row.elbo
+        assert float(line["gap_se"]) == row.gap_se
+        assert int(line["parameters"]) == row.parameters
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
+
+
+def test_a_trained_model_is_copied_and_a_fitted_one_is_frozen() -> None:
+    images = Data(torch.rand(64, 1, 4, 4).round(), torch.rand(30, 1, 4, 4).round())
+    model = VAE((1, 4, 4), 2)
+    held = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    guides = {str(i): Encoder((1, 4, 4), MeanField(2, 8)) for i in range(2)}
+    guides["1"].load_state_dict(guides["0"].state_dict())
+    options = {"steps": 5, "batch_size": 16, "num_samples": 50, "progress": False}
+    own = compare(model, guides, images, **options)
+    assert not own.shared
+    assert all(torch.equal(tensor, held[name]) for name, tensor in model.state_dict().items())
+    # two equal guides: the same initial weights, batches and noise, and so the same fit
+    assert torch.equal(own.fits["0"].losses, own.fits["1"].losses)
+    assert own.rows[1].elbo_difference == 0 and own.rows[1].evidence_difference == 0
+    assert own.rows[0].bits_per_dim == pytest.approx(
+        -own.rows[0].evidence / (16 * math.log(2)), rel=1e-12
+    )
+    frozen = compare(own.fits["0"].model, guides, images, **options)
+    assert frozen.shared
+    assert {row.parameters for row in frozen.rows} == {
+        sum(p.numel() for p in guides["0"].parameters())
+    }
+
+
+def test_families_see_the_same_batches_whatever_they_draw() -> None:
+    model, data = linear_gaussian()
+    seen: list[list[Tensor]] = []
+    for family in (MeanField(2, 4), FullCovariance(2, 4)):
+        seen.append([])
+
+        def transform(batch: Tensor, into: list[Tensor] = seen[-1]) -> Tensor:
+            into.append(batch)
+            return batch
+
+        fit(
+            model,
+            encoder(family),
+            data.train,
+            steps=6,
+            batch_size=100,
+            transform=transform,
+            progress=False,
+        )
+    batches = [[x for x in own if len(x) == 100][-6:] for own in seen]
+    assert len(batches[0]) == 6
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+def test_a_transform_reaches_the_test_data_once() -> None:
+    images = Data(torch.full((40, 1, 4, 4), 0.5), torch.full((20, 1, 4, 4), 0.5))
+    result = compare(
+        VAE((1, 4, 4), 2),
+        {"one": Encoder((1, 4, 4), MeanField(2, 8))},
+        images,
+        transform=binarize,
+        steps=2,
+        batch_size=10,
+        num_samples=30,
+        progress=False,
+    )
+    assert bool(((result.test == 0) | (result.test == 1)).all())
+    assert "minus" not in str(result)  # one family: nothing to subtract
+
+
+# ------------------------------------------------------------------------------------- the verdict
+
+
+ROW = Row(
+    family="a",
+    elbo=-10.0,
+    elbo_se=0.01,
+    elbo_difference=0.0,
+    elbo_difference_se=0.0,
+    evidence=-9.9,
+    evidence_se=0.01,
+    evidence_difference=0.0,
+    evidence_difference_se=0.0,
+    gap=0.1,
+    gap_se=0.01,
+    reconstruction=-8.0,
+    kl=2.0,
+    bits_per_dim=1.0,
+    khat_median=0.3,
+    khat_bad=0.0,
+    ess=500.0,
+    active_units=2,
+    latent_units=2,
+    parameters=10,
+    seconds_per_step=0.01,
+)
+
+
+def verdict(*rows: Row, spread: float = 0.1) -> str:
+    noise = np.random.default_rng(0).normal(size=(len(rows), 400))
+    points = {
+        row.family: PerPoint(
+            elbo=row.elbo + spread * (n - n.mean()),
+            evidence=np.zeros(400),
+            khat=np.zeros(400),
+            ess=np.ones(400),
+        )
+        for row, n in zip(rows, noise, strict=True)
+    }
+    return Comparison(rows, {}, points, torch.zeros(400), 1000, False).verdict
+
+
+def test_the_verdict_names_a_winner_only_beyond_its_error() -> None:
+    better = replace(ROW, family="b", elbo=-9.0)
+    assert verdict(ROW, better).startswith(
+        "b has the highest test ELBO, 1.00 ± 0.007 nats above a."
+    )
+    assert "b and a share the highest test ELBO" in verdict(ROW, better, spread=20.0)
+
+
+def test_the_verdict_does_not_trust_a_bad_k_hat() -> None:
+    bad = replace(ROW, family="b", elbo=-9.0, khat_bad=0.6)
+    words = verdict(ROW, bad)
+    assert "its draws are not the posterior's: k-hat is above 0.67 for 60%" in words
+    assert "The draws of a can be taken as they are (k-hat at most 0.67 for 100%)" in words
+    worse = replace(ROW, khat_bad=0.3)
+    assert "No family here is the posterior for all data; a comes closest (70%)" in verdict(
+        worse, bad
+    )
+    assert "Trust b" in verdict(ROW, replace(bad, khat_bad=0.1))
+
+
+def test_a_collapsed_posterior_is_warned_of() -> None:
+    rows = (replace(ROW, active_units=1, latent_units=4), replace(ROW, family="b"))
+    result = Comparison(rows, {}, {}, torch.zeros(1), 1000, False)
+    (warning,) = result.warnings
+    assert "a: 1 of 4 latent units are active" in warning and "collapse" in warning
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("guides", "draws", "error", "message"),
+    [
+        ({}, 50, ValueError, "at least one guide"),
+        ({"a": lambda x: None}, 0, ValueError, "at least 21 posterior draws for a k-hat, got 0"),
+        ({"a": lambda x: None}, 20, ValueError, "at least 21 posterior draws for a k-hat, got 20"),
+        ({"a": lambda x: None}, 2.5, TypeError, "whole number of posterior draws"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_training(
+    guides: dict[str, object], draws: int, error: type[Exception], message: str
+) -> None:
+    model, data = linear_gaussian()
+    with pytest.raises(error, match=message):
+        compare(model, guides, data, num_samples=draws, steps=1_000_000)

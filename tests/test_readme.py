@@ -1,0 +1,36 @@
+"""The README's Python runs as it stands, with fewer steps."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_python_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    short = code.replace('"steps": 1_500', '"steps": 5, "progress": False')
+    short = short.replace("num_samples=1_000", "num_samples=50")
+    assert short.count("5, ") and short != code
+    short = short.replace("digits, **options)", "digits, num_samples=50, **options)")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(short, str(README), "exec"), names)
+    assert names["images"].shape == (64, 1, 8, 8)
+    assert (tmp_path / "fit.pt").stat().st_size > 100_000
+    shown = capsys.readouterr().out
+    for family in ("MeanField", "FullCovariance", "LowRank", "Flow"):
+        assert family in shown
+
+
+def test_every_file_that_the_readme_names_exists() -> None:
+    text = README.read_text(encoding="utf-8")
+    named = re.findall(r"\]\(([\w/.]+)\)|`(examples/\w+\.py)`", text)
+    assert len(named) >= 7
+    for pair in named:
+        assert (README.parent / (pair[0] or pair[1])).is_file(), pair
