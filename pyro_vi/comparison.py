@@ -127,12 +127,14 @@ class Comparison:
         )
 
     def to_csv(self, path: str | PathLike[str]) -> None:
-        """Writes the rows to a file, every digit, one line per family."""
+        """Writes the rows to a file, every digit, one line per family; NaN is an empty cell."""
         names = [field.name for field in fields(Row)]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(names)
-        writer.writerows([getattr(row, name) for name in names] for row in self.rows)
+        for row in self.rows:
+            cells = [getattr(row, name) for name in names]
+            writer.writerow(["" if cell != cell else cell for cell in cells])
         checkpoint.write(path, text.getvalue().encode())
 
     def __str__(self) -> str:

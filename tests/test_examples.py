@@ -107,12 +107,15 @@ def test_vae_families_prints_two_tables_of_four_families(printed: str) -> None:
     for table in (joint, frozen):
         assert table[""] == ["mean-field", "full covariance", "low-rank", "flow"]
         elbo, evidence = row(table, "test ELBO (nats)"), row(table, "evidence (nats)")
-        gap, bits = row(table, "gap: evidence - ELBO"), row(table, "bits per dimension")
+        own = table is joint  # one evidence serves all families of a frozen model
+        gap = row(table, "gap: evidence - ELBO" if own else "gap: best evidence - ELBO")
+        bits = row(table, "bits per dimension")
         rounding = 0.0051
         for i in range(4):
             # Jensen's inequality holds for the very draws: no Monte Carlo error here.
             assert elbo[i] <= evidence[i] + 2 * rounding
-            assert gap[i] == pytest.approx(evidence[i] - elbo[i], abs=3 * rounding)
+            closest = evidence[i] if own else max(evidence)
+            assert gap[i] == pytest.approx(closest - elbo[i], abs=3 * rounding)
             expected = -evidence[i] / (64 * math.log(2))
             assert bits[i] == pytest.approx(expected, abs=0.0006 + rounding / 44)
         (label,) = (label for label in table if label.startswith("k-hat above"))
