@@ -89,6 +89,38 @@ def test_the_gap_on_a_linear_gaussian_model_is_the_closed_form(
     assert abs(estimated - gap) < 0.02
 
 
+def test_low_rank_reaches_a_posterior_that_is_diagonal_plus_rank_two() -> None:
+    """Built backwards: P^-1 = D + FF' in five dimensions, where mean-field keeps a gap."""
+    d = torch.tensor([0.2, 0.25, 0.15, 0.3, 0.2]).double()
+    f = torch.tensor([[0.5, 0.1], [-0.4, 0.3], [0.3, 0.4], [0.2, -0.5], [-0.3, 0.2]]).double()
+    precision = torch.linalg.inv(d.diag() + f @ f.T)
+    scale = 0.5
+    weight = torch.linalg.cholesky((precision - torch.eye(5)) * scale**2).T  # W'W = s^2 (P - I)
+    model = LinearGaussian(weight, torch.zeros(5).double(), scale)
+    covariance = model.posterior(torch.zeros(1, 5).double()).covariance_matrix[0]
+    assert torch.allclose(covariance, d.diag() + f @ f.T)
+    z, noise = torch.randn(712, 5).double(), scale * torch.randn(712, 5).double()
+    x = z @ weight.T + noise
+    gaps = {}
+    for rank, family in ((0, MeanField(5, 5)), (2, LowRank(5, 5, rank=2))):
+        fitted = fit(
+            model,
+            Encoder((5,), family.double(), network=identity),
+            x[:512],
+            loss=TraceMeanField_ELBO(
+                num_particles=4, vectorize_particles=True, max_plate_nesting=1
+            ),
+            optim=partial(torch.optim.Adam, lr=0.02),
+            schedule=partial(CosineAnnealingLR, T_max=2000),
+            steps=2000,
+            batch_size=128,
+        )
+        elbo = fitted.posterior(x[512:], 1000).elbo().value
+        gaps[rank] = float(model.log_evidence(x[512:]).mean() - elbo.mean())
+    assert gaps[0] == pytest.approx(float(model.mean_field_gap()), rel=0.03)
+    assert abs(gaps[2]) < 0.01 < gaps[0]
+
+
 def test_a_global_latent_from_minibatches_reaches_the_conjugate_posterior() -> None:
     x = torch.randn(60).double() + 1.5
     precision = 1 / 4 + 60
