@@ -203,16 +203,13 @@ class Fit:
         self, latents: Mapping[str, Tensor], rows: Data, *, expected: bool, seed: int
     ) -> Draws:
         args, kwargs = arguments(rows)
+        here = next(part.device for part in (*args, *kwargs.values()) if isinstance(part, Tensor))
+        latents = moved(latents, here)  # posterior draws are on the CPU
         program = poutine.condition(poutine.uncondition(self.model), data=dict(latents))
         with seeded(seed), torch.no_grad():
             trace = poutine.trace(program).get_trace(*args, **kwargs)
         _check_local(trace, self.plate)
-        names = {
-            name
-            for name, site in trace.nodes.items()
-            if site["type"] == "sample" and not site_is_subsample(site) and not _is_data(site)
-        }
-        if names != latents.keys():
+        if (names := _latent(trace).keys()) != latents.keys():
             raise ValueError(
                 f"expected values of the latent sites {sorted(names)}, got {sorted(latents)}"
             )

@@ -21,22 +21,20 @@ from copy import copy
 from functools import partial
 from typing import Any
 
-import pyro
 import torch
-from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
+from pyro.infer import ELBO, Trace_ELBO
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from pyro_vi.batches import Batches, Data
+from pyro_vi.engine import Engine, Scaling
 from pyro_vi.fitted import Fit
 from pyro_vi.program import Program, State, seeded
-from pyro_vi.scaling import KLWeight, PerDataPoint, Structure, check_weight
+from pyro_vi.scaling import Structure, check_weight
 from pyro_vi.svi import SVI, OneOptimizer
 
 log = logging.getLogger(__name__)
@@ -142,8 +140,8 @@ def fit(
         stream = batches.shuffled(seed)
         structure = _inspect(model, guide, batches, state, plate)
         evaluate = _Heldout(model, guide, loss, heldout, batches, structure, state, seed)
-        scaling = _Scaling(model, guide, loss, structure, batches, kl_weight)
-        engine = _Engine(scaling, optimizer, loss)
+        scaling = Scaling(model, guide, loss, structure, kl_weight)
+        engine = Engine(scaling, optimizer, loss)
         history = _History(steps)
         result = partial(_result, model, guide, state, history, structure, batches)
         best, waited = math.inf, 0
@@ -184,100 +182,6 @@ def fit(
     return result()
 
 
-class _Scaling:
-    """The programs in nats per data point, and the factor that a bound of its own kind needs."""
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        loss: ELBO,
-        structure: Structure,
-        batches: Batches,
-        kl_weight: float | Callable[[int], float] = 1.0,
-    ) -> None:
-        self.kl, self.outside = KLWeight(), 1.0
-        self.model, self.guide = model, guide
-        if isinstance(loss, RenyiELBO):
-            # Scaled sites inside the logsumexp would be no bound: the mean is taken outside it.
-            if callable(kl_weight) or kl_weight != 1.0:
-                raise ValueError(
-                    "an importance-weighted bound (RenyiELBO) has no KL to weight: use"
-                    " Trace_ELBO with kl_weight, or kl_weight=1"
-                )
-            if structure.batch < structure.total and not structure.is_local:
-                raise ValueError(
-                    "an importance-weighted bound (RenyiELBO) of a minibatch needs every site"
-                    f" inside plate {structure.plate!r}: with a site outside it bounds nothing;"
-                    " use Trace_ELBO, or all data at once (batch_size=None)"
-                )
-            self.outside = 1 / structure.batch
-            return
-        weights = PerDataPoint(structure.plate, batch=structure.batch, total=structure.total)
-        self.model, self.guide = weights(self.kl(model)), weights(self.kl(guide))
-
-
-class _LastSite(Messenger):
-    """Remembers the last sample site, so that an error between two sites can be placed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.name = "the start"
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not site_is_subsample(msg):
-            self.name = f"site {msg['name']!r}"
-
-
-class _Engine(SVI):
-    """SVI that refuses to step on a loss or a gradient that is not finite."""
-
-    def __init__(self, scaling: _Scaling, optim: PyroOptim, loss: ELBO) -> None:
-        super().__init__(scaling.model, scaling.guide, optim, loss)
-        self._outside = scaling.outside
-        self._last = _LastSite()
-
-    @property
-    def last_site(self) -> str:
-        """The site that the last step reached."""
-        return self._last.name
-
-    def step(self, *args: Any, **kwargs: Any) -> float:
-        with self._last:
-            loss, parameters = self._evaluate(*args, **kwargs)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not gradients:
-            raise TypeError(
-                "nothing to train: no parameter of the model or the guide has a gradient (a"
-                " fitted program is frozen)"
-            )
-        if not math.isfinite(loss):
-            named = self.told.first_nonfinite() if self.told is not None else None
-            raise FloatingPointError(f"the loss is {loss}; {named or 'every site is finite'}")
-        if not math.isfinite(float(torch.nn.utils.get_total_norm(gradients))):
-            raise FloatingPointError(f"the loss is {loss:g}, but {_first_bad(parameters)}")
-        if self._outside != 1.0:
-            torch._foreach_mul_(gradients, self._outside)
-        self._update(parameters)
-        return loss * self._outside
-
-    def terms(self, loss: float) -> tuple[float, float]:
-        """Reconstruction and KL of the last step, in nats per data point."""
-        if self.told is None:
-            return math.nan, math.nan
-        kl = self.told.kl(loss / self._outside)
-        return self.told.reconstruction() * self._outside, kl * self._outside
-
-
-def _first_bad(parameters: Iterable[Tensor]) -> str:
-    store = pyro.get_param_store()
-    for parameter in parameters:
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-            name = store.param_name(parameter) or "a parameter"
-            return f"the gradient of {name.replace('$$$', '.')!r} is not finite"
-    return "the norm of the gradient is not finite"
-
-
 class _History:
     """What is kept of every step."""
 
@@ -289,7 +193,7 @@ class _History:
         self.seconds = 0.0
         self._recent = math.nan
 
-    def add(self, loss: float, engine: _Engine, weight: float, seconds: float) -> None:
+    def add(self, loss: float, engine: Engine, weight: float, seconds: float) -> None:
         reconstruction, kl = engine.terms(loss)
         self.losses.append(loss)
         self.reconstruction.append(reconstruction)
