@@ -22,14 +22,15 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyro.poutine as poutine
 
 from pyro_vi import checkpoint, diagnostics
-from pyro_vi.batches import Data, moved
+from pyro_vi.batches import Batches, Data, arguments, moved
 from pyro_vi.diagnostics import Estimate
 from pyro_vi.fitted import Fit
 from pyro_vi.fitting import fit
 from pyro_vi.posterior import Posterior
-from pyro_vi.program import Program, State, seeded
+from pyro_vi.program import State, seeded
 
 _MIN_DRAWS = 21  # fewer have no tail to fit a k-hat to
 _TRUSTED = 0.1  # share of data points whose k-hat may exceed its bound
@@ -212,10 +213,21 @@ def compare(
         )
         first = points[next(iter(guides))]
         rows.append(_row(name, fitted, posterior, points[name], first))
-    shared = isinstance(model, Program) or not State({"model": model}).parameters()
+    shared = not _is_trained(model, test)
     if shared:
         rows = _with_one_evidence(rows)
     return Comparison(tuple(rows), fits, points, test, num_samples, shared)
+
+
+def _is_trained(model: Callable[..., Any], test: Data) -> bool:
+    """Whether a run of the model uses parameters with gradients."""
+    state = State({"model": model})
+    args, kwargs = arguments(Batches(test, batch_size=1).head(2))
+    with seeded(0), state.installed():
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    return any(
+        site["value"].requires_grad for site in trace.nodes.values() if site["type"] == "param"
+    )
 
 
 def _with_one_evidence(rows: list[Row]) -> list[Row]:
@@ -352,6 +364,6 @@ def _verdict(result: Comparison) -> str:
         f" ({1 - safest.khat_bad:.0%})."
     )
     return (
-        f"{words}. Its bound can be compared, but its draws are not the posterior's: k-hat is above"
-        f" {bound:.2f} for {best.khat_bad:.0%} of the test data.{advice}"
+        f"{words}. Bounds can be compared, but the draws of {best.family} are not the posterior's:"
+        f" k-hat is above {bound:.2f} for {best.khat_bad:.0%} of the test data.{advice}"
     )

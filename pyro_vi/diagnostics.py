@@ -295,41 +295,44 @@ def mean_estimate(estimate: Estimate) -> Estimate:
     return Estimate(value.mean(), np.sqrt((se**2).sum()) / value.size)
 
 
-def active_units(
-    posterior_means: npt.ArrayLike, *, threshold: float = 0.01
-) -> npt.NDArray[np.bool_]:
+def active_units(draws: npt.ArrayLike, *, threshold: float = 0.01) -> npt.NDArray[np.bool_]:
     """Which latent dimensions the guide uses: those whose posterior mean moves with the data.
 
         unit i is active  <=>  Var_x(E_q[z_i | x]) > threshold.
 
     A dimension that has collapsed to the prior has the same posterior mean for every x. The
-    threshold is meant for a standard normal prior.
+    threshold is meant for a standard normal prior. Means of S draws vary by Var_q / S more than
+    the expectations do, which is subtracted: otherwise few draws would make every unit active.
 
     Args:
-        posterior_means: E_q[z | x] for every data point, shape (N, d), N >= 2.
+        draws: draws of z for every data point, shape (S, N, d), S >= 2, N >= 2.
         threshold: a variance, in squared units of z.
 
     Returns:
         True where active, shape (d,); its sum is the number of active units.
 
     Raises:
-        TypeError: `posterior_means` is not an array of real numbers.
-        ValueError: not two axes, fewer than 2 data points, or a value that is not finite.
+        TypeError: `draws` is not an array of real numbers.
+        ValueError: not three axes, fewer than 2 draws or data points, or a value not finite.
 
     References:
         Burda, Grosse, Salakhutdinov, "Importance weighted autoencoders", arXiv:1509.00519,
         section 5.2.
 
     Example:
-        >>> active_units([[1.0, 0.02], [-1.0, -0.02]])
+        >>> z = np.random.default_rng(0).normal(size=(100, 50, 2))  # draws from the prior
+        >>> z[:, :, 0] += np.linspace(-1, 1, 50)
+        >>> active_units(z)
         array([ True, False])
     """
-    means = _finite("posterior_means", posterior_means)
-    if means.ndim != 2 or means.shape[0] < 2:
+    values = _finite("draws", draws)
+    if values.ndim != 3 or min(values.shape[:2]) < 2:
         raise ValueError(
-            f"posterior_means: expected shape (N, d) with N >= 2 data points, got {means.shape}"
+            "draws: expected shape (S, N, d) with at least 2 draws and 2 data points, got"
+            f" {values.shape}"
         )
-    return means.var(axis=0) > threshold
+    noise = values.var(axis=0, ddof=1).mean(axis=0) / len(values)
+    return values.mean(axis=0).var(axis=0) - noise > threshold
 
 
 def paired_difference(a: npt.ArrayLike, b: npt.ArrayLike) -> Estimate:

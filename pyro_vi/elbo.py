@@ -7,8 +7,10 @@ ELBO), and every site's term, so that a NaN can be named. The mathematics stay P
 - TraceMeanField_ELBO: torch has no KL between a full or low-rank normal and an independent one,
   and would sample it: independent normals are handed to torch as what they are too, multivariate
   normals with a diagonal factor. Pyro's KL for Delta drops its log density and so is wrong under
-  autoguides: such sites are evaluated at the sample instead, which is exact. Sites in another order
-  in the model than in the guide are an error, where Pyro warns and is biased.
+  autoguides: such sites are evaluated at the sample instead, which is exact; so are sites whose
+  mask or scale differ between model and guide, of which Pyro reads the guide's alone. A latent that
+  the guide draws before one on which the model lets it depend is an error, where Pyro warns and is
+  biased.
 - RenyiELBO: scaled sites, and orders below 0, are refused, since they give no bound.
 """
 
@@ -49,7 +51,7 @@ class Told(ELBO):
 
     def reconstruction(self) -> float:
         """E_q of the observed sites' log-likelihood, scaled as the bound was."""
-        return float(sum(self._terms[key] for key in self._observed))
+        return float(sum(self._terms[key] for key in self._observed if key.startswith("model:")))
 
     def kl(self, loss: float) -> float:
         """Reconstruction minus ELBO, where `loss` is what the evaluation returned."""
@@ -76,12 +78,15 @@ class _MeanField(Told, TraceMeanField_ELBO):
         # Trace_ELBO's: TraceMeanField_ELBO's own only adds the warning that is an error here.
         model_trace, guide_trace = Trace_ELBO._get_trace(self, model, guide, args, kwargs)
         self._keep(model_trace, guide_trace)
-        _check_order(model_trace, guide_trace)
         for name, site in guide_trace.nodes.items():
             if site["type"] == "sample" and name in model_trace.nodes:
                 check_fully_reparametrized(site)  # before its distribution may be replaced
-                q, p = _with_kl(site["fn"], model_trace.nodes[name]["fn"])
-                site["fn"], model_trace.nodes[name]["fn"] = q, p
+                other = model_trace.nodes[name]
+                if _same(site["scale"], other["scale"]) and _same(site["mask"], other["mask"]):
+                    site["fn"], other["fn"] = _with_kl(site["fn"], other["fn"])
+                else:
+                    site["fn"] = _Sampled()
+        _check_order(model_trace, guide_trace)
         return model_trace, guide_trace
 
 
@@ -136,20 +141,26 @@ def told(loss: ELBO) -> ELBO:
 
 
 def _check_order(model_trace: Trace, guide_trace: Trace) -> None:
-    shared = [
-        [n for n, s in a.nodes.items() if s["type"] == "sample" and n in b.nodes]
-        for a, b in ((model_trace, guide_trace), (guide_trace, model_trace))
-    ]
-    if shared[0] != shared[1]:
-        raise ValueError(
-            "TraceMeanField_ELBO needs the latent sites in the same order in model and guide,"
-            f" but the model samples {shared[0]} and the guide {shared[1]}: reorder the guide,"
-            " or use Trace_ELBO, which needs no order"
-        )
+    """Raises ValueError where a KL in closed form is wrong.
+
+    KL(q(z) || p(z | y)) is averaged over the y of one draw, so that y must not depend on z in the
+    guide: what the model samples before z, the guide must sample before z too.
+    """
+    model = [n for n, s in model_trace.nodes.items() if s["type"] == "sample"]
+    guide = [n for n, s in guide_trace.nodes.items() if s["type"] == "sample" and n in model]
+    model = [name for name in model if name in guide]
+    for i, name in enumerate(model):
+        analytic = not isinstance(guide_trace.nodes[name]["fn"], _Sampled)
+        if analytic and not set(model[:i]) <= set(guide[: guide.index(name)]):
+            raise ValueError(
+                "TraceMeanField_ELBO needs the latent sites in the same order in model and guide,"
+                f" but the model samples {model} and the guide {guide}: reorder the guide,"
+                " or use Trace_ELBO, which needs no order"
+            )
 
 
 class _Sampled:
-    """Stands for a distribution whose KL must not be looked up: torch has none for this type."""
+    """Stands for a distribution whose KL must not be looked up, since there is none for it."""
 
     has_rsample = True
 
@@ -183,6 +194,12 @@ def _diagonal_normal(fn: Any) -> Any | None:
     return dist.MultivariateNormal(
         fn.base_dist.loc, scale_tril=torch.diag_embed(fn.base_dist.scale)
     )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two scales or masks are one: None masks nothing."""
+    a, b = (torch.as_tensor(True if x is None else x) for x in (a, b))
+    return a is b or bool((a == b).all())
 
 
 def _is_one(scale: Any) -> bool:

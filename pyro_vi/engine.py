@@ -36,7 +36,7 @@ class Scaling:
         structure: Structure,
         kl_weight: float | Callable[[int], float] = 1.0,
     ) -> None:
-        self.kl, self.outside = KLWeight(), 1.0
+        self._kl, self.outside = (KLWeight(), KLWeight(guide=True)), 1.0
         self.model, self.guide = model, guide
         if isinstance(loss, RenyiELBO):
             # Scaled sites inside the logsumexp would be no bound: the mean is taken outside it.
@@ -54,7 +54,12 @@ class Scaling:
             self.outside = 1 / structure.batch
             return
         weights = PerDataPoint(structure.plate, batch=structure.batch, total=structure.total)
-        self.model, self.guide = weights(self.kl(model)), weights(self.kl(guide))
+        self.model, self.guide = weights(self._kl[0](model)), weights(self._kl[1](guide))
+
+    def weigh_kl(self, weight: float) -> None:
+        """Sets the KL weight of the next step."""
+        for handler in self._kl:
+            handler.weight = weight
 
 
 class _LastSite(Messenger):

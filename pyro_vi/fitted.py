@@ -89,6 +89,9 @@ class Fit:
     def generate(self, num: int, *, expected: bool = False, seed: int = 0) -> Draws:
         """Data points from the model's prior, with their latents.
 
+        The model is called with the first row of the training data, repeated: covariates are that
+        row's, observed values are drawn.
+
         Args:
             num: how many.
             expected: observed sites' means given the latents, instead of draws.
@@ -330,11 +333,15 @@ def _latent(trace: Trace) -> Draws:
 
 def _observed(trace: Trace, expected: bool) -> Draws:
     """Values or means of the sites that the program observes (`poutine.uncondition` marks them)."""
-    return {
+    found = {
         name: site["fn"].mean if expected else site["value"]
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and _is_data(site)
     }
+    for name, value in found.items():
+        if expected and bool(value.isnan().any()):
+            raise ValueError(f"site {name!r} has no mean: ask for draws (expected=False)")
+    return found
 
 
 def _is_data(site: Mapping[str, Any]) -> bool:

@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
@@ -34,7 +34,7 @@ from pyro_vi.batches import Batches, Data
 from pyro_vi.engine import Engine, Scaling
 from pyro_vi.fitted import Fit
 from pyro_vi.program import Program, State, seeded
-from pyro_vi.scaling import Structure, check_weight
+from pyro_vi.scaling import PerDataPoint, Structure, check_weight
 from pyro_vi.svi import SVI, OneOptimizer
 
 log = logging.getLogger(__name__)
@@ -84,9 +84,10 @@ def fit(
         guide: a callable of the same arguments that samples the model's latent sites; autoguides
             too.
         data: a tensor (`model(data)`), a tuple (`model(*data)`) or a dict (`model(**data)`).
-        loss: one of Pyro's ELBOs; `Trace_ELBO()` by default.
+        loss: one of Pyro's ELBOs, not a Jit one; `Trace_ELBO()` by default.
         optim: a Pyro optimizer, or a callable that makes a torch optimizer from parameters;
-            `partial(torch.optim.Adam, lr=1e-3)` by default.
+            `partial(torch.optim.Adam, lr=1e-3)` by default. A Pyro scheduler is stepped after
+            every step.
         steps: gradient steps, at least 1.
         batch_size: rows of a minibatch along the first axis (B); sites inside the plate then weigh
             1/B and all others 1/N. None passes the data as they are.
@@ -100,7 +101,8 @@ def fit(
         heldout_every: steps between evaluations.
         patience: stop after this many evaluations without a better held-out bound, and keep the
             best parameters. Needs `heldout`.
-        plate: the name of the plate over data points.
+        plate: the name of the plate over data points; without one, "a data point" in losses and
+            bounds is all that a call of the model observes.
         seed: of torch's generators, inside this call alone.
         device: where to compute; by default where the data are.
         progress: whether to show a progress bar with the current bound; a string labels it.
@@ -127,7 +129,7 @@ def fit(
         >>> fitted.losses.shape
         torch.Size([20])
     """
-    loss = Trace_ELBO() if loss is None else loss
+    loss = Trace_ELBO() if loss is None else copy(loss)  # some remember the programs' plates
     _check_arguments(loss, steps, heldout, heldout_every, patience, clip_norm, seed)
     where = _device(device)
     batches = Batches(data, batch_size=batch_size, transform=transform, device=where)
@@ -149,7 +151,8 @@ def fit(
         label = progress if isinstance(progress, str) else None
         with tqdm(total=steps, desc=label, disable=not progress, unit="step") as bar:
             for step in range(steps):
-                scaling.kl.weight = check_weight(weight(step))
+                kl_now = check_weight(weight(step))
+                scaling.weigh_kl(kl_now)
                 args, kwargs = next(stream)
                 started = time.perf_counter()
                 try:
@@ -163,7 +166,7 @@ def fit(
                         raise
                     message = f"step {step}, after {engine.last_site}: {error}"
                     raise NonFiniteError(message, step=step, fit=result()) from error
-                history.add(value, engine, scaling.kl.weight, time.perf_counter() - started)
+                history.add(value, engine, kl_now, time.perf_counter() - started)
                 bar.update()
                 bar.set_postfix_str(f"bound {history.recent():.2f} nats", refresh=False)
                 if evaluate.wanted and ((step + 1) % heldout_every == 0 or step + 1 == steps):
@@ -234,14 +237,20 @@ class _Heldout:
         rows = len(next(iter(whole.tensors().values()), ()))
         size = None if training.batch_size is None else max(1, min(training.batch_size, rows))
         self._batches = Batches(data, batch_size=size, transform=training.transform, device=device)
+        structure.check_amortized(guide)
+        self._summed = isinstance(loss, RenyiELBO)  # the others are scaled to one data point
+        if not self._summed:
+            weights = PerDataPoint(structure.plate, batch=1, total=1)  # every site is inside
+            model, guide = weights(model), weights(guide)
         self._svi = SVI(model, guide, PyroOptim(torch.optim.SGD, {}), loss)
-        self._state, self._seed, self._structure = state, seed, structure
+        self._state, self._seed = state, seed
 
     def __call__(self) -> float:
         total, rows = 0.0, 0
         with seeded(self._seed), self._state.evaluating():
             for (args, kwargs), size in self._chunks():
-                total -= self._svi.evaluate_loss(*args, **kwargs)
+                value = self._svi.evaluate_loss(*args, **kwargs)
+                total -= value if self._summed else value * size
                 rows += size
         return total / rows
 
@@ -325,6 +334,11 @@ def _check_arguments(
 ) -> None:
     if not isinstance(loss, ELBO):
         raise TypeError(f"expected one of Pyro's ELBOs as loss, such as Trace_ELBO(), got {loss!r}")
+    if type(loss).__name__.startswith("Jit"):
+        raise TypeError(
+            f"{type(loss).__name__} keeps the programs and scales of its first step: use"
+            f" {type(loss).__name__.removeprefix('Jit')}"
+        )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"expected at least one step, got {steps!r}")
     if heldout_every < 1:
@@ -363,6 +377,10 @@ def _optimizer(
                 "schedule and clip_norm work on a torch optimizer: give"
                 " optim=partial(torch.optim.Adam, lr=...), or a Pyro optimizer that schedules"
                 " (pyro.optim.ExponentialLR) and clips (clip_args) by itself"
+            )
+        if "Plateau" in getattr(optim, "pt_scheduler_constructor", int).__name__:
+            raise TypeError(
+                "expected a schedule of the step alone; ReduceLROnPlateau needs a metric"
             )
         fresh = copy(optim)  # its state belongs to other parameters
         fresh.optim_objs, fresh.grad_clip = {}, {}

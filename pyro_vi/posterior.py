@@ -24,7 +24,7 @@ from pyro_vi import diagnostics
 from pyro_vi.batches import Batches, Data
 from pyro_vi.diagnostics import Estimate
 from pyro_vi.program import seeded
-from pyro_vi.scaling import Structure, log_prob_rows
+from pyro_vi.scaling import Structure, is_autoguide, log_prob_rows
 
 _ROWS = 2**14  # rows (data points x draws) that are evaluated at once
 
@@ -76,11 +76,11 @@ class Posterior:
 
     def active_units(self) -> dict[str, npt.NDArray[np.bool_]]:
         """Whether Var_x(E_q[z]) > 0.01, by latent site and unit."""
-        means = {name: values.double().mean(0) for name, values in self.draws.items()}
-        return {
-            name: diagnostics.active_units(mean.reshape(len(mean), -1).numpy())
-            for name, mean in means.items()
-        }
+        active = {}
+        for name, values in self.draws.items():
+            draws = values.double().flatten(2).numpy() if values.dim() > 2 else values[..., None]
+            active[name] = diagnostics.active_units(np.asarray(draws, dtype=np.float64))
+        return active
 
 
 def draw_posterior(
@@ -125,6 +125,11 @@ def draw_posterior(
     """
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"expected at least one posterior draw, got {num_samples!r}")
+    if is_autoguide(guide):
+        raise ValueError(
+            "an autoguide has one posterior, of the data it was fitted to; a posterior for each"
+            " data point needs an amortized guide (pyro_vi.guides.Encoder)"
+        )
     batches = Batches(data, batch_size=1)
     total = batches.total
     assert total is not None
@@ -182,11 +187,22 @@ def _scored(structure: Structure, draws: int) -> dict[str, Tensor]:
 
 
 def _check_local(structure: Structure) -> None:
+    if structure.marginalized:
+        raise ValueError(
+            f"the guide does not sample {structure.marginalized}: log p(x, z) of draws would need"
+            " these latents marginalized"
+        )
     for trace in (structure.model_trace, structure.guide_trace):
         for name, site in trace.nodes.items():
             if site["type"] != "sample" or site_is_subsample(site):
                 continue
-            if not any(frame.name == structure.plate for frame in site["cond_indep_stack"]):
+            inside = [f for f in site["cond_indep_stack"] if f.name == structure.plate]
+            if any(not frame.vectorized for frame in inside):
+                raise ValueError(
+                    f"a posterior per data point needs a vectorized plate {structure.plate!r}, and"
+                    f" {name!r} stands in a loop over it"
+                )
+            if not inside:
                 raise ValueError(
                     f"a posterior per data point needs every site inside plate"
                     f" {structure.plate!r}, but {name!r} stands outside it"

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import pyro
@@ -147,6 +147,8 @@ class State:
                 root, dot, rest = inner.partition(".")
                 if root == program.name:
                     tensors[f"{name}{dot}{rest}"] = tensor
+                elif root == "param":  # a function's: the store does not say whose
+                    tensors[f"{name}.{inner}"] = tensor
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -169,6 +171,23 @@ class State:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])
+
+    def twin(self, program: Any) -> Any:
+        """A module that holds this state for good, for a module among the programs."""
+        twins: dict[int, nn.Module] = {}
+        with self.installed():
+            if not isinstance(program, nn.Module):
+                return program
+            for module in program.modules():
+                twins[id(module)] = object.__new__(type(module))
+            for module in program.modules():
+                attributes = dict(vars(module))
+                attributes["_modules"] = {
+                    name: None if child is None else twins[id(child)]
+                    for name, child in module._modules.items()
+                }
+                object.__setattr__(twins[id(module)], "__dict__", attributes)
+        return twins[id(program)]
 
     def freeze(self) -> None:
         """Turns gradients off and every module to `eval()`."""
@@ -217,7 +236,8 @@ class Program:
         method = getattr(type(self.function), name, None)
         if not callable(method):
             raise AttributeError(f"a fitted {type(self.function).__name__} has no method {name!r}")
-        return Program(partial(method, self.function), self.state, self.name)
+        # On a twin, since a distribution may ask its module again after the call.
+        return Program(partial(method, self.state.twin(self.function)), self.state, self.name)
 
     def __repr__(self) -> str:
         kind = getattr(self.function, "__name__", type(self.function).__name__)
@@ -255,8 +275,12 @@ class _OwnInitialValues(Messenger):
         if msg["fn"] != store.get_param or "$$$" in msg["name"] or msg["name"] in store:
             return  # a module's own parameter, or one that exists
         name, *rest = msg["args"]
-        if rest and isinstance(rest[0], Tensor):
-            msg["args"] = (name, rest[0].detach().clone(), *rest[1:])
+        if rest and rest[0] is not None:
+            msg["args"] = (name, partial(_cloned, rest[0]), *rest[1:])
+
+
+def _cloned(value: Tensor | Callable[[], Tensor]) -> Tensor:
+    return (value if isinstance(value, Tensor) else value()).detach().clone()
 
 
 class _Copy:
@@ -269,6 +293,8 @@ class _Copy:
                 if parameter is not None and id(parameter) not in self._memo:
                     copy = deepcopy(parameter)
                     copy.grad = None
+                    for hook in (parameter._backward_hooks or {}).values():
+                        copy.register_hook(hook)
                     if device is not None:
                         copy.data = copy.data.to(device)
                     self._memo[id(parameter)] = copy
@@ -331,10 +357,9 @@ def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, nn.Module):
         for module in value.modules():  # beside submodules: the model that an autoguide holds
             for name, held in vars(module).items():
-                if name not in _MODULE_INTERNALS and (
-                    callable(held) or isinstance(held, (dict, list, tuple, set))
-                ):
+                if name not in _MODULE_INTERNALS:
                     yield name, held
+            yield "", getattr(type(module), "forward", None)
     elif isinstance(value, MethodType):
         yield "", value.__self__
         yield "", value.__func__
@@ -343,10 +368,8 @@ def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
             return
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             yield name, _content(cell)
-        for name in value.__code__.co_names:
-            held = value.__globals__.get(name)
-            if isinstance(held, (nn.Module, FunctionType, MethodType, partial)):
-                yield name, held
+        for name in _names(value.__code__):
+            yield name, value.__globals__.get(name)
         for held in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
             yield "default", held
     elif isinstance(value, partial):
@@ -362,6 +385,15 @@ def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
             yield str(index), held
     elif hasattr(value, "__dict__") and not _is_library(type(value).__module__):
         yield from list(vars(value).items())
+        yield "", vars(type(value)).get("__call__")
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The globals and attributes that a function names, and the functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
 
 
 def _content(cell: CellType) -> Any:

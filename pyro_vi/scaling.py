@@ -28,6 +28,9 @@ from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_vi.program import Program
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,14 @@ class Structure:
                 )
             full = total
         found = cls(model_trace, guide_trace, plate, rows, full)
-        if rows < full or (batch_size is not None and total is not None and batch_size < total):
-            found._check_minibatch(guide)
+        if batch_size is not None and total is not None and batch_size < total:
+            found.check_amortized(guide)
+            found._check_minibatch()
+        elif rows < full:
+            found._check_minibatch()
         return found
 
-    def _check_minibatch(self, guide: Callable[..., Any]) -> None:
+    def _check_minibatch(self) -> None:
         outside = [name for name in _observed(self.model_trace) if not self._inside_model(name)]
         if outside:
             raise ValueError(
@@ -118,23 +124,31 @@ class Structure:
                     f" {'model' if self._inside_model(name) else 'guide'} alone; with minibatches"
                     " it must stand inside on both sides, or outside on both"
                 )
+
+    def check_amortized(self, guide: Callable[..., Any]) -> None:
+        """Raises ValueError if the guide has parameters of its own for single data points."""
         local = [name for name in self.latents if self._inside_model(name)]
-        if local and isinstance(poutine.unwrap(guide), AutoGuide):
+        if local and is_autoguide(guide):
             raise ValueError(
-                f"an autoguide has one set of parameters for the latents {local} of the batch,"
-                " so that another batch would be scored with this one's: use an amortized guide"
+                f"an autoguide has one set of parameters for the latents {local} of its batch,"
+                " so that other data would be scored with these: use an amortized guide"
                 " (pyro_vi.guides.Encoder), or fit all data at once (batch_size=None)"
             )
 
     @property
     def latents(self) -> list[str]:
-        """The model's latent sites, in the order in which it samples them."""
-        return _latents(self.model_trace)
+        """The model's latent sites that the guide samples, in the model's order."""
+        return [name for name in _latents(self.model_trace) if name in self.guide_trace]
+
+    @property
+    def marginalized(self) -> list[str]:
+        """The model's latent sites that the guide leaves to enumeration."""
+        return [name for name in _latents(self.model_trace) if name not in self.guide_trace]
 
     @property
     def proposed(self) -> list[str]:
-        """The guide's sites, auxiliary ones included, in the order in which it samples them."""
-        return _latents(self.guide_trace)
+        """Every site of the guide, auxiliary ones and factors included."""
+        return _latents(self.guide_trace) + _observed(self.guide_trace)
 
     @property
     def observed(self) -> list[str]:
@@ -178,15 +192,38 @@ class Structure:
             for name, rows in batch.items():
                 if site["value"] is not rows:
                     continue
-                support = site["fn"].support
+                support = _support(site["fn"])
                 values = data[name]
-                if not bool(support.check(values).all()):
+                if support is not None and not bool(support.check(values).all()):
                     raise ValueError(
                         f"observed site {site_name!r}: expected values in the support of"
                         f" {_named(site['fn'])}, {support}, got values from"
                         f" {float(values.min()):g} to {float(values.max()):g}"
                         f"{_hint(values)}"
                     )
+
+
+def _support(fn: Any) -> constraints.Constraint | None:
+    """The support that all values of a site share, or None if there is none to check."""
+    inner = fn
+    while True:
+        if not getattr(inner, "_validate_args", False):
+            return None
+        if not hasattr(inner, "base_dist"):
+            break
+        inner = inner.base_dist
+    try:
+        support = fn.support
+    except NotImplementedError:
+        return None
+    bounds: list[Any] = [support]
+    while bounds:  # bounds that are tensors differ from row to row
+        held = bounds.pop()
+        if isinstance(held, Tensor) and held.numel() > 1:
+            return None
+        if isinstance(held, constraints.Constraint):
+            bounds.extend(vars(held).values())
+    return support
 
 
 def _hint(values: Tensor) -> str:
@@ -231,6 +268,13 @@ def _frames(trace: Trace, plate: str) -> list[Any]:
 
 def _inside(site: Mapping[str, Any], plate: str) -> bool:
     return any(frame.name == plate for frame in site["cond_indep_stack"])
+
+
+def is_autoguide(guide: Callable[..., Any]) -> bool:
+    """Whether a guide, fitted or wrapped in handlers, is one of Pyro's autoguides."""
+    while isinstance(guide, Program):
+        guide = guide.function
+    return isinstance(poutine.unwrap(guide), AutoGuide)
 
 
 class _Match(ReplayMessenger):
@@ -299,19 +343,20 @@ class PerDataPoint(Messenger):
 class KLWeight(Messenger):
     """Multiplies the KL of the latent sites by a weight, which may change from step to step.
 
-    Wrap both programs with the same object: in the model the latent sites are weighted, in the
-    guide every site (its auxiliary ones belong to the KL too).
+    In the model the latent sites are weighted, in the guide every site: its auxiliary sites and
+    factors belong to the KL too.
 
     Args:
         weight: at least 0; 1 is the plain bound.
+        guide: whether the program is the guide.
     """
 
-    def __init__(self, weight: float = 1.0) -> None:
+    def __init__(self, weight: float = 1.0, *, guide: bool = False) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self._guide = weight, guide
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not site_is_subsample(msg):
+        if (self._guide or not msg["is_observed"]) and not site_is_subsample(msg):
             msg["scale"] = msg["scale"] * self.weight
 
 

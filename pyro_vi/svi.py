@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyro
-import pyro.poutine as poutine
 import torch
 from pyro.infer import ELBO
 from pyro.infer.util import torch_item, zero_grads
 from pyro.optim import PyroOptim
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vi.elbo import Told, told
 
@@ -79,22 +79,34 @@ class SVI(pyro.infer.SVI):
         """The loss, and the unconstrained parameters that the programs used, with gradients."""
         if self.told is not None:
             self.told.forget()
-        with poutine.trace(param_only=True) as capture:
+        with _Parameters() as used:
             loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        store = pyro.get_param_store()
-        parameters: dict[Tensor, None] = {}  # in order, each once
-        for name, site in capture.trace.nodes.items():
-            # A module's own parameter (module_local_params) is its own unconstrained value.
-            value = site["value"]
-            parameter = value.unconstrained() if hasattr(value, "unconstrained") else value
-            if parameter.requires_grad:
-                parameters[parameter] = None
-                store._param_to_name.setdefault(parameter, name)  # optimizers ask for names
-        return loss, list(parameters)
+        names = pyro.get_param_store()._param_to_name  # optimizers ask for names
+        for parameter, name in used.names.items():
+            names.setdefault(parameter, name)
+        return loss, list(used.names)
 
     def _update(self, parameters: Sequence[Tensor]) -> None:
         self.optim(parameters)
         zero_grads(parameters)
+
+
+class _Parameters(Messenger):
+    """Collects the unconstrained parameters that a run uses, in order, each once.
+
+    By identity: under `module_local_params` a model's and a guide's parameter may share a name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[Tensor, str] = {}
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        # A module's own parameter (module_local_params) is its own unconstrained value.
+        value = msg["value"]
+        parameter = value.unconstrained() if hasattr(value, "unconstrained") else value
+        if parameter.requires_grad:
+            self.names.setdefault(parameter, msg["name"])
 
 
 class OneOptimizer(PyroOptim):
@@ -106,7 +118,9 @@ class OneOptimizer(PyroOptim):
         clip_norm: the largest global norm of the gradient.
 
     Raises:
-        TypeError: `make` gives something else than a torch optimizer.
+        TypeError: `make` gives something else than a torch optimizer, or `schedule` one that needs
+            a metric.
+        ValueError: a parameter that appears after the schedule was made for the others.
 
     Example:
         >>> from functools import partial
@@ -136,6 +150,10 @@ class OneOptimizer(PyroOptim):
         if new := [p for p in params if p not in self._known]:
             self._add(new)
         assert self._optimizer is not None
+        used = set(params)
+        for parameter in self._known:  # not even momentum moves what a step did not use
+            if parameter not in used:
+                parameter.grad = None
         if self._clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(params, self._clip_norm)
         self._optimizer.step()
@@ -144,6 +162,12 @@ class OneOptimizer(PyroOptim):
 
     def _add(self, new: list[Tensor]) -> None:
         self._known.update(dict.fromkeys(new))
+        if self._scheduler is not None:
+            raise ValueError(
+                f"{len(new)} parameters appeared after the first step, and the learning-rate"
+                " schedule was made for those before: use every parameter in every step, or no"
+                " schedule"
+            )
         if self._optimizer is not None:
             self._optimizer.add_param_group({"params": new})
             return
@@ -155,6 +179,10 @@ class OneOptimizer(PyroOptim):
             )
         if self._schedule is not None:
             self._scheduler = self._schedule(self._optimizer)
+            if isinstance(self._scheduler, ReduceLROnPlateau):
+                raise TypeError(
+                    "expected a schedule of the step alone, and ReduceLROnPlateau needs a metric"
+                )
 
     def get_state(self) -> dict[str, Any]:
         """The torch optimizer's state, and the scheduler's."""

@@ -285,7 +285,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def step(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("training began")
 
-    monkeypatch.setattr(fitting._Engine, "step", step)
+    monkeypatch.setattr(fitting.Engine, "step", step)
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

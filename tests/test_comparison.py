@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import TraceMeanField_ELBO
@@ -128,6 +130,21 @@ def test_a_trained_model_is_copied_and_a_fitted_one_is_frozen() -> None:
     }
 
 
+def test_a_function_with_parameters_is_no_shared_model() -> None:
+    def model(x: Tensor) -> None:
+        shift = pyro.param("shift", torch.zeros(4).double())
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+            mean = shift + z.repeat(1, 2)
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+    _, data = linear_gaussian()
+    guides = {"a": encoder(MeanField(2, 4)), "b": encoder(FullCovariance(2, 4))}
+    result = compare(model, guides, data, steps=3, num_samples=30, progress=False)
+    assert not result.shared
+    assert "shift" not in pyro.get_param_store()
+
+
 def test_families_see_the_same_batches_whatever_they_draw() -> None:
     model, data = linear_gaussian()
     seen: list[list[Tensor]] = []
@@ -221,7 +238,7 @@ def test_the_verdict_names_a_winner_only_beyond_its_error() -> None:
 def test_the_verdict_does_not_trust_a_bad_k_hat() -> None:
     bad = replace(ROW, family="b", elbo=-9.0, khat_bad=0.6)
     words = verdict(ROW, bad)
-    assert "its draws are not the posterior's: k-hat is above 0.67 for 60%" in words
+    assert "the draws of b are not the posterior's: k-hat is above 0.67 for 60%" in words
     assert "The draws of a can be taken as they are (k-hat at most 0.67 for 100%)" in words
     worse = replace(ROW, khat_bad=0.3)
     assert "No family here is the posterior for all data; a comes closest (70%)" in verdict(

@@ -289,12 +289,22 @@ def test_paired_difference_error_is_calibrated() -> None:
 
 
 def test_active_units() -> None:
-    x = np.random.default_rng(0).normal(size=(1_000, 1))
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(1_000, 1))
     # ppca-like posterior means a_i x of variance a_i^2; the last is collapsed onto a constant.
     means = x * [1.0, 0.2, 0.05, 0.0] + [0.0, 0.0, 0.0, 3.0]
-    assert active_units(means).tolist() == [True, True, False, False]
-    assert active_units(means, threshold=0.5).tolist() == [True, False, False, False]
-    assert active_units(means, threshold=1e-4).tolist() == [True, True, True, False]
+    sharp = np.stack([means, means])
+    assert active_units(sharp).tolist() == [True, True, False, False]
+    assert active_units(sharp, threshold=0.5).tolist() == [True, False, False, False]
+    assert active_units(sharp, threshold=1e-4).tolist() == [True, True, True, False]
+    for num in (2, 21, 100):  # the noise of the means is 1/num, far above the threshold
+        draws = means + generator.normal(size=(num, 1_000, 4))
+        assert active_units(draws, threshold=0.1 if num == 2 else 0.02).tolist() == [
+            True,
+            num > 2,
+            False,
+            False,
+        ]
 
 
 # Shapes, types and errors
@@ -368,11 +378,11 @@ def test_bad_arrays_over_data_points() -> None:
         mean_estimate(Estimate(np.zeros(2), np.zeros(3)))
     with pytest.raises(ValueError, match="at least one"):
         mean_estimate(Estimate(np.zeros(0), np.zeros(0)))
-    for means in (np.zeros(3), np.zeros((1, 3)), np.zeros((2, 2, 2))):
-        with pytest.raises(ValueError, match=r"posterior_means: expected shape \(N, d\)"):
-            active_units(means)
-    with pytest.raises(ValueError, match="posterior_means: expected finite numbers, got 1 of 4"):
-        active_units([[1.0, np.nan], [0.0, 0.0]])
+    for draws in (np.zeros(3), np.zeros((2, 3)), np.zeros((1, 2, 2)), np.zeros((2, 1, 2))):
+        with pytest.raises(ValueError, match=r"draws: expected shape \(S, N, d\)"):
+            active_units(draws)
+    with pytest.raises(ValueError, match="draws: expected finite numbers, got 1 of 4"):
+        active_units([[[1.0], [np.nan]], [[0.0], [0.0]]])
     for a, b in ((np.zeros(3), np.zeros(2)), (np.zeros((3, 1)), np.zeros((3, 1))), ([1.0], [1.0])):
         with pytest.raises(ValueError, match="a, b: expected the same shape"):
             paired_difference(a, b)

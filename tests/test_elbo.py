@@ -8,7 +8,13 @@ import pytest
 import torch
 from programs import SCHOOLS_SIGMA, SCHOOLS_Y, eight_schools
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoStructured,
+)
 from torch import Tensor
 
 from pyro_vi.elbo import told
@@ -162,6 +168,50 @@ def test_another_order_of_sites_is_an_error_of_the_mean_field_bound_alone() -> N
     with pytest.raises(ValueError, match=r"\['a', 'b'\].*\['b', 'a'\].*use Trace_ELBO"):
         told(TraceMeanField_ELBO()).loss(model, guide)
     told(Trace_ELBO()).loss(model, guide)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+def test_a_mask_or_scale_on_one_side_is_heard(scale: float) -> None:
+    """Pyro's mean-field KL reads the guide's mask and scale alone; Trace_ELBO is the reference."""
+    model, guide, x = local_pair()
+    mask = torch.tensor([True, False, True, False, True])
+    altered = pyro.poutine.scale(pyro.poutine.mask(model, mask=mask), scale=scale)
+    means, errors = [], []
+    for kind in (TraceMeanField_ELBO, Trace_ELBO):
+        loss = told(kind(num_particles=2000, vectorize_particles=True, max_plate_nesting=1))
+        values = torch.tensor([float(loss.loss(altered, guide, x)) for _ in range(20)])
+        means.append(float(values.mean()))
+        errors.append(float(values.std()) / 20**0.5)
+    assert abs(means[0] - means[1]) < 5 * sum(errors)
+
+
+def test_a_factor_in_the_guide_belongs_to_the_kl() -> None:
+    model, guide, x = local_pair()
+
+    def with_factor(x: Tensor) -> None:
+        guide(x)
+        pyro.factor("extra", x.new_tensor(1.0), has_rsample=True)
+
+    found = []
+    for program in (guide, with_factor):
+        loss = told(Trace_ELBO())
+        torch.manual_seed(0)
+        value = float(loss.loss(model, program, x))
+        found.append((loss.reconstruction(), loss.kl(value)))
+    assert found[1][0] == pytest.approx(found[0][0], abs=1e-10)
+    assert found[1][1] == pytest.approx(found[0][1] + 1, abs=1e-10)
+
+
+def test_an_order_that_no_closed_form_relies_on_is_fine() -> None:
+    """AutoStructured samples in an order of its own, as point masses with a density."""
+    y, sigma = SCHOOLS_Y, SCHOOLS_SIGMA  # its networks are of the default dtype
+    guide = AutoStructured(eight_schools, conditionals="normal", dependencies="linear")
+    guide(y, sigma)
+    values = []
+    for kind in (TraceMeanField_ELBO, Trace_ELBO):
+        torch.manual_seed(0)
+        values.append(float(told(kind()).loss(eight_schools, guide, y, sigma)))
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
 def test_scaled_sites_are_refused_by_the_importance_weighted_bound() -> None:

@@ -20,10 +20,11 @@ from programs import (
     normal_mean,
     normal_mean_guide,
 )
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau, StepLR
 
 from pyro_vi import NonFiniteError, fit, warmup
 from pyro_vi.data import binarize
@@ -274,6 +275,43 @@ def test_a_module_behind_pyro_module_is_trained_in_the_fit_alone() -> None:
     assert float(trained["model.net.bias"]) > float(before["bias"]) + 0.5
 
 
+class Named(PyroModule):
+    """Half of a pair whose modules may have one name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, nn.Linear(1, 1))
+
+
+class NamedModel(Named):
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 1.0).to_event(1))
+            mean = getattr(self, self.name)(z)
+            pyro.sample("x", dist.Normal(mean, 0.5).to_event(1), obs=x)
+
+
+class NamedGuide(Named):
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            mean = getattr(self, self.name)(x)
+            pyro.sample("z", dist.Normal(mean, 0.3).to_event(1))
+
+
+def test_a_guide_whose_names_are_the_models_is_trained_all_the_same() -> None:
+    x = 2 * torch.randn(50, 1) + 1
+    losses = []
+    for name in ("encoder", "net"):
+        torch.manual_seed(1)
+        model, guide = NamedModel("net"), NamedGuide(name)
+        fitted = fit(model, guide, x, steps=50, optim=partial(torch.optim.Adam, lr=0.05))
+        losses.append(fitted.losses)
+        alone = fit(fitted.model, NamedGuide("net"), x, steps=2)
+        assert alone.parameters == 2
+    assert torch.equal(*losses)
+
+
 def test_a_fitted_model_is_frozen_and_its_guide_is_trained() -> None:
     images = torch.rand(64, 1, 4, 4).round()
     model = VAE((1, 4, 4), 2)
@@ -368,6 +406,40 @@ def test_dynamic_binarization_is_drawn_anew_for_each_batch() -> None:
     fit(VAE((1, 4, 4), 2), guide, images, transform=transform, steps=3)
     assert all(bool(((batch == 0) | (batch == 1)).all()) for batch in seen)
     assert not torch.equal(seen[-1], seen[-2])
+
+
+def test_heldout_bounds_of_a_plate_that_is_told_the_size_of_the_data() -> None:
+    """Pyro's own idiom of minibatches: its plate scales the batch to all data by itself."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 100, subsample_size=len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def exact(x: Tensor) -> None:
+        zero = 0 * pyro.param("unused", torch.tensor(0.0))
+        with pyro.plate("data", 100, subsample_size=len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + zero, 0.5**0.5))
+
+    x = torch.randn(100)
+    fitted = fit(model, exact, x, heldout=x[:30], steps=1, batch_size=20)
+    known = dist.Normal(0.0, 2**0.5).log_prob(x[:30]).mean()
+    # the plate weighs the chunks of 20 and 10 rows alike, as it does in training
+    assert float(fitted.heldout[0, 1]) == pytest.approx(float(known), abs=1e-4)
+
+
+def test_an_autoguide_of_single_data_points_is_no_guide_to_others() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide, x = AutoNormal(model), torch.randn(10)
+    with pytest.raises(ValueError, match="other data would be scored with these"):
+        fit(model, guide, x, heldout=torch.randn(10), steps=1)
+    fitted = fit(model, guide, x, steps=1)
+    with pytest.raises(ValueError, match="needs an amortized guide"):
+        fitted.posterior(torch.randn(10), 30)
 
 
 def test_heldout_bounds_and_early_stopping() -> None:
@@ -477,11 +549,36 @@ def test_a_distribution_of_nan_is_placed_after_the_last_site() -> None:
         ({"loss": RenyiELBO(), "kl_weight": 0.5}, ValueError, "has no KL to weight"),
         ({"loss": RenyiELBO(), "batch_size": 5}, ValueError, "needs every site inside plate"),
         ({"loss": RenyiELBO(alpha=-1)}, ValueError, "no lower bound"),
+        ({"loss": JitTrace_ELBO()}, TypeError, "keeps the programs .* use Trace_ELBO"),
+        (
+            {"schedule": partial(ReduceLROnPlateau, patience=2)},
+            TypeError,
+            "ReduceLROnPlateau needs a metric",
+        ),
     ],
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fit(global_and_local, global_and_local_guide, torch.randn(10), **{"steps": 2, **options})
+
+
+def test_supports_that_differ_from_row_to_row_are_left_to_the_batches() -> None:
+    trials = torch.arange(1.0, 13.0)
+
+    def model(n: Tensor, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Binomial(n, logits=z), obs=x)
+
+    def guide(n: Tensor, x: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc.expand(len(x)), 1.0))
+
+    fitted = fit(model, guide, (trials, trials), steps=5, batch_size=4)
+    assert len(fitted.losses) == 5
+    with pytest.raises(ValueError, match="support"):
+        fit(model, guide, (trials, trials + 1), steps=5, batch_size=4)
 
 
 def test_bad_data() -> None:

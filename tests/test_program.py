@@ -15,6 +15,8 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_vi.flows import Flow
+from pyro_vi.guides import Encoder
 from pyro_vi.program import Program, State, seeded
 
 
@@ -241,6 +243,9 @@ def test_two_programs_of_one_attribute_name_do_not_share() -> None:
     model, guide = One(), One()
     state = State({"model": model, "guide": guide})
     assert len(state.tensors()) == 4
+    with state.installed():
+        nn.init.constant_(guide.net.bias, 3.0)
+    assert state.tensors()["model.net.bias"].item() != 3.0
 
 
 def test_restore_names_what_does_not_fit() -> None:
@@ -288,6 +293,88 @@ def test_seeded_leaves_the_generator_as_it_was() -> None:
             draws.append(torch.randn(4))
     assert torch.equal(*draws)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_distribution_from_a_method_keeps_the_fits_parameters() -> None:
+    """A flow asks its networks only when it is sampled, after the method has returned."""
+    guide = Encoder((3,), Flow(2, 8))
+    state = State({"guide": guide})
+    with state.installed(), torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.3)
+    state.freeze()
+    fitted = Program(guide, state, "guide")
+    x, z = torch.randn(5, 3), torch.randn(5, 2)
+    with state.installed():
+        inside = guide.encode(x).log_prob(z)
+    assert torch.equal(fitted.encode(x).log_prob(z), inside)
+    assert not torch.allclose(guide.encode(x).log_prob(z), inside)
+
+
+def test_a_tensor_from_a_callable_is_not_trained_in_place() -> None:
+    start = torch.zeros(2)
+    state = State({"guide": lambda: pyro.param("loc", lambda: start)})
+    with state.installed(), torch.no_grad():
+        pyro.param("loc", lambda: start).add_(1)
+    assert bool((start == 0).all()) and not start.requires_grad
+
+
+def test_hooks_of_parameters_are_kept() -> None:
+    layer = nn.Linear(1, 2, bias=False)
+    layer.weight.register_hook(lambda gradient: gradient * torch.tensor([[1.0], [0.0]]))
+    state = State({"model": layer})
+    with state.installed():
+        layer(torch.ones(1, 1)).sum().backward()
+        assert layer.weight.grad.tolist() == [[1.0], [0.0]]
+    assert layer.weight.grad is None
+
+
+KEPT = {"net": nn.Linear(1, 1)}
+
+
+class Wrapped:
+    """Not callable, and not a module."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.helper = Wrapped(KEPT["net"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.helper.net(x)
+
+
+class Naming(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return KEPT["net"](x)
+
+
+class Calling:
+    def __call__(self, x: Tensor) -> Tensor:
+        return KEPT["net"](x)
+
+
+def from_a_global(x: Tensor) -> Tensor:
+    return KEPT["net"](x)
+
+
+def from_inside(x: Tensor) -> list[Tensor]:
+    return [KEPT["net"](row) for row in x]
+
+
+@pytest.mark.parametrize(
+    "program", [Outer(), Naming(), Calling(), from_a_global, from_inside], ids=lambda p: str(p)[:20]
+)
+def test_modules_are_found_behind_globals_and_helpers(program: object) -> None:
+    original = KEPT["net"].weight
+    state = State({"model": program})
+    with state.installed():
+        assert KEPT["net"].weight is not original
+    assert KEPT["net"].weight is original
 
 
 def test_constraints_and_autoguides_survive_the_copy() -> None:

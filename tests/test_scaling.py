@@ -67,9 +67,8 @@ def test_the_kl_weight_reaches_latents_and_every_guide_site() -> None:
     x = torch.randn(5).double()
     guide = AutoNormal(normal_mean)
     guide(x)
-    weight = KLWeight(0.25)
-    model_trace = pyro.poutine.trace(weight(normal_mean)).get_trace(x)
-    guide_trace = pyro.poutine.trace(weight(guide)).get_trace(x)
+    model_trace = pyro.poutine.trace(KLWeight(0.25)(normal_mean)).get_trace(x)
+    guide_trace = pyro.poutine.trace(KLWeight(0.25, guide=True)(guide)).get_trace(x)
     assert model_trace.nodes["x"]["scale"] == 1
     assert model_trace.nodes["mean"]["scale"] == 0.25
     scales = [site["scale"] for _, site in guide_trace.nodes.items() if site["type"] == "sample"]
@@ -81,12 +80,28 @@ def test_the_weighted_bound_is_reconstruction_minus_weighted_kl(kind: type) -> N
     x = torch.randn(5).double()
     values = []
     for beta in (1.0, 0.25):
-        weight, loss = KLWeight(beta), told(kind())
+        model, guide = KLWeight(beta)(normal_mean), KLWeight(beta, guide=True)(normal_mean_guide)
+        loss = told(kind())
         torch.manual_seed(0)
-        value = float(loss.loss(weight(normal_mean), weight(normal_mean_guide), x))
+        value = float(loss.loss(model, guide, x))
         values.append((loss.reconstruction(), loss.kl(value)))
     assert values[1][0] == pytest.approx(values[0][0], abs=1e-6)
     assert values[1][1] == pytest.approx(0.25 * values[0][1], abs=1e-6)
+
+
+def test_an_autoguide_of_a_plate_that_subsamples_itself_keeps_parameters_for_all() -> None:
+    x = torch.randn(10).double()
+
+    def plates(x: Tensor) -> pyro.plate:
+        return pyro.plate("data", len(x), subsample_size=4)
+
+    def model(x: Tensor) -> None:
+        with plates(x) as index:
+            z = pyro.sample("z", dist.Normal(x.new_zeros(4), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    found = Structure.of(model, AutoNormal(model, create_plates=plates), (x,), {})
+    assert (found.batch, found.total) == (4, 10)
 
 
 def test_warmup_and_weights() -> None:
@@ -152,7 +167,7 @@ def takes_a_vector(x: Tensor) -> None:
         (no_plate, normal_mean_guide, r"\['x'\] stand outside it"),
         (extra_factor, normal_mean_guide, r"\['penalty'\] stand outside it"),
         (normal_mean, local_in_guide_alone, "'mean' stands inside plate 'data' in the guide alone"),
-        (global_and_local, AutoNormal(global_and_local), r"latents \['z'\] of the batch"),
+        (global_and_local, AutoNormal(global_and_local), r"latents \['z'\] of its batch"),
         (normal_mean, misses, "'mean' of the model is missing from the guide"),
         (normal_mean, has_more, r"the guide samples \['other'\], which the model does not"),
         (takes_a_vector, is_a_vector, r"expects values of shape \(4,\), the guide gives \(2,\)"),

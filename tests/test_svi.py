@@ -134,6 +134,18 @@ def test_parameters_that_appear_later_are_trained() -> None:
     assert (a.item(), b.item()) == (-1.0, -1.0)
 
 
+def test_a_parameter_that_a_step_does_not_use_stays() -> None:
+    optim = OneOptimizer(partial(torch.optim.Adam, lr=0.1))
+    a, b = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    a.grad = b.grad = torch.ones(1)
+    optim([a, b])
+    held = a.item()
+    for _ in range(5):
+        a.grad, b.grad = torch.zeros(1), torch.ones(1)
+        optim([b])
+    assert a.item() == held and b.item() == pytest.approx(-0.6, abs=1e-4)
+
+
 def test_what_makes_no_optimizer_is_an_error() -> None:
     with pytest.raises(TypeError, match="it made 3"):
         OneOptimizer(lambda params: 3)([torch.zeros(1, requires_grad=True)])
