@@ -132,10 +132,8 @@ def told(loss: ELBO) -> ELBO:
         return loss
     if isinstance(loss, RenyiELBO) and loss.alpha < 0:
         raise ValueError(f"RenyiELBO of order alpha = {loss.alpha} < 0 is no lower bound")
-    ours: Told = kind.__new__(
-        kind
-    )  # the same settings, without running the constructor's checks twice
-    ours.__dict__.update(vars(loss))
+    ours: Told = kind.__new__(kind)
+    ours.__dict__.update(vars(loss))  # the same settings
     ours.forget()
     return ours
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from pyro_vi import checkpoint
 from pyro_vi.batches import Batches, Data, arguments, moved
 from pyro_vi.posterior import Posterior, draw_posterior
-from pyro_vi.program import Program, State, seeded
+from pyro_vi.program import Program, State, reachable, seeded
 from pyro_vi.scaling import Structure
 
 Draws = dict[str, Tensor]
@@ -263,7 +263,7 @@ class Fit:
         state = State({"model": model, "guide": guide}, device=where)
         args, kwargs = arguments(template)
         try:
-            with seeded(0, where), state.installed(), torch.no_grad():
+            with seeded(0, where), state.installed(), torch.no_grad(), reachable():
                 Structure.of(model, guide, args, kwargs, plate=content["plate"])
             state.restore(content["tensors"])
             _check_frozen(state, content["tensors"])

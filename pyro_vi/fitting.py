@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from pyro_vi.batches import Batches, Data
 from pyro_vi.engine import Engine, Scaling
 from pyro_vi.fitted import Fit
-from pyro_vi.program import Program, State, seeded
+from pyro_vi.program import Program, State, reachable, seeded
 from pyro_vi.scaling import PerDataPoint, Structure, check_weight
 from pyro_vi.svi import SVI, OneOptimizer
 
@@ -281,7 +281,7 @@ def _inspect(
     else:
         device = next(iter(batches.parts.values())).device
         args, kwargs = batches.rows(torch.arange(batches.batch_size, device=device))
-    with torch.no_grad():
+    with torch.no_grad(), reachable():
         structure = Structure.of(
             model,
             guide,

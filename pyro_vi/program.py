@@ -12,7 +12,7 @@ A `Program` is a callable bound to a state. It calls like the original, on its o
 
 from __future__ import annotations
 
-__all__ = ["Program", "State", "seeded"]
+__all__ = ["Program", "State", "reachable", "seeded"]
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -415,6 +415,20 @@ def _default_device(device: torch.device | None) -> Iterator[None]:
     else:
         with device:
             yield
+
+
+@contextmanager
+def reachable() -> Iterator[None]:
+    """Says in words what Pyro runs into where a PyroModule is no part of the installed state."""
+    try:
+        yield
+    except AttributeError as error:
+        if "param_state" not in str(error):
+            raise
+        raise ValueError(
+            "a PyroModule cannot be reached from the model or the guide: make it an attribute, a"
+            " closure variable, a global or an argument (functools.partial) of the program"
+        ) from error
 
 
 @contextmanager

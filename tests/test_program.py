@@ -17,7 +17,7 @@ from torch.distributions import constraints
 
 from pyro_vi.flows import Flow
 from pyro_vi.guides import Encoder
-from pyro_vi.program import Program, State, seeded
+from pyro_vi.program import Program, State, reachable, seeded
 
 
 def test_modules_are_swapped_whole_and_put_back() -> None:
@@ -228,6 +228,23 @@ def test_a_module_that_no_program_leads_to_is_an_error() -> None:
         model(torch.ones(1, 1))
     with pytest.raises(ValueError, match=r"'layer\.weight' belongs to a module"):
         state.check_registered()
+
+
+def test_a_pyro_module_that_no_program_leads_to_is_an_error() -> None:
+    hidden = iter([Net()])
+    kept: list[Net] = []
+
+    def model(x: Tensor) -> Tensor:
+        net = kept[0] if kept else next(hidden)
+        return net(x)
+
+    state = State({"model": model})
+    with (
+        state.installed(),
+        pytest.raises(ValueError, match="a PyroModule cannot be reached"),
+        reachable(),
+    ):
+        model(torch.ones(1, 1))
 
 
 def test_two_programs_of_one_attribute_name_do_not_share() -> None:
