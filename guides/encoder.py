@@ -83,8 +83,15 @@ class Encoder(PyroModule):
             A distribution of batch_shape (N,) and event_shape (family.dim,).
 
         Raises:
+            TypeError: The data have another dtype than the encoder's parameters.
             ValueError: The data have another shape.
         """
         if x.dim() == 0 or tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"expected data of shape (N, *{self.shape}), got {tuple(x.shape)}")
+        own = next(self.family.parameters(), x).dtype
+        if x.dtype != own:
+            raise TypeError(
+                f"expected data of the encoder's dtype, {own}, got {x.dtype}: convert the data"
+                " (.float()) or the programs (.double())"
+            )
         return self.family(self.network(x))

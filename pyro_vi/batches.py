@@ -10,6 +10,7 @@ __all__ = ["Batches", "Data"]
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,6 +63,12 @@ class Batches:
         }
         self.transform = transform
         for key, part in self.parts.items():
+            if isinstance(part, np.ndarray):
+                raise TypeError(
+                    f"expected tensors, but {_label(key)} is a NumPy array: torch.from_numpy(array)"
+                )
+            if isinstance(part, Tensor) and part.dim() > 0 and len(part) == 0:
+                raise ValueError(f"expected at least one data point, but {_label(key)} has none")
             if isinstance(part, Tensor) and part.is_floating_point() and bool(part.isnan().any()):
                 raise ValueError(
                     f"expected data without NaN, got {int(part.isnan().sum())} NaN among the"
@@ -70,6 +77,8 @@ class Batches:
         self.batch_size = batch_size
         self.total: int | None = None
         if batch_size is not None:
+            if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+                raise TypeError(f"expected a whole number as batch size, got {batch_size!r}")
             self.total = self._rows()
             if not 1 <= batch_size <= self.total:
                 raise ValueError(

@@ -49,10 +49,13 @@ def write(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
 
     Raises:
         FileNotFoundError: its folder does not exist.
+        IsADirectoryError: it is a folder.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -74,6 +77,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: it is truncated, damaged, no fit, or of another version.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a saved fit in it")
     if not path.is_file():
         raise FileNotFoundError(f"there is no saved fit at {path}")
     _check_intact(path)

@@ -41,6 +41,7 @@ from pyro_vi.models import (
     LearnedGaussian,
     PixelGaussian,
 )
+from pyro_vi.program import check_seed, checked_device
 from pyro_vi.scaling import warmup
 
 _CONTEXT = 128  # width of the encoder's output, the families' context
@@ -176,10 +177,12 @@ def _compare(options: argparse.Namespace) -> None:
             "expected at least two latent dimensions, since families differ in how they relate"
             f" them, got {options.latent_dim}"
         )
+    check_seed(options.seed)
     if options.threads < 1:
         raise ValueError(f"expected at least one thread, got {options.threads}")
     torch.set_num_threads(options.threads)
-    device = _device(options.device)
+    available = "cuda" if torch.cuda.is_available() else "cpu"
+    device = checked_device(available if options.device == "auto" else options.device)
     if options.out == Path("runs/DATA"):
         options.out = Path("runs") / Path(options.data).stem
     _check_out(options.out, options.overwrite)
@@ -263,6 +266,8 @@ def _write(folder: Path, joint: Comparison, alone: Comparison, recipe: Mapping[s
 def _sample(options: argparse.Namespace) -> None:
     from pyro_vi import plots
 
+    if options.out.is_dir():
+        raise ValueError(f"{options.out} is a folder: name a file to write the picture to")
     if options.out.exists() and not options.overwrite:
         raise ValueError(f"{options.out} exists; --overwrite replaces it")
     recipe = checkpoint.load(options.fit)["recipe"]
@@ -343,18 +348,6 @@ def _known(what: str, name: str, known: Mapping[str, Any]) -> str:
         f"unknown {what} {name!r}: expected one of {', '.join(known)}"
         f"{f'; did you mean {nearest[0]}?' if nearest else ''}"
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {name!r}: expected cpu, cuda or auto") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA here")
-    return device
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

@@ -185,6 +185,13 @@ def compare(
         >>> [row.family for row in result.rows]
         ['mean-field', 'full covariance']
     """
+    if not isinstance(guides, Mapping):
+        raise TypeError(f"expected guides by name, a dict, got {type(guides).__name__}")
+    if not (hasattr(data, "train") and hasattr(data, "test")):
+        raise TypeError(
+            "expected data with attributes train and test, such as pyro_vi.data.ImageData, got"
+            f" {type(data).__name__}"
+        )
     if not guides:
         raise ValueError("expected at least one guide to compare, got none")
     if isinstance(num_samples, bool) or not isinstance(num_samples, int):
@@ -357,11 +364,15 @@ def _verdict(result: Comparison) -> str:
         )
     safest = min(result.rows, key=lambda row: row.khat_bad)
     advice = (
-        f" The draws of {safest.family} can be taken as they are (k-hat at most {bound:.2f} for"
-        f" {1 - safest.khat_bad:.0%}), at {best.elbo - safest.elbo:.2f} nats less."
-        if safest.khat_bad <= _TRUSTED
-        else f" No family here is the posterior for all data; {safest.family} comes closest"
-        f" ({1 - safest.khat_bad:.0%})."
+        ""
+        if len(ranked) == 1 or safest.khat_bad == 1
+        else (
+            f" The draws of {safest.family} can be taken as they are (k-hat at most {bound:.2f} for"
+            f" {1 - safest.khat_bad:.0%}), at {best.elbo - safest.elbo:.2f} nats less."
+            if safest.khat_bad <= _TRUSTED
+            else f" No family here is the posterior for all data; {safest.family} comes closest"
+            f" ({1 - safest.khat_bad:.0%})."
+        )
     )
     return (
         f"{words}. Bounds can be compared, but the draws of {best.family} are not the posterior's:"

@@ -390,8 +390,10 @@ def _load_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
                 name: file[name] for name in found if name in ("train", "test", "levels")
             }
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        # numpy takes every unknown file for a pickle, and advises to load it unsafely
+        reason = "it is no archive, or holds objects" if "pickle" in str(error) else error
         raise ValueError(
-            f"{path}: expected an .npz file of plain numeric arrays, as numpy.savez writes: {error}"
+            f"{path}: expected an .npz file of numeric arrays, as numpy.savez writes: {reason}"
         ) from error
     missing = [name for name in ("train", "test") if name not in arrays]
     if missing:

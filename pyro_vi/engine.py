@@ -93,8 +93,9 @@ class Engine(SVI):
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             raise TypeError(
-                "nothing to train: no parameter of the model or the guide has a gradient (a"
-                " fitted program is frozen)"
+                "nothing to train: no parameter that the model or the guide registers has a"
+                " gradient. A fitted program is frozen; a plain function registers parameters with"
+                " pyro.param, and modules with pyro.module"
             )
         if not math.isfinite(loss):
             named = self.told.first_nonfinite() if self.told is not None else None

@@ -26,7 +26,7 @@ from torch import Tensor
 from pyro_vi import checkpoint
 from pyro_vi.batches import Batches, Data, arguments, moved
 from pyro_vi.posterior import Posterior, draw_posterior
-from pyro_vi.program import Program, State, reachable, seeded
+from pyro_vi.program import Program, State, checked_device, reachable, seeded
 from pyro_vi.scaling import Structure
 
 Draws = dict[str, Tensor]
@@ -258,7 +258,7 @@ class Fit:
             ValueError: the file is truncated, no fit, of another version, or of other programs.
         """
         content = checkpoint.load(path)
-        where = torch.device(device) if device is not None else torch.device("cpu")
+        where = checked_device(device) or torch.device("cpu")
         template = moved(content["template"], where)
         state = State({"model": model, "guide": guide}, device=where)
         args, kwargs = arguments(template)

@@ -33,13 +33,14 @@ from tqdm.auto import tqdm
 from pyro_vi.batches import Batches, Data
 from pyro_vi.engine import Engine, Scaling
 from pyro_vi.fitted import Fit
-from pyro_vi.program import Program, State, reachable, seeded
+from pyro_vi.program import Program, State, check_seed, checked_device, reachable, seeded
 from pyro_vi.scaling import PerDataPoint, Structure, check_weight
 from pyro_vi.svi import SVI, OneOptimizer
 
 log = logging.getLogger(__name__)
 
-_NONFINITE = re.compile(r"\b(nan|inf)\b")  # in the message of torch's validation
+# what torch's validation of a distribution says of a parameter or a value
+_NONFINITE = re.compile(r"Expected (parameter|value).*\b(nan|inf)\b", re.DOTALL)
 
 
 class NonFiniteError(ArithmeticError):
@@ -130,8 +131,11 @@ def fit(
         torch.Size([20])
     """
     loss = Trace_ELBO() if loss is None else copy(loss)  # some remember the programs' plates
+    for name, program in (("model", model), ("guide", guide)):
+        if not callable(program):
+            raise TypeError(f"expected a callable as {name}, got {program!r}")
     _check_arguments(loss, steps, heldout, heldout_every, patience, clip_norm, seed)
-    where = _device(device)
+    where = checked_device(device)
     batches = Batches(data, batch_size=batch_size, transform=transform, device=where)
     optimizer = _optimizer(optim, schedule, clip_norm)
     weight = kl_weight if callable(kl_weight) else _constant(check_weight(kl_weight))
@@ -350,20 +354,7 @@ def _check_arguments(
         )
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"expected a positive clip_norm, got {clip_norm}")
-    if not isinstance(seed, int):
-        raise TypeError(f"expected an integer seed, got {seed!r}")
-
-
-def _device(device: str | torch.device | None) -> torch.device | None:
-    if device is None:
-        return None
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device {str(device)!r} was asked for, but torch sees no CUDA here"
-            " (torch.cuda.is_available() is False)"
-        )
-    return device
+    check_seed(seed)
 
 
 def _optimizer(
@@ -386,6 +377,11 @@ def _optimizer(
         fresh.optim_objs, fresh.grad_clip = {}, {}
         fresh._state_waiting_to_be_consumed = dict(optim._state_waiting_to_be_consumed)
         return _Scheduled(fresh) if isinstance(fresh, PyroLRScheduler) else fresh
+    if getattr(optim, "__module__", "").startswith("pyro.optim"):
+        raise TypeError(
+            "expected a Pyro optimizer made with its arguments, such as pyro.optim.Adam({'lr':"
+            f" 1e-3}}), got {optim!r}"
+        )
     if optim is not None and not callable(optim):
         raise TypeError(
             "expected a Pyro optimizer, or a callable that makes a torch optimizer from"

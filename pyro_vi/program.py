@@ -12,7 +12,7 @@ A `Program` is a callable bound to a state. It calls like the original, on its o
 
 from __future__ import annotations
 
-__all__ = ["Program", "State", "reachable", "seeded"]
+__all__ = ["Program", "State", "check_seed", "checked_device", "reachable", "seeded"]
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -431,9 +431,34 @@ def reachable() -> Iterator[None]:
         ) from error
 
 
+def checked_device(device: str | torch.device | None) -> torch.device | None:
+    """The device as torch's object; raises ValueError where torch has none of its kind."""
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}: expected cpu or cuda") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {str(device)!r} was asked for, but torch sees no CUDA here"
+            " (torch.cuda.is_available() is False)"
+        )
+    return found
+
+
+def check_seed(seed: object) -> None:
+    """Raises TypeError or ValueError unless the seed is an integer from 0 to 2^63 - 1."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"expected an integer seed, got {seed!r}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"expected a seed from 0 to 2^63 - 1, got {seed}")
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Seeds torch's generators inside, and leaves them outside as they were."""
+    check_seed(seed)
     on_cuda = torch.cuda.is_initialized() or (device is not None and device.type == "cuda")
     devices = list(range(torch.cuda.device_count())) if on_cuda else []
     with torch.random.fork_rng(devices=devices):

@@ -78,9 +78,15 @@ class Structure:
                 sites stand outside the plate; a latent inside the plate on one side only; an
                 autoguide with latents of single data points and a minibatch.
         """
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        with _Match(trace=guide_trace):
-            model_trace = poutine.trace(model).get_trace(*args, **kwargs)
+        try:
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            with _Match(trace=guide_trace):
+                model_trace = poutine.trace(model).get_trace(*args, **kwargs)
+        except (ValueError, TypeError) as error:
+            words, shapes, _ = str(error).partition("\nTrace Shapes")
+            if not shapes:
+                raise
+            raise type(error)(words) from error  # Pyro's table of shapes is in the cause
         latent, proposed = set(_latents(model_trace)), set(_latents(guide_trace, auxiliary=False))
         if proposed - latent:
             raise ValueError(
@@ -378,8 +384,8 @@ def warmup(steps: int) -> Callable[[int], float]:
 
 def check_weight(weight: float) -> float:
     """The weight as a float; raises ValueError unless it is finite and at least 0."""
-    if not 0 <= float(weight) < float("inf"):
-        raise ValueError(f"expected a KL weight of at least 0, got {weight}")
+    if not isinstance(weight, (int, float, Tensor)) or not 0 <= float(weight) < float("inf"):
+        raise ValueError(f"expected a KL weight of at least 0, got {weight!r}")
     return float(weight)
 
 

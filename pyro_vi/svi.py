@@ -177,6 +177,8 @@ class OneOptimizer(PyroOptim):
                 "expected a callable that makes a torch optimizer from parameters, such as"
                 f" functools.partial(torch.optim.Adam, lr=1e-3); it made {self._optimizer!r}"
             )
+        if isinstance(self._optimizer, torch.optim.LBFGS):
+            raise TypeError("expected an optimizer that steps without a closure, got LBFGS")
         if self._schedule is not None:
             self._scheduler = self._schedule(self._optimizer)
             if isinstance(self._scheduler, ReduceLROnPlateau):

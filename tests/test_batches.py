@@ -215,7 +215,7 @@ def test_minibatches_of_nothing_are_refused(nothing: Any) -> None:
 
 
 def test_no_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match="number of data points, 0"):
+    with pytest.raises(ValueError, match="at least one data point"):
         Batches(torch.ones(0, 3), batch_size=1)
 
 

@@ -93,8 +93,10 @@ def test_missing_folders_and_files_are_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileNotFoundError, match=r"no saved fit at .*fit\.pt"):
         checkpoint.load(tmp_path / "fit.pt")
-    with pytest.raises(FileNotFoundError, match="no saved fit at"):
+    with pytest.raises(IsADirectoryError, match="is a folder: name a saved fit in it"):
         checkpoint.load(tmp_path)
+    with pytest.raises(IsADirectoryError, match="is a folder: name a file in it"):
+        checkpoint.save(tmp_path, {})
 
 
 def test_truncated_files_are_refused(saved: Path) -> None:

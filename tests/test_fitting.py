@@ -546,6 +546,13 @@ def test_a_distribution_of_nan_is_placed_after_the_last_site() -> None:
         ({"patience": 3}, ValueError, "without heldout"),
         ({"heldout_every": 0}, ValueError, "heldout_every of at least 1"),
         ({"seed": 1.5}, TypeError, "integer seed"),
+        ({"seed": -1}, ValueError, r"seed from 0 to 2\^63 - 1, got -1"),
+        ({"batch_size": 2.5}, TypeError, "whole number as batch size"),
+        ({"kl_weight": "a"}, ValueError, "KL weight of at least 0, got 'a'"),
+        ({"optim": pyro.optim.ClippedAdam}, TypeError, "a Pyro optimizer made with its arguments"),
+        ({"optim": partial(torch.optim.LBFGS, lr=1)}, TypeError, "without a closure, got LBFGS"),
+        ({"optim": partial(torch.optim.Adam, lr=-1)}, ValueError, "Invalid learning rate"),
+        ({"device": "bogus"}, ValueError, "unknown device 'bogus'"),
         ({"loss": RenyiELBO(), "kl_weight": 0.5}, ValueError, "has no KL to weight"),
         ({"loss": RenyiELBO(), "batch_size": 5}, ValueError, "needs every site inside plate"),
         ({"loss": RenyiELBO(alpha=-1)}, ValueError, "no lower bound"),
@@ -584,6 +591,15 @@ def test_supports_that_differ_from_row_to_row_are_left_to_the_batches() -> None:
 def test_bad_data() -> None:
     with pytest.raises(ValueError, match="1 NaN among the 3 values"):
         fit(normal_mean, normal_mean_guide, torch.tensor([1.0, math.nan, 2.0]))
+    with pytest.raises(TypeError, match=r"argument 0 is a NumPy array: torch\.from_numpy"):
+        fit(normal_mean, normal_mean_guide, (torch.ones(3).numpy(),))
+    with pytest.raises(ValueError, match="at least one data point, but argument 0 has none"):
+        fit(normal_mean, normal_mean_guide, torch.ones(0))
+    with pytest.raises(TypeError, match="expected a callable as guide, got None"):
+        fit(normal_mean, None, torch.ones(3))
+    with pytest.raises(TypeError, match=r"dtype, torch\.float32, got torch\.float64") as info:
+        fit(VAE((1, 4, 4), 2), Encoder((1, 4, 4), MeanField(2, 8)), torch.ones(3, 1, 4, 4).double())
+    assert "Trace Shapes" not in str(info.value)  # Pyro's table is in the cause
     with pytest.raises(TypeError, match="got list"):
         fit(normal_mean, normal_mean_guide, [1.0, 2.0])
     vae, guide = VAE((1, 4, 4), 2), Encoder((1, 4, 4), MeanField(2, 8))

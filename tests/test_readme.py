@@ -13,7 +13,8 @@ README = Path(__file__).parents[1] / "README.md"
 def test_the_python_of_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    text = README.read_text(encoding="utf-8")
+    code, loading = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     short = code.replace('"steps": 1_500', '"steps": 5, "progress": False')
     short = short.replace("num_samples=1_000", "num_samples=50")
     assert short.count("5, ") and short != code
@@ -21,6 +22,10 @@ def test_the_python_of_the_readme_runs(
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(compile(short, str(README), "exec"), names)
+    own = loading.replace("runs/digits/flow.pt", "fit.pt").replace("Flow(6", "FullCovariance(6")
+    saved = names["fitted"]
+    exec(compile(own, str(README), "exec"), names)
+    assert bool((names["fitted"].losses == saved.losses).all())
     assert names["images"].shape == (64, 1, 8, 8)
     assert (tmp_path / "fit.pt").stat().st_size > 100_000
     shown = capsys.readouterr().out
