@@ -88,7 +88,7 @@ print(joint)
 
 # `joint.fits` holds the trained pairs. A trained model is frozen, and that is how `compare` knows
 # that the guides alone are in question this time. A trained decoder needs no warm-up.
-best = max(joint.rows, key=lambda row: row.elbo).family
+best = joint.best.family
 print(f"\n2. Inference alone: the model that was trained with {best}, frozen\n", flush=True)
 frozen = compare_on_digits(joint.fits[best].model)
 print(frozen)
