@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import pyro
@@ -29,9 +28,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-_DEPTH = 12  # how far to look for modules behind a program
-_LIBRARIES = {"builtins", "collections", "functools", "numpy", "pyro", "torch", "weakref", "zuko"}
-_MODULE_INTERNALS = set(vars(nn.Module()))
+from pyro_vi.reach import reach
 
 
 class State:
@@ -62,7 +59,9 @@ class State:
         self.device = device
         self._roots: dict[str, nn.Module] = {}
         for name, program in programs.items():
-            self._roots.update(_reach(program, name, seen=_all_modules(self._roots.values())))
+            self._roots.update(
+                reach(program, name, seen=_all_modules(self._roots.values()), closed=Program)
+            )
         self._modules = list(_all_modules(self._roots.values()).values())
         for root, module in self._roots.items():
             for name, parameter in module.named_parameters(prefix=root):
@@ -244,9 +243,6 @@ class Program:
         return f"Program({kind}, {sum(t.numel() for t in self.state.tensors().values())} values)"
 
 
-_CLOSED = (Program, Tensor, ModuleType, type)
-
-
 class _StoreContext(_Context):
     """A PyroModule's context whose `pyro.param` statements reach the installed store.
 
@@ -321,90 +317,6 @@ class _Copy:
 def _all_modules(roots: Iterable[nn.Module]) -> dict[int, nn.Module]:
     """Every module below the roots, once, by identity."""
     return {id(module): module for root in roots for module in root.modules()}
-
-
-def _reach(program: Any, name: str, seen: Mapping[int, nn.Module]) -> dict[str, nn.Module]:
-    """The root modules that a program can reach and `seen` lacks, by a readable path.
-
-    Follows attributes of callables, bound methods, closures, partials (Pyro's handlers are
-    partials), the globals that a function names, and containers. Library code is not followed,
-    and a `Program` is closed: it has a state of its own.
-    """
-    found: dict[str, nn.Module] = {}
-    known = set(seen)
-    visited: set[int] = set()
-
-    def visit(value: Any, path: str, depth: int = 0) -> None:
-        if id(value) in visited or depth > _DEPTH or isinstance(value, _CLOSED):
-            return
-        visited.add(id(value))
-        if isinstance(value, nn.Module) and id(value) not in known:
-            while path in found:
-                path += "'"
-            found[path] = value
-            known.update(id(module) for module in value.modules())
-        for inner, held in _held_by(value):
-            visit(held, f"{path}.{inner}" if inner else path, depth + 1)
-
-    visit(program, name)
-    # A root found early may sit inside one found later: name each tree once, by its topmost root.
-    below = {id(m) for root in found.values() for m in root.modules() if m is not root}
-    return {path: module for path, module in found.items() if id(module) not in below}
-
-
-def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
-    """What `value` holds that may be or lead to a module, with the name of each."""
-    if isinstance(value, nn.Module):
-        for module in value.modules():  # beside submodules: the model that an autoguide holds
-            for name, held in vars(module).items():
-                if name not in _MODULE_INTERNALS:
-                    yield name, held
-            yield "", getattr(type(module), "forward", None)
-    elif isinstance(value, MethodType):
-        yield "", value.__self__
-        yield "", value.__func__
-    elif isinstance(value, FunctionType):
-        if _is_library(value.__module__):
-            return
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            yield name, _content(cell)
-        for name in _names(value.__code__):
-            yield name, value.__globals__.get(name)
-        for held in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
-            yield "default", held
-    elif isinstance(value, partial):
-        yield "", value.func
-        for held in value.args:
-            yield "", held
-        yield from value.keywords.items()
-    elif isinstance(value, dict):
-        for key, held in value.items():
-            yield str(key), held
-    elif isinstance(value, (list, tuple, set)):
-        for index, held in enumerate(value):
-            yield str(index), held
-    elif hasattr(value, "__dict__") and not _is_library(type(value).__module__):
-        yield from list(vars(value).items())
-        yield "", vars(type(value)).get("__call__")
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    """The globals and attributes that a function names, and the functions inside it."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
-
-
-def _content(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
-
-
-def _is_library(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in _LIBRARIES
 
 
 @contextmanager

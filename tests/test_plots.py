@@ -351,6 +351,7 @@ def test_pyplot_holds_no_figure(frozen: Comparison) -> None:
 def test_fits_may_live_on_an_accelerator(device: torch.device) -> None:
     guide = Encoder(SHAPE, MeanField(2, 8))
     shared = fit(VAE(SHAPE, 2), guide, X, steps=2, device=device, progress=False).model
+    assert {t.device.type for t in shared.state.tensors().values()} == {device.type}
     result = compared(shared, steps=2, device=device)
     for images in (TEST[:2], TEST[:2].to(device)):
         drawn(plots.reconstructions(result, images))

@@ -1,0 +1,116 @@
+"""The modules that a Pyro program can reach, wherever it keeps them.
+
+A program is a module, or a function, a method, a partial (Pyro's handlers are partials) or an
+object that leads to modules: by its attributes, closure, arguments, containers, or the globals that
+its code names. All of these are followed; library code is not.
+"""
+
+from __future__ import annotations
+
+__all__ = ["reach"]
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+_DEPTH = 12  # how far to look for modules behind a program
+_LIBRARIES = set(
+    "arviz builtins collections functools logging matplotlib numpy pandas pyro scipy sklearn"
+    " threading torch tqdm weakref xarray zuko".split()
+)  # their objects and functions lead to no module of a user's
+_MODULE_INTERNALS = set(vars(nn.Module()))
+
+
+def reach(
+    program: Any, name: str, *, seen: Mapping[int, nn.Module], closed: type
+) -> dict[str, nn.Module]:
+    """The root modules that a program can reach and `seen` lacks, by a readable path.
+
+    Args:
+        program: the callable.
+        name: what its path begins with.
+        seen: modules that are known already, by identity.
+        closed: a type whose instances are not looked into.
+    """
+    found: dict[str, nn.Module] = {}
+    known = set(seen)
+    visited: set[int] = set()
+
+    def visit(value: Any, path: str, depth: int = 0) -> None:
+        if (
+            id(value) in visited
+            or depth > _DEPTH
+            or isinstance(value, (closed, Tensor, ModuleType, type))
+        ):
+            return
+        visited.add(id(value))
+        if isinstance(value, nn.Module) and id(value) not in known:
+            while path in found:
+                path += "'"
+            found[path] = value
+            known.update(id(module) for module in value.modules())
+        for inner, held in _held_by(value):
+            visit(held, f"{path}.{inner}" if inner else path, depth + 1)
+
+    visit(program, name)
+    # A root found early may sit inside one found later: name each tree once, by its topmost root.
+    below = {id(m) for root in found.values() for m in root.modules() if m is not root}
+    return {path: module for path, module in found.items() if id(module) not in below}
+
+
+def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
+    """What `value` holds that may be or lead to a module, with the name of each."""
+    if isinstance(value, nn.Module):
+        for module in value.modules():  # beside submodules: the model that an autoguide holds
+            for name, held in vars(module).items():
+                if name not in _MODULE_INTERNALS:
+                    yield name, held
+            yield "", getattr(type(module), "forward", None)
+    elif isinstance(value, MethodType):
+        yield "", value.__self__
+        yield "", value.__func__
+    elif isinstance(value, FunctionType):
+        if _is_library(value.__module__):
+            return
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            yield name, _content(cell)
+        for name in _names(value.__code__):
+            yield name, value.__globals__.get(name)
+        for held in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
+            yield "default", held
+    elif isinstance(value, partial):
+        yield "", value.func
+        for held in value.args:
+            yield "", held
+        yield from value.keywords.items()
+    elif isinstance(value, dict):
+        for key, held in value.items():
+            yield str(key), held
+    elif isinstance(value, (list, tuple, set)):
+        for index, held in enumerate(value):
+            yield str(index), held
+    elif hasattr(value, "__dict__") and not _is_library(type(value).__module__):
+        yield from list(vars(value).items())
+        yield "", vars(type(value)).get("__call__")
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The globals and attributes that a function names, and the functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _is_library(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in _LIBRARIES
