@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyro.poutine as poutine
+import torch
 
 from pyro_vi import checkpoint, diagnostics
 from pyro_vi.batches import Batches, Data, arguments, moved
@@ -30,7 +31,7 @@ from pyro_vi.diagnostics import Estimate
 from pyro_vi.fitted import Fit
 from pyro_vi.fitting import fit
 from pyro_vi.posterior import Posterior
-from pyro_vi.program import State, seeded
+from pyro_vi.program import State, checked_device, seeded
 
 _MIN_DRAWS = 21  # fewer have no tail to fit a k-hat to
 _TRUSTED = 0.1  # share of data points whose k-hat may exceed its bound
@@ -203,6 +204,9 @@ def compare(
     transform = options.get("transform")
     with seeded(seed):
         test = transform(data.test) if transform else data.test
+    device = checked_device(options.get("device"))
+    scored = moved(test, device)
+    shared = not _is_trained(model, scored, device)
     fits: dict[str, Fit] = {}
     points: dict[str, PerPoint] = {}
     rows: list[Row] = []
@@ -210,7 +214,7 @@ def compare(
         fitted = fit(
             model, guide, data.train, seed=seed, progress=name if progress else False, **options
         )
-        posterior = fitted.posterior(moved(test, options.get("device")), num_samples, seed=seed)
+        posterior = fitted.posterior(scored, num_samples, seed=seed)
         fits[name] = fitted
         points[name] = PerPoint(
             elbo=posterior.elbo().value,
@@ -220,17 +224,16 @@ def compare(
         )
         first = points[next(iter(guides))]
         rows.append(_row(name, fitted, posterior, points[name], first))
-    shared = not _is_trained(model, test)
     if shared:
         rows = _with_one_evidence(rows)
     return Comparison(tuple(rows), fits, points, test, num_samples, shared)
 
 
-def _is_trained(model: Callable[..., Any], test: Data) -> bool:
+def _is_trained(model: Callable[..., Any], test: Data, device: torch.device | None) -> bool:
     """Whether a run of the model uses parameters with gradients."""
-    state = State({"model": model})
+    state = State({"model": model}, device=device)
     args, kwargs = arguments(Batches(test, batch_size=1).head(2))
-    with seeded(0), state.installed():
+    with seeded(0, device), state.installed():
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     return any(
         site["value"].requires_grad for site in trace.nodes.values() if site["type"] == "param"

@@ -53,7 +53,7 @@ class Scaling:
                 )
             self.outside = 1 / structure.batch
             return
-        weights = PerDataPoint(structure.plate, batch=structure.batch, total=structure.total)
+        weights = PerDataPoint(structure.plate, total=structure.total)
         self.model, self.guide = weights(self._kl[0](model)), weights(self._kl[1](guide))
 
     def weigh_kl(self, weight: float) -> None:

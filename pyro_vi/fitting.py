@@ -148,7 +148,7 @@ def fit(
         evaluate = _Heldout(model, guide, loss, heldout, batches, structure, state, seed)
         scaling = Scaling(model, guide, loss, structure, kl_weight)
         engine = Engine(scaling, optimizer, loss)
-        history = _History(steps)
+        history = _History()
         result = partial(_result, model, guide, state, history, structure, batches)
         best, waited = math.inf, 0
         kept: dict[str, Tensor] | None = None
@@ -172,7 +172,7 @@ def fit(
                     raise NonFiniteError(message, step=step, fit=result()) from error
                 history.add(value, engine, kl_now, time.perf_counter() - started)
                 bar.update()
-                bar.set_postfix_str(f"bound {history.recent():.2f} nats", refresh=False)
+                bar.set_postfix_str(f"bound {history.recent:.2f} nats", refresh=False)
                 if evaluate.wanted and ((step + 1) % heldout_every == 0 or step + 1 == steps):
                     bound = evaluate()
                     history.heldout.append((step + 1, bound))
@@ -192,13 +192,13 @@ def fit(
 class _History:
     """What is kept of every step."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self) -> None:
         self.losses: list[float] = []
         self.reconstruction: list[float] = []
         self.kl: list[float] = []
         self.heldout: list[tuple[int, float]] = []
         self.seconds = 0.0
-        self._recent = math.nan
+        self.recent = math.nan  # the bound, smoothed over about twenty steps
 
     def add(self, loss: float, engine: Engine, weight: float, seconds: float) -> None:
         reconstruction, kl = engine.terms(loss)
@@ -206,11 +206,7 @@ class _History:
         self.reconstruction.append(reconstruction)
         self.kl.append(kl / weight if weight > 0 else math.nan)
         self.seconds += seconds
-        self._recent = -loss if len(self.losses) == 1 else 0.95 * self._recent - 0.05 * loss
-
-    def recent(self) -> float:
-        """The bound, smoothed over about twenty steps."""
-        return self._recent
+        self.recent = -loss if len(self.losses) == 1 else 0.95 * self.recent - 0.05 * loss
 
 
 class _Heldout:
@@ -244,7 +240,7 @@ class _Heldout:
         structure.check_amortized(guide)
         self._summed = isinstance(loss, RenyiELBO)  # the others are scaled to one data point
         if not self._summed:
-            weights = PerDataPoint(structure.plate, batch=1, total=1)  # every site is inside
+            weights = PerDataPoint(structure.plate, total=1)  # every site is inside
             model, guide = weights(model), weights(guide)
         self._svi = SVI(model, guide, PyroOptim(torch.optim.SGD, {}), loss)
         self._state, self._seed = state, seed

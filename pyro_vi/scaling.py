@@ -164,19 +164,11 @@ class Structure:
     @property
     def is_local(self) -> bool:
         """Whether every site of the model and the guide stands inside the plate."""
-        return self.batch > 0 and all(
+        return all(
             _inside(site, self.plate)
             for trace in (self.model_trace, self.guide_trace)
             for site in trace.nodes.values()
             if site["type"] == "sample" and not site_is_subsample(site)
-        )
-
-    @property
-    def subsamples_itself(self) -> bool:
-        """Whether the plate draws its own minibatch."""
-        return any(
-            f.full_size is not None and f.full_size != f.size
-            for f in _frames(self.model_trace, self.plate)
         )
 
     def _inside_model(self, name: str) -> bool:
@@ -313,8 +305,7 @@ class PerDataPoint(Messenger):
 
     Args:
         plate: the name of the plate over data points.
-        batch: data points in the batch (B).
-        total: data points in all (N).
+        total: data points in all (N); B is the plate's own size.
 
     Example:
         >>> import pyro, torch
@@ -324,16 +315,16 @@ class PerDataPoint(Messenger):
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
         >>> x = torch.zeros(4)
-        >>> per_point = PerDataPoint("data", batch=4, total=100)(model)
+        >>> per_point = PerDataPoint("data", total=100)(model)
         >>> scaled = poutine.trace(per_point).get_trace(x).log_prob_sum()
         >>> whole = poutine.trace(model).get_trace(x).log_prob_sum()
         >>> bool(torch.isclose(scaled * 4, whole))
         True
     """
 
-    def __init__(self, plate: str, *, batch: int, total: int) -> None:
+    def __init__(self, plate: str, *, total: int) -> None:
         super().__init__()
-        self.plate, self.batch, self.total = plate, batch, total
+        self.plate, self.total = plate, total
 
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):

@@ -17,7 +17,7 @@ from pyro_vi.scaling import KLWeight, PerDataPoint, Structure, check_weight, war
 
 def bound(kind: type, x: Tensor, total: int, draws: int) -> Tensor:
     """Estimates of the bound, each the mean of 200 particles."""
-    weights = PerDataPoint("data", batch=len(x), total=total)
+    weights = PerDataPoint("data", total=total)
     loss = told(kind(num_particles=200, vectorize_particles=True, max_plate_nesting=1))
     pair = weights(global_and_local), weights(global_and_local_guide)
     with torch.no_grad():
@@ -39,7 +39,7 @@ def test_minibatches_estimate_the_full_bound(kind: type) -> None:
 def test_full_data_is_the_elbo_over_n() -> None:
     x = torch.randn(6).double()
     values = []
-    weights = PerDataPoint("data", batch=6, total=6)
+    weights = PerDataPoint("data", total=6)
     for scale in (lambda program: program, weights):
         torch.manual_seed(4)
         pair = scale(global_and_local), scale(global_and_local_guide)
@@ -56,8 +56,8 @@ def test_a_plate_that_subsamples_itself_is_left_alone() -> None:
             pyro.sample("x", dist.Normal(mean, 1.0), obs=x[index])
 
     found = Structure.of(model, normal_mean_guide, (x,), {})
-    assert (found.batch, found.total, found.subsamples_itself) == (4, 10, True)
-    scaled = PerDataPoint("data", batch=4, total=10)(model)
+    assert (found.batch, found.total) == (4, 10)
+    scaled = PerDataPoint("data", total=10)(model)
     trace = pyro.poutine.trace(scaled).get_trace(x)
     assert float(trace.nodes["x"]["scale"]) == pytest.approx(1 / 4)
     assert float(trace.nodes["mean"]["scale"]) == pytest.approx(1 / 10)
