@@ -20,9 +20,7 @@ SCRIPTS = sorted(
     path for folder in ("examples", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py")
 )
 
-BUILDING_BLOCKS = tuple(
-    f"pyro_vi.{name}" for name in ("families", "flows", "networks", "schedules")
-)
+BUILDING_BLOCKS = tuple(f"pyro_vi.{name}" for name in ("families", "flows", "networks"))
 COMPOSITION_ROOT = ("cli.py", "__main__.py")
 
 
