@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = ["Batches", "Data"]
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -86,6 +87,33 @@ class Batches:
                     f" got {batch_size}"
                 )
 
+    @property
+    def length(self) -> int | None:
+        """Data points along the first axis of every part, or None if they cannot be split so."""
+        try:
+            return self._rows()
+        except (TypeError, ValueError):
+            return None
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the data are, or None if no part is a tensor."""
+        return next((part.device for part in self.tensors().values()), None)
+
+    def fingerprint(self) -> int:
+        """A checksum of the tensors, untransformed: other data have another one."""
+        found = 0
+        for part in self.tensors().values():
+            held = part.detach().cpu().contiguous()
+            if held.dtype == torch.bfloat16:
+                held = held.float()
+            found = zlib.crc32(held.numpy().tobytes(), found)
+        return found
+
+    def whole(self) -> Arguments:
+        """The arguments made of all data."""
+        return self._arguments(self.parts)
+
     def _rows(self) -> int:
         lengths = {}
         for key, part in self.parts.items():
@@ -136,8 +164,7 @@ class Batches:
         )
         if self.transform is None:
             return data
-        device = next((part.device for part in self.tensors().values()), None)
-        with seeded(0, device):  # what the transform draws is not seen outside
+        with seeded(0, self.device):  # what the transform draws is not seen outside
             return self.transform(data)
 
     def tensors(self) -> dict[Any, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["load", "save", "write"]
+__all__ = ["load", "replacing", "save", "write"]
 
 import io
 import os
@@ -11,13 +11,14 @@ import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_FORMAT, _VERSION = "pyro_vi fit", 1
+_FORMAT, _VERSION = "pyro_vi fit", 2
 
 
 def save(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
@@ -51,16 +52,28 @@ def write(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
         FileNotFoundError: its folder does not exist.
         IsADirectoryError: it is a folder.
     """
+    with replacing(path) as fresh, fresh.open("wb") as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A fresh file beside `path` that takes its place when all is written, and vanishes otherwise.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+        IsADirectoryError: it is a folder.
+    """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file in it")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield Path(name)
+        with open(name, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)

@@ -251,8 +251,8 @@ def _write(folder: Path, joint: Comparison, alone: Comparison, recipe: Mapping[s
     (folder / "inference").mkdir()
     for name, fitted in alone.fits.items():
         fitted.save(folder / "inference" / f"{name}.pt", recipe={**recipe, "family": name})
-    assert isinstance(joint.test, torch.Tensor)
-    few = joint.test[:10]
+    assert isinstance(joint.data, torch.Tensor)
+    few = joint.data[:10]
     for name, figure in {
         "losses": plots.losses(joint),
         "reconstructions": plots.reconstructions(joint, few),

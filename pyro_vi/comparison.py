@@ -4,13 +4,18 @@ Two questions, by what is passed as the model:
 
 - a model: every family trains its own copy of it, from the same initial weights on the same
   batches. What differs is the model-and-guide pair: a poor family bends the model to itself.
-- a fitted model (`Fit.model`): it is frozen, and the guides alone are trained. What differs is
-  inference: the evidence is one number, and the gap to it belongs to the family alone.
+- a fitted model (`Fit.model`), or one without parameters: the guides alone are trained. What
+  differs is inference: the evidence is one number, and the gap to it belongs to the family alone.
+
+And two kinds of posterior. Where every latent belongs to one data point, the rows are means over
+test data, which each guide can take. With latents that data points share, or autoguides, there is
+one posterior, of the training data: bounds and k-hat are of all of them together, and test data
+are judged by their log predictive density.
 """
 
 from __future__ import annotations
 
-__all__ = ["Comparison", "Row", "Split", "compare"]
+__all__ = ["Comparison", "PerPoint", "Row", "Split", "compare"]
 
 import csv
 import io
@@ -22,19 +27,22 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyro.poutine as poutine
 import torch
 
-from pyro_vi import checkpoint, diagnostics
-from pyro_vi.batches import Batches, Data, arguments, moved
+from pyro_vi import checkpoint, diagnostics, tables, verdict
+from pyro_vi.batches import Batches, Data, moved
 from pyro_vi.diagnostics import Estimate
 from pyro_vi.fitted import Fit
 from pyro_vi.fitting import fit
+from pyro_vi.marginals import MarginalErrors, marginal_errors, noise_floor
 from pyro_vi.posterior import Posterior
-from pyro_vi.program import State, checked_device, seeded
+from pyro_vi.program import checked_device, seeded
+from pyro_vi.scaling import is_autoguide
 
 _MIN_DRAWS = 21  # fewer have no tail to fit a k-hat to
-_TRUSTED = 0.1  # share of data points whose k-hat may exceed its bound
+
+Array = npt.NDArray[np.float64]
+_NAN = math.nan
 
 
 class Split(Protocol):
@@ -49,126 +57,165 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One family, on test data. Bounds in nats per data point, `_se` Monte Carlo standard errors.
+    """One family. NaN, or None, is what means nothing for the programs at hand.
 
-    Differences are to the first family, paired over the data points: their `_se` says whether
-    other data points would rank the families alike.
+    Bounds are in nats: per data point, mean over the data, where each has a posterior of its own;
+    of all data together where the posterior is joint. `_se` are Monte Carlo standard errors.
+    Differences are to the first family; paired over the data points where there are bounds of
+    single ones, so that their `_se` says whether other data points would rank the families alike.
     """
 
     family: str
-    elbo: float
-    elbo_se: float
-    elbo_difference: float
-    elbo_difference_se: float
-    evidence: float  # importance-weighted, a lower bound on log p(x) in expectation
-    evidence_se: float
-    evidence_difference: float  # NaN if all families share one model, and so one evidence
-    evidence_difference_se: float
-    gap: float  # evidence - ELBO, an estimate of KL(q || posterior); one model: its best estimate
-    gap_se: float
-    reconstruction: float
-    kl: float
-    bits_per_dim: float  # -evidence in bits per observed value; NaN unless the data are discrete
-    khat_median: float
-    khat_bad: float  # share of data points whose k-hat exceeds the bound for that many draws
-    ess: float  # median over data points, of the number of draws
-    active_units: int
-    latent_units: int
-    parameters: int
-    seconds_per_step: float
+    elbo: float = _NAN
+    elbo_se: float = _NAN
+    elbo_difference: float = _NAN
+    elbo_difference_se: float = _NAN
+    evidence: float = _NAN  # importance-weighted, a lower bound on log p(x) in expectation
+    evidence_se: float = _NAN
+    evidence_difference: float = _NAN  # NaN if all families share one model, and so one evidence
+    evidence_difference_se: float = _NAN
+    gap: float = _NAN  # evidence - ELBO, an estimate of KL(q || posterior); one model: one evidence
+    gap_se: float = _NAN
+    reconstruction: float = _NAN
+    kl: float = _NAN
+    bits_per_dim: float = _NAN  # -evidence in bits per observed value; for discrete data
+    khat_median: float = _NAN  # the k-hat itself, where the posterior is joint
+    khat_bad: float = _NAN  # share of data points whose k-hat exceeds the bound for that many draws
+    ess: float = _NAN  # of the number of draws; median over data points
+    predictive: float = (
+        _NAN  # log predictive density of a test data point, where latents are shared
+    )
+    predictive_se: float = _NAN  # over test data points
+    predictive_difference: float = _NAN
+    predictive_difference_se: float = _NAN
+    mean_error: float = _NAN  # the largest of all marginals, in the reference's standard deviations
+    sd_error: float = _NAN  # sd / reference sd - 1, the largest in size
+    wasserstein: float = _NAN  # the largest W1 distance of a marginal, in reference sd
+    rhat: float = _NAN  # the largest over marginals, across restarts
+    active_units: int | None = None
+    latent_units: int | None = None
+    parameters: int | None = None
+    seconds_per_step: float = _NAN
 
 
 @dataclass(frozen=True)
 class PerPoint:
-    """What stands behind a row, for each test data point; (N,) each."""
+    """What stands behind a row, for each data point, (N,); or for all together, (1,)."""
 
-    elbo: npt.NDArray[np.float64]
-    evidence: npt.NDArray[np.float64]
-    khat: npt.NDArray[np.float64]
-    ess: npt.NDArray[np.float64]
+    elbo: Array
+    evidence: Array
+    khat: Array
+    ess: Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """What `compare` returns; print it for the table.
 
     Attributes:
         rows: one per family, in the order given.
         fits: the fits by family.
-        points: the diagnostics of each test data point by family.
-        test: the test data that the rows are about, transformed.
-        num_samples: posterior draws for each data point.
+        posteriors: the draws that the rows are made of, by family.
+        points: the diagnostics of each data point by family; families without a density lack.
+        data: the data that the posteriors are about, transformed.
+        on_test: whether they are the test data.
+        num_samples: posterior draws.
         shared: whether the model was frozen, so that there is one evidence for all families.
+        reference: reference draws by site, (R, ...) each; empty without a reference.
+        marginals: errors of every marginal against the reference, by family and site.
+        noise: a row of what the reference's own Monte Carlo noise gives, or None.
     """
 
     rows: tuple[Row, ...]
     fits: dict[str, Fit]
+    posteriors: dict[str, Posterior]
     points: dict[str, PerPoint]
-    test: Data
+    data: Data
+    on_test: bool
     num_samples: int
     shared: bool
+    reference: dict[str, Array]
+    marginals: dict[str, dict[str, MarginalErrors]]
+    noise: Row | None = None
+
+    def __repr__(self) -> str:
+        return f"Comparison of {', '.join(row.family for row in self.rows)}"
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether bounds and k-hat are of all data together."""
+        return any(posterior.is_joint for posterior in self.posteriors.values())
 
     @property
     def best(self) -> Row:
-        """The row with the highest test ELBO."""
-        return max(self.rows, key=lambda row: row.elbo)
+        """The row with the highest ELBO.
+
+        Raises:
+            ValueError: no family has a bound.
+        """
+        bounded = [row for row in self.rows if not math.isnan(row.elbo)]
+        if not bounded:
+            raise ValueError("no family here has a bound: all hold their latents at a point")
+        return max(bounded, key=lambda row: row.elbo)
 
     @property
     def verdict(self) -> str:
         """Which family to trust, and how far, in plain words."""
-        return _verdict(self)
+        return verdict.words(self)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the numbers warn of: collapsed posteriors."""
-        return tuple(
-            f"{row.family}: {row.active_units} of {row.latent_units} latent units are active;"
-            " the others equal the prior (posterior collapse)"
-            for row in self.rows
-            if row.active_units < row.latent_units / 2
-        )
+        """What the numbers warn of: collapsed posteriors, restarts that disagree."""
+        return verdict.warnings(self)
 
     def to_csv(self, path: str | PathLike[str]) -> None:
-        """Writes the rows to a file, every digit, one line per family; NaN is an empty cell."""
+        """Writes the rows to a file, every digit, one line per family; NaN is an empty cell.
+
+        With a reference the last line is what its Monte Carlo noise gives.
+        """
         names = [field.name for field in fields(Row)]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(names)
-        for row in self.rows:
+        for row in (*self.rows, *([self.noise] if self.noise else [])):
             cells = [getattr(row, name) for name in names]
-            writer.writerow(["" if cell != cell else cell for cell in cells])
+            writer.writerow(["" if cell is None or cell != cell else cell for cell in cells])
         checkpoint.write(path, text.getvalue().encode())
 
     def __str__(self) -> str:
-        lines = [*_table(self), "", self.verdict]
+        lines = [*tables.lines(self), "", self.verdict]
         return "\n".join([*lines, *(f"Warning: {warning}." for warning in self.warnings)])
 
 
 def compare(
     model: Callable[..., Any],
     guides: Mapping[str, Callable[..., Any]],
-    data: Split,
+    data: Split | Data,
     *,
     num_samples: int = 1_000,
+    reference: Any = None,
     seed: int = 0,
     progress: bool = True,
     **options: Any,
 ) -> Comparison:
-    """Fits each guide and judges it on test data.
+    """Fits each guide and judges it.
 
     Args:
-        model: a Pyro program with local latents, of which each guide gets its own copy to train;
-            or a fitted model (`Fit.model`), which stays as it is.
-        guides: guides by name; differences are to the first.
-        data: has `train` and `test`, each as `fit` takes data.
-        num_samples: posterior draws for each test data point, at least 21.
+        model: a Pyro program, of which each guide gets its own copy to train; or a fitted model
+            (`Fit.model`), which stays as it is.
+        guides: guides by name, autoguides among them; differences are to the first.
+        data: has `train` and `test`, each as `fit` takes data; or data as `fit` takes them, which
+            are then judged too.
+        num_samples: posterior draws, for each data point or of all together; at least 21.
+        reference: draws to hold the marginals against: a `pyro.infer.MCMC` that has run, or arrays
+            by latent or deterministic site, (R, ...) each.
         seed: of the fits and of the draws.
         progress: whether to show progress bars.
-        **options: as `fit` takes them: loss, optim, steps, batch_size, transform, ...; a transform
-            is applied to the test data too, once.
+        **options: as `fit` takes them: loss, optim, steps, batch_size, transform, restarts, ...; a
+            transform is applied to the judged data too, once.
 
     Raises:
-        ValueError: no guides, too few draws, or what `fit` refuses.
+        ValueError: no guides, too few draws, a reference of other sites, or what `fit` refuses.
 
     Example:
         >>> import torch
@@ -188,11 +235,6 @@ def compare(
     """
     if not isinstance(guides, Mapping):
         raise TypeError(f"expected guides by name, a dict, got {type(guides).__name__}")
-    if not (hasattr(data, "train") and hasattr(data, "test")):
-        raise TypeError(
-            "expected data with attributes train and test, such as pyro_vi.data.ImageData, got"
-            f" {type(data).__name__}"
-        )
     if not guides:
         raise ValueError("expected at least one guide to compare, got none")
     if isinstance(num_samples, bool) or not isinstance(num_samples, int):
@@ -201,57 +243,154 @@ def compare(
         raise ValueError(
             f"expected at least {_MIN_DRAWS} posterior draws for a k-hat, got {num_samples}"
         )
+    drawn = _reference(reference)
+    train, test = _parts(data)
     transform = options.get("transform")
-    with seeded(seed):
-        test = transform(data.test) if transform else data.test
     device = checked_device(options.get("device"))
-    scored = moved(test, device)
-    shared = not _is_trained(model, scored, device)
+    with seeded(seed):
+        judged = {
+            name: moved(transform(part) if transform else part, device)
+            for name, part in (("train", train), ("test", test))
+            if part is not None
+        }
     fits: dict[str, Fit] = {}
-    points: dict[str, PerPoint] = {}
-    rows: list[Row] = []
     for name, guide in guides.items():
-        fitted = fit(
-            model, guide, data.train, seed=seed, progress=name if progress else False, **options
+        fits[name] = fit(
+            model, guide, train, seed=seed, progress=name if progress else False, **options
         )
+    joint = not all(fitted.local for fitted in fits.values())
+    on_test = not joint and "test" in judged
+    scored = judged["test" if on_test else "train"]
+    posteriors = {}
+    for name, fitted in fits.items():
         posterior = fitted.posterior(scored, num_samples, seed=seed)
-        fits[name] = fitted
-        points[name] = PerPoint(
-            elbo=posterior.elbo().value,
-            evidence=posterior.evidence().value,
-            khat=posterior.khat(),
-            ess=posterior.ess(),
-        )
-        first = points[next(iter(guides))]
-        rows.append(_row(name, fitted, posterior, points[name], first))
+        posteriors[name] = posterior.joint() if joint else posterior
+    points = {name: _points(p) for name, p in posteriors.items() if not p.point}
+    marginals = {name: _marginals(p, drawn) for name, p in posteriors.items() if drawn}
+    predictive = {
+        name: fitted.log_predictive_density(judged["test"], num_samples, seed=seed).value
+        for name, fitted in fits.items()
+        if joint and "test" in judged and _predicts(posteriors[name], guides[name])
+    }
+    rows = [
+        _row(name, fits[name], posteriors[name], points, predictive, marginals.get(name, {}))
+        for name in guides
+    ]
+    shared = not _is_trained(fits)
     if shared:
-        rows = _with_one_evidence(rows)
-    return Comparison(tuple(rows), fits, points, test, num_samples, shared)
-
-
-def _is_trained(model: Callable[..., Any], test: Data, device: torch.device | None) -> bool:
-    """Whether a run of the model uses parameters with gradients."""
-    state = State({"model": model}, device=device)
-    args, kwargs = arguments(Batches(test, batch_size=1).head(2))
-    with seeded(0, device), state.installed():
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
-    return any(
-        site["value"].requires_grad for site in trace.nodes.values() if site["type"] == "param"
+        rows = _with_one_evidence(rows, joint)
+    noise = {name: noise_floor(values) for name, values in _common(drawn, posteriors).items()}
+    return Comparison(
+        rows=tuple(rows),
+        fits=fits,
+        posteriors=posteriors,
+        points=points,
+        data=scored,
+        on_test=on_test,
+        num_samples=num_samples,
+        shared=shared,
+        reference=drawn,
+        marginals=marginals,
+        noise=Row("reference", **_largest(noise)) if noise else None,
     )
 
 
-def _with_one_evidence(rows: list[Row]) -> list[Row]:
-    """The gaps to one evidence: a frozen model has one, and the highest estimate is the closest.
+def _parts(data: Any) -> tuple[Any, Any]:
+    """Training data, and test data or None."""
+    if hasattr(data, "train") and hasattr(data, "test"):
+        return data.train, data.test
+    Batches(data)  # raises TypeError for what are no data
+    return data, None
+
+
+def _reference(reference: Any) -> dict[str, Array]:
+    """Reference draws as float64 arrays by site."""
+    if reference is None:
+        return {}
+    samples = reference.get_samples() if hasattr(reference, "get_samples") else reference
+    if not isinstance(samples, Mapping) or not samples:
+        raise TypeError(
+            "expected as reference a pyro.infer.MCMC that has run, or arrays of draws by site, got"
+            f" {type(reference).__name__}"
+        )
+    return {
+        name: np.asarray(torch.as_tensor(values).detach().cpu(), dtype=np.float64)
+        for name, values in samples.items()
+    }
+
+
+def _common(drawn: Mapping[str, Array], posteriors: Mapping[str, Posterior]) -> dict[str, Array]:
+    """The reference's draws of sites that the posteriors have too."""
+    names = set.union(*({*p.draws, *p.deterministic} for p in posteriors.values()))
+    common = {name: values for name, values in drawn.items() if name in names}
+    if drawn and not common:
+        raise ValueError(
+            f"expected reference draws of {sorted(names)}, or some of them, got {sorted(drawn)}"
+        )
+    return common
+
+
+def _marginals(posterior: Posterior, drawn: Mapping[str, Array]) -> dict[str, MarginalErrors]:
+    draws = {**posterior.draws, **posterior.deterministic}
+    found = {}
+    for name, values in _common(drawn, {"": posterior}).items():
+        own = draws[name].double().numpy()
+        if own.shape[1:] != values.shape[1:]:
+            raise ValueError(
+                f"site {name!r}: expected reference draws of shape (R, {_sizes(own)}), got"
+                f" {values.shape}"
+            )
+        found[name] = marginal_errors(own, values)
+    return found
+
+
+def _sizes(draws: Array) -> str:
+    return ", ".join(str(size) for size in draws.shape[1:])
+
+
+def _largest(errors: Mapping[str, MarginalErrors]) -> dict[str, float]:
+    """The largest errors in size over all marginals, with their signs."""
+    largest = {}
+    for row, name in (("mean_error", "mean"), ("sd_error", "sd"), ("wasserstein", "wasserstein")):
+        values = np.concatenate([np.ravel(getattr(error, name)) for error in errors.values()])
+        largest[row] = float(values[np.abs(values).argmax()])
+    return largest
+
+
+def _predicts(posterior: Posterior, guide: Callable[..., Any]) -> bool:
+    """Whether the guide can judge other data: an autoguide has no latents for their points."""
+    return not (posterior.has_local_latents and is_autoguide(guide))
+
+
+def _is_trained(fits: Mapping[str, Fit]) -> bool:
+    return any(fitted.model_is_trained for fitted in fits.values())
+
+
+def _points(posterior: Posterior) -> PerPoint:
+    return PerPoint(
+        elbo=np.atleast_1d(posterior.elbo().value),
+        evidence=np.atleast_1d(posterior.evidence().value),
+        khat=np.atleast_1d(posterior.khat()),
+        ess=np.atleast_1d(posterior.ess()),
+    )
+
+
+def _with_one_evidence(rows: list[Row], joint: bool) -> list[Row]:
+    """The gaps to one evidence: a model that is not trained has one, and rows estimate it.
 
     Each family's own estimate is a lower bound in expectation, the looser the worse the family: a
-    gap to it would flatter the worst.
+    gap to it would flatter the worst. A mean over data points is closest where it is highest; a
+    single joint estimate may be high by chance, and is believed where its k-hat is lowest.
     """
-    best = max(rows, key=lambda row: row.evidence)
+    estimates = [row for row in rows if not math.isnan(row.evidence)]
+    if not estimates:
+        return rows
+    best = max(estimates, key=lambda row: -row.khat_median if joint else row.evidence)
     return [
         replace(
             row,
-            evidence_difference=math.nan,
-            evidence_difference_se=math.nan,
+            evidence_difference=_NAN,
+            evidence_difference_se=_NAN,
             gap=best.evidence - row.elbo,
             gap_se=row.gap_se if row is best else math.hypot(best.evidence_se, row.elbo_se),
         )
@@ -259,125 +398,75 @@ def _with_one_evidence(rows: list[Row]) -> list[Row]:
     ]
 
 
-def _row(name: str, fitted: Fit, posterior: Posterior, own: PerPoint, first: PerPoint) -> Row:
-    evidence = diagnostics.mean_estimate(posterior.evidence())
-    elbo = diagnostics.mean_estimate(posterior.elbo())
-    reconstruction = float(posterior.log_likelihood.mean())
-    active = posterior.active_units().values()
-    bits = -float(evidence.value) / (posterior.num_observed * math.log(2))
-    bound = diagnostics.khat_threshold(len(posterior.log_p))
-    return Row(
+def _row(
+    name: str,
+    fitted: Fit,
+    posterior: Posterior,
+    points: Mapping[str, PerPoint],
+    predictive: Mapping[str, Array],
+    marginals: Mapping[str, MarginalErrors],
+) -> Row:
+    row = Row(
         family=name,
-        **_pair("elbo", elbo),
-        **_pair("elbo_difference", diagnostics.paired_difference(own.elbo, first.elbo)),
-        **_pair("evidence", evidence),
-        **_pair("evidence_difference", diagnostics.paired_difference(own.evidence, first.evidence)),
-        **_pair("gap", diagnostics.mean_estimate(posterior.kl_to_posterior())),
-        reconstruction=reconstruction,
-        kl=reconstruction - float(elbo.value),
-        bits_per_dim=bits if posterior.discrete else math.nan,
-        khat_median=float(np.median(own.khat)),
-        khat_bad=float(np.mean(own.khat > bound)),
-        ess=float(np.median(own.ess)),
-        active_units=int(sum(units.sum() for units in active)),
-        latent_units=int(sum(units.size for units in active)),
         parameters=fitted.parameters,
         seconds_per_step=fitted.seconds / len(fitted.losses),
     )
+    if name in points:
+        row = replace(row, **_bounds(name, posterior, points))
+    if name in predictive:
+        own = predictive[name]
+        row = replace(
+            row,
+            **_pair("predictive", _over_points(own)),
+            **_pair("predictive_difference", _over_points(own - next(iter(predictive.values())))),
+        )
+    if marginals:
+        row = replace(row, **_largest(marginals))
+    if posterior.restarts and not posterior.point:
+        row = replace(row, rhat=max(float(np.max(one)) for one in posterior.rhat().values()))
+    return row
+
+
+def _bounds(name: str, posterior: Posterior, points: Mapping[str, PerPoint]) -> dict[str, Any]:
+    own, first = points[name], next(iter(points.values()))
+    evidence = diagnostics.mean_estimate(posterior.evidence())
+    elbo = diagnostics.mean_estimate(posterior.elbo())
+    likelihood = posterior.pointwise_log_likelihood()
+    reconstruction = float(likelihood.sum(1).mean() if posterior.is_joint else likelihood.mean())
+    bound = diagnostics.khat_threshold(posterior.num_draws)
+    found: dict[str, Any] = {
+        **_pair("elbo", elbo),
+        **_pair("evidence", evidence),
+        **_pair("gap", diagnostics.mean_estimate(posterior.kl_to_posterior())),
+        "reconstruction": reconstruction,
+        "kl": reconstruction - float(elbo.value),
+        "khat_median": float(np.median(own.khat)),
+        "khat_bad": float(np.mean(own.khat > bound)),
+        "ess": float(np.median(own.ess)),
+    }
+    if own.elbo.size > 1:
+        found |= _pair("elbo_difference", diagnostics.paired_difference(own.elbo, first.elbo))
+        found |= _pair(
+            "evidence_difference", diagnostics.paired_difference(own.evidence, first.evidence)
+        )
+        active = posterior.active_units().values()
+        found["active_units"] = int(sum(units.sum() for units in active))
+        found["latent_units"] = int(sum(units.size for units in active))
+    else:
+        found["elbo_difference"] = float(own.elbo[0] - first.elbo[0])
+        found["evidence_difference"] = float(own.evidence[0] - first.evidence[0])
+    if posterior.discrete and not posterior.is_joint:
+        bits = -float(evidence.value) / (posterior.num_observed * math.log(2))
+        found["bits_per_dim"] = bits
+    return found
+
+
+def _over_points(values: Array) -> Estimate:
+    """Mean over data points, with the error that other data points would give it."""
+    if values.size < 2:
+        return Estimate(values.mean(), np.float64(_NAN))
+    return Estimate(values.mean(), values.std(ddof=1) / math.sqrt(values.size))
 
 
 def _pair(name: str, estimate: Estimate) -> dict[str, float]:
     return {name: float(estimate.value), f"{name}_se": float(estimate.se)}
-
-
-def _table(result: Comparison) -> list[str]:
-    """The table as lines: a column per family, a line per quantity."""
-    bound = diagnostics.khat_threshold(result.num_samples)
-    first = result.rows[0].family
-
-    def error(name: str) -> Callable[[Row], str]:
-        return lambda row: f"{getattr(row, name):.2f} ± {_short(getattr(row, name + '_se'))}"
-
-    def difference(name: str) -> Callable[[Row], str]:
-        return lambda row: (
-            ""
-            if row.family == first
-            else f"{getattr(row, name):+.2f} ± {_short(getattr(row, name + '_se'))}"
-        )
-
-    lines: list[tuple[str, Callable[[Row], str]]] = [
-        ("test ELBO (nats)", error("elbo")),
-        (f"  minus {first}'s", difference("elbo_difference")),
-        ("evidence (nats)", error("evidence")),
-        (f"  minus {first}'s ", difference("evidence_difference")),
-        ("gap: best evidence - ELBO" if result.shared else "gap: evidence - ELBO", error("gap")),
-        ("reconstruction (nats)", lambda row: f"{row.reconstruction:.2f}"),
-        ("KL to the prior (nats)", lambda row: f"{row.kl:.2f}"),
-        ("bits per dimension", lambda row: f"{row.bits_per_dim:.3f}"),
-        ("k-hat, median", lambda row: f"{row.khat_median:.2f}"),
-        (f"k-hat above {bound:.2f}", lambda row: f"{row.khat_bad:.0%}"),
-        (f"ESS of {result.num_samples:,} draws", lambda row: f"{row.ess:.0f}"),
-        ("active units", lambda row: f"{row.active_units} of {row.latent_units}"),
-        ("parameters", lambda row: f"{row.parameters:,}"),
-        ("ms per step", lambda row: f"{1e3 * row.seconds_per_step:.1f}"),
-    ]
-    if any(math.isnan(row.bits_per_dim) for row in result.rows):
-        lines = [line for line in lines if line[0] != "bits per dimension"]
-    if result.shared:
-        lines = [line for line in lines if line[0] != f"  minus {first}'s "]
-    if len(result.rows) == 1:
-        lines = [line for line in lines if "minus" not in line[0]]
-    cells = [["", *(row.family for row in result.rows)]]
-    cells += [[name, *(show(row) for row in result.rows)] for name, show in lines]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    ]
-
-
-def _short(error: float) -> str:
-    """A standard error with two decimals, or one digit where those would show 0.00."""
-    return f"{error:.2f}" if error >= 0.01 or error == 0 else f"{error:.1g}"
-
-
-def _verdict(result: Comparison) -> str:
-    ranked = sorted(result.rows, key=lambda row: -row.elbo)
-    best = ranked[0]
-    bound = diagnostics.khat_threshold(result.num_samples)
-    words = f"{best.family}: test ELBO {best.elbo:.2f} nats"
-    if len(ranked) > 1:
-        second = ranked[1]
-        lead = diagnostics.paired_difference(
-            result.points[best.family].elbo, result.points[second.family].elbo
-        )
-        by = f"{float(lead.value):.2f} ± {_short(float(lead.se))} nats"
-        words = (
-            f"{best.family} has the highest test ELBO, {by} above {second.family}"
-            if lead.value > 2 * lead.se
-            else f"{best.family} and {second.family} share the highest test ELBO ({by} apart)"
-        )
-    if best.khat_bad <= _TRUSTED:
-        return (
-            f"{words}. Trust {best.family}: its k-hat is at most {bound:.2f} for"
-            f" {1 - best.khat_bad:.0%} of the test data."
-        )
-    safest = min(result.rows, key=lambda row: row.khat_bad)
-    advice = (
-        ""
-        if len(ranked) == 1 or safest.khat_bad == 1
-        else (
-            f" The draws of {safest.family} can be taken as they are (k-hat at most {bound:.2f} for"
-            f" {1 - safest.khat_bad:.0%}), at {best.elbo - safest.elbo:.2f} nats less."
-            if safest.khat_bad <= _TRUSTED
-            else f" No family here is the posterior for all data; {safest.family} comes closest"
-            f" ({1 - safest.khat_bad:.0%})."
-        )
-    )
-    return (
-        f"{words}. Bounds can be compared, but the draws of {best.family} are not the posterior's:"
-        f" k-hat is above {bound:.2f} for {best.khat_bad:.0%} of the test data.{advice}"
-    )

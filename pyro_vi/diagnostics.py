@@ -1,4 +1,4 @@
-"""Diagnostics of a variational posterior, computed from its importance weights alone.
+"""Diagnostics of a variational posterior: from its importance weights, and from its draws alone.
 
 For every data point x, S draws z_s ~ q(z | x) give the log weights
 
@@ -10,12 +10,16 @@ data point, and its answers are scalars. Nothing else is needed to ask how good 
 - the evidence log p(x) = log E_q[w], the ELBO = E_q[log w], and their difference KL(q || p(z | x));
 - the tail of the weights: Pareto k-hat says which moments of w exist, and so which of the estimates
   here (and any other average over the draws) can be believed;
-- the effective sample size: how many of the S draws count.
+- the effective sample size: how many of the S draws count;
+- the Pareto-smoothed weights: the same posterior averages with less noise in them.
 
 The standard errors are those of the S draws at each data point. They need weights with a variance
 (k below 1/2); above `khat_threshold` neither they nor the estimates can be trusted.
 
-Everything here is NumPy in float64; torch tensors on the CPU are taken as they are.
+Without the weights, draws of several restarts still show by their R-hat whether these agree.
+
+Everything here is NumPy in float64, with SciPy's ranks; torch tensors on the CPU are taken as they
+are.
 """
 
 __all__ = [
@@ -29,11 +33,15 @@ __all__ = [
     "mean_estimate",
     "paired_difference",
     "pareto_khat",
+    "psis",
+    "rhat",
 ]
 
 import math
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -110,14 +118,119 @@ def pareto_khat(log_weights: npt.ArrayLike) -> Array:
         array([ True, False])
     """
     log_w = _log_weights(log_weights, min_draws=_MIN_DRAWS)
-    num_draws = log_w.shape[0]
-    columns = log_w.reshape(num_draws, -1)
-    tail = math.ceil(min(num_draws / 5, 3 * math.sqrt(num_draws)))
-    step = max(1, _CHUNK // max(num_draws, tail * _num_candidates(tail)))
+    columns = log_w.reshape(len(log_w), -1)
+    tail = _tail_size(len(log_w))
     khat = np.empty(columns.shape[1])
-    for start in range(0, len(khat), step):
-        khat[start : start + step] = _khat_rows(columns[:, start : start + step].T, tail)
+    for chunk in _chunks(columns.shape[1], max(len(log_w), tail * _num_candidates(tail))):
+        khat[chunk] = _fit_tails(columns[:, chunk].T, tail).k
     return khat.reshape(log_w.shape[1:])[()]
+
+
+def psis(log_weights: npt.ArrayLike) -> Array:
+    r"""Pareto-smoothed importance weights, normalised over the draws, per data point.
+
+    A few extreme weights carry most of the noise of an average over the draws. The largest M (the
+    tail that `pareto_khat` fits) are replaced, rank by rank, by the quantiles of the fitted
+    generalized Pareto distribution, and truncated at the largest raw weight:
+
+        w_(z) = min(u + F^-1((z - 1/2) / M), max_s w_s),    F^-1(p) = sigma ((1 - p)^-k - 1) / k,
+
+    for z = 1, ..., M in rising order, u being the largest weight below the tail. With `lw` the
+    answer, `(np.exp(lw) * f(z)).sum(axis=0)` estimates E[f(z) | x] of the posterior. Where k-hat is
+    between 1/2 and `khat_threshold` its error is smaller than with the raw weights: somewhat more
+    bias, far less variance. Above the threshold neither can be trusted.
+
+    Weights tied with u are not in the tail, and M counts those above it. Where `pareto_khat` has no
+    fit, and answers `-inf` or `inf`, the raw weights are normalised as they are. Draws of equal
+    weight in the tail get the quantiles of their ranks in the order of the draws.
+
+    Args:
+        log_weights: log p(x, z_s) - log q(z_s | x) in nats, shape (S, N) or (S,), S >= 21. `-inf`
+            is a weight of zero. A constant added to them changes nothing.
+
+    Returns:
+        The logarithms of weights that sum to 1 over the draws, in the shape of `log_weights`.
+
+    Raises:
+        TypeError: `log_weights` is not an array of real numbers.
+        ValueError: as `pareto_khat`.
+
+    References:
+        Vehtari, Simpson, Gelman, Yao, Gabry, "Pareto smoothed importance sampling",
+        arXiv:1507.02646.
+
+    Example:
+        >>> z = np.random.default_rng(0).exponential(size=1000) / 2  # q has rate 2, p has rate 1
+        >>> weights = np.exp(psis(z))
+        >>> round(float(weights.sum()), 9), round(float(weights @ z), 1)  # E_p[z] = 1
+        (1.0, 1.0)
+    """
+    log_w = _log_weights(log_weights, min_draws=_MIN_DRAWS)
+    columns = log_w.reshape(len(log_w), -1)
+    tail = _tail_size(len(log_w))
+    smoothed = np.empty_like(columns)
+    for chunk in _chunks(columns.shape[1], max(len(log_w), tail * _num_candidates(tail))):
+        smoothed[:, chunk] = _smooth_tails(columns[:, chunk].T, tail).T
+    return smoothed.reshape(log_w.shape)
+
+
+def rhat(draws: npt.ArrayLike) -> Array:
+    r"""Rank-normalised split R-hat: whether several chains have the same distribution.
+
+    Every chain is cut in two (an odd draw in the middle is left out), which makes m = 2 C chains of
+    n = S // 2 draws, and all the draws of a scalar are replaced by normal scores of their ranks r
+    among them, z = Phi^-1((r - 3/8) / (m n + 1/4)). With B / n the variance of the chains' means
+    and W the mean of their variances,
+
+        R-hat = sqrt((n - 1) / n + (B / n) / W),
+
+    and the answer is the larger of two: that of the draws (a difference in location) and that of
+    their distances from the common median (a difference in scale). Ranks always have moments: heavy
+    tails do no harm. Chains that agree are near 1; 1.01 is the usual bound for MCMC.
+
+    For draws of several restarts of a variational fit, one restart per chain, it says whether the
+    restarts agree. It says nothing about the quality of the family: restarts of one that is too
+    simple can agree on the same wrong posterior.
+
+    Draws that are one constant in all chains agree: 1. Chains that are constant, at different
+    values, have nothing in common: `inf`.
+
+    Args:
+        draws: C chains of S draws of one or more scalars, shape (C, S, ...), C >= 2, S >= 4.
+
+    Returns:
+        R-hat, dimensionless, of every scalar, shape (...); a scalar if `draws` has shape (C, S).
+
+    Raises:
+        TypeError: `draws` is not an array of real numbers.
+        ValueError: fewer than 2 chains or 4 draws, or a value that is not finite.
+
+    References:
+        Vehtari, Gelman, Simpson, Carpenter, Bürkner, "Rank-normalization, folding, and
+        localization: an improved R-hat for assessing convergence of MCMC", arXiv:1903.08008.
+
+    Example:
+        >>> draws = np.random.default_rng(0).normal(size=(4, 500, 3))
+        >>> draws[0, :, 1] += 1    # one chain is elsewhere
+        >>> draws[0, :, 2] *= 3    # one chain is wider
+        >>> rhat(draws) > 1.01
+        array([False,  True,  True])
+    """
+    values = _finite("draws", draws)
+    if values.ndim < 2 or values.shape[0] < 2 or values.shape[1] < 4:
+        raise ValueError(
+            "draws: expected shape (C, S, ...) with at least 2 chains and 4 draws, got "
+            f"{values.shape}"
+        )
+    half = values.shape[1] // 2
+    chains = np.concatenate([values[:, :half], values[:, -half:]])
+    chains = chains.reshape(*chains.shape[:2], math.prod(values.shape[2:]))
+    largest = np.empty(chains.shape[2])
+    for chunk in _chunks(len(largest), chains.shape[0] * half):
+        part = chains[:, :, chunk]
+        folded = np.abs(part - np.median(part, axis=(0, 1)))
+        largest[chunk] = np.fmax(_rank_rhat(part), _rank_rhat(folded))  # NaN: all are equal
+    return np.where(np.isnan(largest), 1.0, largest).reshape(values.shape[2:])[()]
 
 
 def khat_threshold(num_draws: int) -> float:
@@ -437,8 +550,28 @@ def _num_candidates(tail: int) -> int:
     return 30 + math.isqrt(tail)
 
 
-def _khat_rows(log_w: Array, tail: int) -> Array:
-    """k-hat of each row of (n, S) log weights, from its `tail` largest."""
+def _tail_size(num_draws: int) -> int:
+    """How many of the largest weights are fitted: M = ceil(min(S / 5, 3 sqrt(S)))."""
+    return math.ceil(min(num_draws / 5, 3 * math.sqrt(num_draws)))
+
+
+def _chunks(num: int, width: int) -> Iterator[slice]:
+    """Slices over `num` items, each with `width` numbers, of at most `_CHUNK` numbers (or one)."""
+    step = max(1, _CHUNK // max(1, width))
+    return (slice(start, start + step) for start in range(0, num, step))
+
+
+class _Tails(NamedTuple):
+    """The fitted tail of each of n rows of log weights."""
+
+    k: Array  # (n,): k-hat; -inf or inf where there is no fit
+    scale: Array  # (n,): sigma in units of the cutoff; NaN where there is no fit
+    cutoff: Array  # (n,): log of the weight that the tail begins above, less the largest
+    size: npt.NDArray[np.intp]  # (n,): how many weights stand above it
+
+
+def _fit_tails(log_w: Array, tail: int) -> _Tails:
+    """The tail of each row of (n, S) log weights, fitted to its `tail` largest."""
     top = log_w.max(axis=1, keepdims=True)
     # The largest weight below the tail, then the tail, in rising order: (n, tail + 1).
     upper = np.sort(np.partition(log_w, log_w.shape[1] - tail - 1, axis=1)[:, -tail - 1 :]) - top
@@ -448,19 +581,21 @@ def _khat_rows(log_w: Array, tail: int) -> Array:
     spread = top[:, 0] - log_w.min(axis=1)
     flat = (size == 0) | (spread <= 1e-12 * np.maximum(1, abs(top[:, 0])))
     khat = np.where(flat, -np.inf, np.inf)
+    scale = np.full(len(log_w), np.nan)
     fit = ~flat & (size >= _MIN_TAIL)
     if fit.any():
         # Excess over the cutoff in units of the cutoff, since k does not depend on the scale.
-        khat[fit] = _fit_pareto(np.expm1(above[fit]), size[fit])
-    return khat
+        khat[fit], scale[fit] = _fit_pareto(np.expm1(above[fit]), size[fit])
+    return _Tails(khat, scale, cutoff[:, 0], size)
 
 
-def _fit_pareto(excess: Array, size: npt.NDArray[np.intp]) -> Array:
-    """Zhang and Stephens' k of each row, whose last `size` numbers are above 0 and rise.
+def _fit_pareto(excess: Array, size: npt.NDArray[np.intp]) -> tuple[Array, Array]:
+    """Zhang and Stephens' k and sigma of each row, whose last `size` numbers are above 0 and rise.
 
     With b = -k / sigma the likelihood is maximal over k at k(b) = mean(log(1 - b u)), which leaves
     one parameter: its profile likelihood, on a grid of candidates that follows the first quartile
-    and the maximum, gives the posterior mean of b, and k at that b.
+    and the maximum, gives the posterior mean of b, and k at that b. The prior that then draws k
+    towards 1/2 leaves sigma as it is.
     """
     rows, tail = excess.shape
     n = size[:, None]
@@ -473,12 +608,64 @@ def _fit_pareto(excess: Array, size: npt.NDArray[np.intp]) -> Array:
         terms = b[:, :, None] * -excess[:, None, :]  # (rows, candidates, tail): most of the work
         k = np.log1p(terms, out=terms).sum(axis=2) / n
         # As b -> 0 the distribution becomes exponential, and -b / k one over the mean excess.
-        inverse_scale = np.where(b == 0, n / excess.sum(axis=1, keepdims=True), -b / k)
+        mean = excess.sum(axis=1, keepdims=True) / n
+        inverse_scale = np.where(b == 0, 1 / mean, -b / k)
         profile = np.where(j > m, -np.inf, n * (np.log(inverse_scale) - k - 1))
         weight = np.exp(profile - profile.max(axis=1, keepdims=True))
         weight /= weight.sum(axis=1, keepdims=True)
         weight[weight < 10 * np.finfo(np.float64).eps] = 0
         b_mean = (b * weight).sum(axis=1, keepdims=True) / weight.sum(axis=1, keepdims=True)
         k_mean = np.log1p(-b_mean * excess).sum(axis=1) / size
+        scale = np.where(b_mean == 0, mean, -k_mean[:, None] / b_mean)[:, 0]
         khat = (size * k_mean + 10 * 0.5) / (size + 10)
-    return np.where(np.isnan(khat), np.inf, khat)
+    return np.where(np.isnan(khat), np.inf, khat), scale
+
+
+def _smooth_tails(log_w: Array, tail: int) -> Array:
+    """The Pareto-smoothed and normalised log weights of each row of (n, S) log weights."""
+    fit = _fit_tails(log_w, tail)
+    smoothed = log_w - log_w.max(axis=1, keepdims=True)
+    rows = np.flatnonzero(np.isfinite(fit.k) & np.isfinite(fit.scale) & (fit.scale > 0))
+    if rows.size:
+        k, scale, cutoff = (values[rows, None] for values in (fit.k, fit.scale, fit.cutoff))
+        size = fit.size[rows, None]
+        raw = smoothed[rows]
+        # Where the largest are, in rising order; those above the cutoff are the last `size`.
+        where = np.sort(np.argpartition(raw, raw.shape[1] - tail, axis=1)[:, -tail:])
+        order = np.argsort(np.take_along_axis(raw, where, axis=1), axis=1, kind="stable")
+        where = np.take_along_axis(where, order, axis=1)
+        z = np.arange(1, tail + 1) - (tail - size)
+        log_quantile = np.log(scale) + _log_pareto_quantile(np.maximum(z - 0.5, 0.5) / size, k)
+        value = np.minimum(cutoff + np.logaddexp(0, log_quantile), 0)
+        value = np.where(z > 0, value, np.take_along_axis(raw, where, axis=1))
+        np.put_along_axis(raw, where, value, axis=1)
+        smoothed[rows] = raw
+    smoothed -= smoothed.max(axis=1, keepdims=True)
+    return smoothed - np.log(np.exp(smoothed).sum(axis=1, keepdims=True))
+
+
+def _log_pareto_quantile(p: Array, k: Array) -> Array:
+    """log(((1 - p)^-k - 1) / k) for 0 < p < 1, finite however large k is, and smooth at k = 0."""
+    e = -np.log1p(-p)  # the quantile of the exponential distribution, which is that of k = 0
+    size = np.maximum(np.abs(k), np.finfo(np.float64).eps)  # below eps: the limit, to rounding
+    return np.maximum(k * e, 0) + np.log(-np.expm1(-size * e) / size)
+
+
+def _rank_rhat(chains: Array) -> Array:
+    """R-hat of the normal scores of (m, n, K) draws, per scalar.
+
+    NaN if all the draws are equal, inf if only those within each chain are.
+    """
+    from scipy.special import ndtri  # type: ignore[import-untyped]
+    from scipy.stats import rankdata  # type: ignore[import-untyped]  # a second, once
+
+    m, n, num = chains.shape
+    rank = rankdata(chains.reshape(m * n, num), axis=0).reshape(chains.shape)
+    score = ndtri((rank - 3 / 8) / (m * n + 1 / 4))
+    within = score.var(axis=1, ddof=1).mean(axis=0)
+    between = score.mean(axis=1).var(axis=0, ddof=1)
+    # Compared, not computed: the variance of equal numbers need not round to zero.
+    still = (np.ptp(rank, axis=1) == 0).all(axis=0)
+    equal = np.ptp(rank, axis=(0, 1)) == 0
+    ratio = np.divide(between, within, out=np.where(equal, np.nan, np.inf), where=~still)
+    return np.asarray(np.sqrt((n - 1) / n + ratio))

@@ -28,6 +28,8 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vi.sites import is_delta
+
 
 class Told(ELBO):
     """A mixin over one of Pyro's ELBOs that keeps the terms of the last evaluation."""
@@ -165,7 +167,7 @@ class _Sampled:
 
 def _with_kl(q: Any, p: Any) -> tuple[Any, Any]:
     """The pair itself, or the same pair as types for which torch's KL exists and is right."""
-    if _is_delta(q):
+    if is_delta(q):
         return _Sampled(), p
     joint = (torch.distributions.MultivariateNormal, torch.distributions.LowRankMultivariateNormal)
     if isinstance(q, joint) and (diagonal := _diagonal_normal(p)) is not None:
@@ -173,12 +175,6 @@ def _with_kl(q: Any, p: Any) -> tuple[Any, Any]:
     if isinstance(p, joint) and (diagonal := _diagonal_normal(q)) is not None:
         return diagonal, p
     return q, p
-
-
-def _is_delta(fn: Any) -> bool:
-    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
-        fn = fn.base_dist
-    return isinstance(fn, dist.Delta)
 
 
 def _diagonal_normal(fn: Any) -> Any | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 __all__ = ["Fit"]
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -25,9 +25,11 @@ from torch import Tensor
 
 from pyro_vi import checkpoint
 from pyro_vi.batches import Batches, Data, arguments, moved
-from pyro_vi.posterior import Posterior, draw_posterior
+from pyro_vi.diagnostics import Estimate
+from pyro_vi.posterior import Posterior
 from pyro_vi.program import Program, State, checked_device, reachable, seeded
-from pyro_vi.scaling import Structure
+from pyro_vi.scaling import Structure, is_autoguide
+from pyro_vi.scoring import Programs
 
 Draws = dict[str, Tensor]
 
@@ -46,8 +48,17 @@ class Fit:
         seconds: spent in gradient steps.
         parameters: trained values in all.
         plate: the name of the plate over data points.
+        plates: the size of every vectorized plate that a sample site stands in, by name; that of
+            the plate over data points is the number of all training points.
+        local: whether every site stands inside the plate over data points, and the guide is no
+            autoguide: then other data can be scored too.
+        model_is_trained: whether the model had parameters to train.
+        fingerprint: a checksum of the training data where the posterior is theirs alone; None where
+            it is not, or where a transform stood between data and programs.
         template: a few rows of the training data (all of them, if they were not split): the shape
             of an argument.
+        restarts: all fits of `fit(..., restarts=R)`, this one among them, in the order of their
+            seeds; empty without restarts, and in a loaded fit.
     """
 
     model: Program
@@ -59,7 +70,12 @@ class Fit:
     seconds: float
     parameters: int
     plate: str
+    plates: dict[str, int]
+    local: bool
+    model_is_trained: bool
+    fingerprint: int | None
     template: Data
+    restarts: tuple[Fit, ...] = ()
 
     def __repr__(self) -> str:
         return (
@@ -68,23 +84,102 @@ class Fit:
         )
 
     def posterior(self, data: Data, num_samples: int = 1_000, *, seed: int = 0) -> Posterior:
-        """Draws from the guide for each data point, with log p, log q and the log-likelihood.
+        """Draws from the guide, with log p, log q and the log-likelihood.
+
+        Where every latent belongs to a single data point, the data are any, and each data point
+        has a posterior. With a latent that the data points share, or an autoguide, there is one
+        posterior, of the data that the guide was fitted to.
+
+        Args:
+            data: as `fit` takes them, N data points.
+            num_samples: draws (S), for each data point or of all together; at least 1.
+            seed: of the draws.
+
+        Returns:
+            `pyro_vi.posterior.Posterior`. After `fit(..., restarts=R)` with joint weights it holds
+            the posteriors of all restarts too.
+
+        Raises:
+            ValueError: fewer than one draw; other data than the guide was fitted to, where there
+                is one posterior of those; a batch that the programs refuse.
+        """
+        self._check_fitted_to(data)
+        posterior = self._programs(data).posterior(num_samples, seed=seed, local=self.local)
+        self._check_plates(posterior.plates)
+        training = {"loss": self.losses, "reconstruction": self.reconstruction, "kl": self.kl}
+        posterior = replace(posterior, training=training)
+        if not posterior.is_joint or not self.restarts:
+            return posterior
+        restarts = (
+            fit.posterior(data, num_samples, seed=seed + i) for i, fit in enumerate(self.restarts)
+        )
+        return replace(posterior, restarts=tuple(restarts))
+
+    def posterior_given_globals(
+        self, data: Data, num_samples: int = 1_000, *, seed: int = 0
+    ) -> Posterior:
+        """The posterior of each data point's own latents, given one draw of the shared ones.
+
+        Its k-hats, one for each data point, judge the guide's local part alone: what the guide
+        makes of the shared latents plays no part. The joint k-hat of `posterior` judges all.
 
         Args:
             data: as `fit` takes them, N data points.
             num_samples: draws for each data point (S), at least 1.
+            seed: of the draws, and of the one draw of the shared latents.
+
+        Raises:
+            ValueError: fewer than one draw; no latents of single data points, or a guide that
+                draws them jointly.
+        """
+        return self._programs(data).given_globals(num_samples, seed=seed)
+
+    def log_predictive_density(
+        self, data: Data, num_samples: int = 1_000, *, seed: int = 0
+    ) -> Estimate:
+        """log p(x_n | training data) of each data point that the guide has not seen.
+
+            log 1/S sum_s p(x_n, z_ns | theta_s) / q(z_ns | x_n, theta_s),
+            theta_s ~ q(theta),    z_ns ~ q(z_n | x_n, theta_s),
+
+        where theta are the latents that data points share, and z those of single ones, if any.
+
+        Args:
+            data: as `fit` takes them, N data points.
+            num_samples: draws (S), at least 2.
             seed: of the draws.
 
         Returns:
-            `pyro_vi.posterior.Posterior`.
+            The estimate in nats and its Monte Carlo standard error, (N,) each.
 
         Raises:
-            ValueError: fewer than one draw; latents that are not local; a batch that the programs
-                refuse.
+            ValueError: fewer than two draws; an autoguide with latents of single data points,
+                which has none for other data.
         """
-        return draw_posterior(
-            self.model, self.guide, data, num_samples=num_samples, plate=self.plate, seed=seed
-        )
+        return self._programs(data).log_predictive_density(num_samples, seed=seed)
+
+    def _programs(self, data: Data) -> Programs:
+        return Programs(self.model, self.guide, data, self.plate)
+
+    def _check_fitted_to(self, data: Data) -> None:
+        """Raises ValueError if there is one posterior, and it is not that of these data."""
+        if self.fingerprint is not None and Batches(data).fingerprint() != self.fingerprint:
+            raise ValueError(
+                "expected the data that the guide was fitted to: it has latents that data points"
+                " share, or no amortized ones, and so one posterior, theirs;"
+                " log_predictive_density and predict are for other data"
+            )
+
+    def _check_plates(self, plates: Mapping[str, int]) -> None:
+        """Raises ValueError unless the plates have the sizes that the guide was fitted to."""
+        for name, size in plates.items():
+            if self.local and name == self.plate:
+                continue
+            if (fitted := self.plates.get(name, size)) != size:
+                raise ValueError(
+                    f"plate {name!r} has {size} elements, and had {fitted} in the fit: the guide's"
+                    " parameters belong to those"
+                )
 
     def generate(self, num: int, *, expected: bool = False, seed: int = 0) -> Draws:
         """Data points from the model's prior, with their latents.
@@ -135,16 +230,11 @@ class Fit:
             Draws by observed site, each of shape (S, N, ...).
         """
         _check_count("predictive draw", num_samples)
-        batches = Batches(data, batch_size=1)
-        assert batches.total is not None
-        repeated = _rows(data, torch.arange(batches.total).repeat(num_samples))
-        draws = self._given(
-            self._encode(repeated, 1, seed), repeated, expected=False, seed=seed + 1
-        )
-        return {
-            name: value.reshape(num_samples, batches.total, *value.shape[1:])
-            for name, value in draws.items()
-        }
+        source = self._programs(data)
+        posterior = source.posterior(num_samples, seed=seed, local=self.local)
+        if is_autoguide(self.guide) and posterior.has_local_latents:
+            self._check_fitted_to(data)
+        return posterior.predictive(seed=seed + 1)
 
     def decode(
         self, latents: Mapping[str, Tensor], *, expected: bool = True, seed: int = 0
@@ -197,9 +287,7 @@ class Fit:
 
     def _encode(self, data: Data, num_samples: int, seed: int) -> Draws:
         """Mean over `num_samples` draws of each data point's latents."""
-        draws = draw_posterior(
-            self.model, self.guide, data, num_samples=num_samples, plate=self.plate, seed=seed
-        ).draws
+        draws = self.posterior(data, num_samples, seed=seed).draws
         return {name: value.mean(0) for name, value in draws.items()}
 
     def _given(
@@ -219,7 +307,7 @@ class Fit:
         return _observed(trace, expected)
 
     def save(self, path: str | PathLike[str], *, recipe: Mapping[str, Any] | None = None) -> None:
-        """Writes the fit to one file, atomically.
+        """Writes the fit to one file, atomically, without its restarts.
 
         Args:
             path: the file; it is replaced if it exists.
@@ -250,7 +338,8 @@ class Fit:
 
         Args:
             path: the file that `save` wrote.
-            model, guide: the programs, as they were before the fit; they stay as they are.
+            model, guide: the programs, as they were before the fit; they stay as they are. For a
+                fit of `AutoLaplaceApproximation`, the guide is `AutoMultivariateNormal(model)`.
             device: where the fit will live; the CPU by default.
 
         Raises:
@@ -286,6 +375,10 @@ _PLAIN = (
     "seconds",
     "parameters",
     "plate",
+    "plates",
+    "local",
+    "model_is_trained",
+    "fingerprint",
     "template",
 )
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
+from pyro.infer.autoguide import AutoLaplaceApproximation
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
@@ -33,8 +34,11 @@ from tqdm.auto import tqdm
 from pyro_vi.batches import Batches, Data
 from pyro_vi.engine import Engine, Scaling
 from pyro_vi.fitted import Fit
+from pyro_vi.laplace import at_mode, check_mode
 from pyro_vi.program import Program, State, check_seed, checked_device, reachable, seeded
+from pyro_vi.restarts import best_of, check_restarts, disagreement, move
 from pyro_vi.scaling import PerDataPoint, Structure, check_weight
+from pyro_vi.scoring import is_local
 from pyro_vi.svi import SVI, OneOptimizer
 
 log = logging.getLogger(__name__)
@@ -74,6 +78,7 @@ def fit(
     patience: int | None = None,
     plate: str = "data",
     seed: int = 0,
+    restarts: int = 1,
     device: str | torch.device | None = None,
     progress: bool | str = True,
 ) -> Fit:
@@ -83,7 +88,8 @@ def fit(
         model: a Pyro program: a PyroModule, or a function with `pyro.param` or `pyro.module`. A
             fitted model (`Fit.model`) is frozen: then the guide alone is trained.
         guide: a callable of the same arguments that samples the model's latent sites; autoguides
-            too.
+            too. `AutoLaplaceApproximation` is trained to the mode, and the fit's guide is then the
+            Gaussian there (`pyro_vi.laplace`), an `AutoMultivariateNormal`.
         data: a tensor (`model(data)`), a tuple (`model(*data)`) or a dict (`model(**data)`).
         loss: one of Pyro's ELBOs, not a Jit one; `Trace_ELBO()` by default.
         optim: a Pyro optimizer, or a callable that makes a torch optimizer from parameters;
@@ -105,6 +111,13 @@ def fit(
         plate: the name of the plate over data points; without one, "a data point" in losses and
             bounds is all that a call of the model observes.
         seed: of torch's generators, inside this call alone.
+        restarts: fits from that many initial values, at least 1; the best is returned, and all are
+            its `restarts`. The first is the fit without restarts; the one after r others has seed
+            `seed + r`, and initial values that are moved (`pyro_vi.restarts.move`). The best has
+            the highest held-out bound of what is kept or, without `heldout`, the highest mean bound
+            over the last tenth of its steps. A restart whose loss or gradient is not finite is left
+            out with a warning. Restarts that disagree, by the rule in `pyro_vi.restarts`, are
+            warned of.
         device: where to compute; by default where the data are.
         progress: whether to show a progress bar with the current bound; a string labels it.
 
@@ -114,7 +127,7 @@ def fit(
 
     Raises:
         NonFiniteError: a loss or gradient that is not finite; names the step and the site, and
-            carries the fit up to there.
+            carries the fit up to there. With restarts, only if all of them end so: the first's.
         ValueError, TypeError: arguments or programs that do not fit together; see the message.
 
     Example:
@@ -130,6 +143,70 @@ def fit(
         >>> fitted.losses.shape
         torch.Size([20])
     """
+    check_restarts(restarts)
+    once = partial(
+        _fit_once,
+        model,
+        guide,
+        data,
+        loss=loss,
+        optim=optim,
+        steps=steps,
+        batch_size=batch_size,
+        transform=transform,
+        kl_weight=kl_weight,
+        schedule=schedule,
+        clip_norm=clip_norm,
+        heldout=heldout,
+        heldout_every=heldout_every,
+        patience=patience,
+        plate=plate,
+        seed=seed,
+        device=device,
+    )
+    if restarts == 1:
+        return once(restart=0, progress=progress)
+    fits: list[Fit] = []
+    failed: dict[str, NonFiniteError] = {}
+    for restart in range(restarts):
+        name = f"restart {restart + 1} of {restarts}"
+        label = f"{progress}, {name}" if isinstance(progress, str) and progress else name
+        try:
+            fits.append(once(restart=restart, progress=progress and label))
+        except NonFiniteError as error:
+            failed[name] = error
+    if not fits:
+        raise next(iter(failed.values()))
+    for name, reason in failed.items():
+        warnings.warn(f"{name} is left out: {reason}", stacklevel=2)
+    if message := disagreement(fits):
+        warnings.warn(message, stacklevel=2)
+    return best_of(fits, stopped_early=patience is not None)
+
+
+def _fit_once(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: Data,
+    *,
+    loss: ELBO | None,
+    optim: PyroOptim | Callable[[Iterable[Tensor]], Optimizer] | None,
+    steps: int,
+    batch_size: int | None,
+    transform: Callable[[Any], Any] | None,
+    kl_weight: float | Callable[[int], float],
+    schedule: Callable[[Optimizer], LRScheduler] | None,
+    clip_norm: float | None,
+    heldout: Data | None,
+    heldout_every: int,
+    patience: int | None,
+    plate: str,
+    seed: int,
+    restart: int,
+    device: str | torch.device | None,
+    progress: bool | str,
+) -> Fit:
+    """The fit after `restart` others; held-out bounds have the same noise in all of them."""
     loss = Trace_ELBO() if loss is None else copy(loss)  # some remember the programs' plates
     for name, program in (("model", model), ("guide", guide)):
         if not callable(program):
@@ -140,11 +217,14 @@ def fit(
     optimizer = _optimizer(optim, schedule, clip_norm)
     weight = kl_weight if callable(kl_weight) else _constant(check_weight(kl_weight))
     state = State({"model": model, "guide": guide}, device=where)
-    with seeded(seed, where), state.installed(), warnings.catch_warnings():
+    with seeded(seed + restart, where), state.installed(), warnings.catch_warnings():
         # Pyro warns of NaN and goes on; here a NaN is an error, raised below.
         warnings.filterwarnings("ignore", message="Encountered")
-        stream = batches.shuffled(seed)
+        stream = batches.shuffled(seed + restart)
         structure = _inspect(model, guide, batches, state, plate)
+        check_mode(guide, structure)
+        if restart:
+            move(state, model, guide)
         evaluate = _Heldout(model, guide, loss, heldout, batches, structure, state, seed)
         scaling = Scaling(model, guide, loss, structure, kl_weight)
         engine = Engine(scaling, optimizer, loss)
@@ -186,7 +266,11 @@ def fit(
                         break
         if kept is not None:
             state.restore(kept)
-    return result()
+        fitted = result()
+        if isinstance(guide, AutoLaplaceApproximation):
+            args, kwargs = next(Batches(data, transform=transform, device=where).shuffled())
+            fitted = at_mode(fitted, *args, **kwargs)
+    return fitted
 
 
 class _History:
@@ -308,6 +392,8 @@ def _result(
     batches: Batches,
 ) -> Fit:
     trained = sum(tensor.numel() for tensor in state.parameters().values())
+    local = is_local(structure, guide)
+    trains_model = structure.trains_model  # asked before gradients are turned off
     state.freeze()
     return Fit(
         model=Program(model, state, "model"),
@@ -318,7 +404,14 @@ def _result(
         heldout=torch.tensor(history.heldout, dtype=torch.float64).reshape(-1, 2),
         seconds=history.seconds,
         parameters=trained,
+        model_is_trained=trains_model,
         plate=structure.plate,
+        plates={
+            name: structure.total if name == structure.plate else size
+            for name, size in structure.plates.items()
+        },
+        local=local,
+        fingerprint=None if local or batches.transform else batches.fingerprint(),
         template=batches.head(2),
     )
 

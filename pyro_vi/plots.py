@@ -27,7 +27,7 @@ Example:
     ... )
     >>> losses(result).axes[0].get_xlabel()
     'step'
-    >>> [row.get_ylabel() for row in reconstructions(result, result.test).axes]
+    >>> [row.get_ylabel() for row in reconstructions(result, result.data).axes]
     ['original', 'MeanField', 'FullCovariance']
 """
 
@@ -124,7 +124,7 @@ def reconstructions(result: Comparison, images: Tensor, *, seed: int = 0) -> Fig
     Args:
         result: what `compare` returned.
         images: as the models observe them (binarized, if they were trained on binary images),
-            such as `result.test[:10]`; shape (n, C, H, W) with C = 1 or 3, values in [0, 1].
+            such as `result.data[:10]`; shape (n, C, H, W) with C = 1 or 3, values in [0, 1].
         seed: of the draws of z.
 
     Returns:
@@ -209,7 +209,7 @@ def posteriors(
 
     Args:
         result: what `compare` returned, for a frozen model or one without parameters.
-        images: as the model observes them, such as `result.test[:4]`; shape (n, C, H, W) with
+        images: as the model observes them, such as `result.data[:4]`; shape (n, C, H, W) with
             C = 1 or 3, values in [0, 1]; each has a panel, four panels to a row.
         num_samples: draws for each image and family, at least 21.
         seed: of the draws.

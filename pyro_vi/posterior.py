@@ -1,213 +1,337 @@
-"""Draws from a fitted guide, with log p(x, z), log q(z | x) and log p(x | z) per data point.
+"""Draws from a fitted guide, with log p(x, z), log q(z | x) and log p(x | z).
 
 The importance weights p(x, z) / q(z | x) of these draws carry every diagnostic: the ELBO is the
 mean of their logarithm, the evidence the logarithm of their mean, and the tail of their
 distribution (k-hat) says how far the guide may be trusted.
+
+Where every site of model and guide stands inside the plate over data points, log p(x, z) is a sum
+over data points of independent terms, and each data point has weights of its own: log_p and log_q
+are (S, N). With a latent outside the plate (a global one), or an autoguide, whose parameters belong
+to the data it was fitted to, there is one posterior of all data together: the weights are joint,
+(S,), and so are bounds and k-hat.
 """
 
 from __future__ import annotations
 
-__all__ = ["Posterior", "draw_posterior"]
+__all__ = ["Loo", "Posterior"]
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import warnings
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pyro.poutine as poutine
 import torch
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vi import diagnostics
-from pyro_vi.batches import Batches, Data
 from pyro_vi.diagnostics import Estimate
-from pyro_vi.program import seeded
-from pyro_vi.scaling import Structure, is_autoguide, log_prob_rows
+from pyro_vi.draws import check_count
 
-_ROWS = 2**14  # rows (data points x draws) that are evaluated at once
+if TYPE_CHECKING:
+    import xarray
+
+    from pyro_vi.scoring import Programs
+
+Array = npt.NDArray[np.float64]
+Draws = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Posterior:
-    """Draws from a guide for N data points, S each, on the CPU.
+class Loo:
+    """Leave-one-out predictive density of each observation, from one fit to all of them.
 
     Attributes:
-        draws: values by latent site; each (S, N, ...).
-        log_p: log p(x, z) in nats, float64; (S, N).
-        log_q: log q(z | x) in nats, float64; (S, N).
-        log_likelihood: log p(x | z) in nats, float64; (S, N).
-        num_observed: observed values in a data point.
-        discrete: whether the observed values are discrete.
+        elpd: sum of the log predictive densities of N observations, nats.
+        se: its standard error over observations.
+        pointwise: log p(y_n | all others), nats; (N,).
+        khat: Pareto k-hat of each observation's weights; (N,).
     """
 
-    draws: dict[str, Tensor]
+    elpd: float
+    se: float
+    pointwise: Array
+    khat: Array
+
+
+@dataclass(frozen=True, repr=False)
+class Posterior:
+    """Draws from a guide, S of them, on the CPU.
+
+    In every value the plates' axes come first, the plate over data points before all others; a
+    value outside the plates has its own shape alone.
+
+    Attributes:
+        draws: values by latent site; each (S, *plates, *shape).
+        deterministic: values by `pyro.deterministic` site; likewise.
+        log_p: log p(x, z) in nats, float64; (S, N), or (S,) where the weights are joint.
+        log_q: log q(z | x) in nats, float64; likewise.
+        log_likelihood: log p(x | z) in nats by observed site, float64; (S, *plates). A site in no
+            plate is told apart by element where its dimensions were declared by `to_event`.
+        plates: sizes of the plates by name.
+        dims: by latent, deterministic and observed site, the plates of its first axes.
+        plate: the name of the plate over data points.
+        num_observed: observed values in a data point, or in all data if the weights are joint.
+        discrete: whether all observed values are discrete.
+        point: latent sites that the guide holds at one value (AutoDelta): there is no density and
+            no bound.
+        restarts: one posterior for each restart of a fit with several, this one among them.
+        training: loss, reconstruction and kl by step of the fit, (steps,) each.
+        programs: the model, the guide and the data, to draw predictions from.
+    """
+
+    draws: Draws
+    deterministic: Draws
     log_p: Tensor
     log_q: Tensor
-    log_likelihood: Tensor
+    log_likelihood: Draws
+    plates: dict[str, int]
+    dims: dict[str, tuple[str, ...]]
+    plate: str
     num_observed: int
     discrete: bool
+    point: tuple[str, ...]
+    restarts: tuple[Posterior, ...] = ()
+    training: Draws = field(default_factory=dict)
+    programs: Programs | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        about = "joint weights" if self.is_joint else f"{self.log_p.shape[1]:,} data points"
+        return f"Posterior({self.num_draws:,} draws of {', '.join(self.draws)}; {about})"
 
     @property
-    def log_weights(self) -> npt.NDArray[np.float64]:
-        """log p - log q, float64; (S, N)."""
+    def num_draws(self) -> int:
+        """S."""
+        return len(self.log_p)
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the weights are of all data together, (S,), not of single data points, (S, N)."""
+        return self.log_p.dim() == 1
+
+    @property
+    def has_local_latents(self) -> bool:
+        """Whether some latents belong to single data points."""
+        return any(self.plate in self.dims[name] for name in self.draws)
+
+    @property
+    def log_weights(self) -> Array:
+        """log p - log q, float64; (S, N) or (S,).
+
+        Raises:
+            ValueError: the guide holds latents at a point, where q has no density.
+        """
+        if self.point:
+            raise ValueError(
+                f"the guide holds {list(self.point)} at a point: q has no density there, so that"
+                " there are no bound, evidence or k-hat"
+            )
         return (self.log_p - self.log_q).numpy()
 
+    def joint(self) -> Posterior:
+        """The same draws, with the weights of all data together."""
+        if self.is_joint:
+            return self
+        return replace(self, log_p=self.log_p.sum(1), log_q=self.log_q.sum(1))
+
     def elbo(self) -> Estimate:
-        """The ELBO of each data point with its Monte Carlo standard error; (N,) each."""
+        """The ELBO with its Monte Carlo standard error; (N,) each, or scalars for all data."""
         return diagnostics.elbo(self.log_weights)
 
     def evidence(self) -> Estimate:
-        """The importance-weighted evidence with its Monte Carlo standard error; (N,) each."""
+        """The importance-weighted evidence with its Monte Carlo standard error; likewise."""
         return diagnostics.log_evidence(self.log_weights)
 
     def kl_to_posterior(self) -> Estimate:
-        """Evidence minus ELBO, an estimate of KL(q(z | x) || p(z | x)); (N,) each."""
+        """Evidence minus ELBO, an estimate of KL(q(z | x) || p(z | x)); likewise."""
         return diagnostics.kl_to_posterior(self.log_weights)
 
-    def khat(self) -> npt.NDArray[np.float64]:
-        """The Pareto k-hat of each data point's weights; (N,)."""
+    def khat(self) -> Array:
+        """The Pareto k-hat of the weights; (N,), or one number for all data."""
         return diagnostics.pareto_khat(self.log_weights)
 
-    def ess(self) -> npt.NDArray[np.float64]:
-        """The importance effective sample size of each data point, from 1 to S; (N,)."""
+    def ess(self) -> Array:
+        """The importance effective sample size, from 1 to S; (N,) or one number."""
         return diagnostics.importance_ess(self.log_weights)
 
     def active_units(self) -> dict[str, npt.NDArray[np.bool_]]:
-        """Whether Var_x(E_q[z]) > 0.01, by latent site and unit."""
+        """Whether Var_x(E_q[z]) > 0.01, by latent site of single data points, and unit."""
         active = {}
         for name, values in self.draws.items():
-            draws = values.double().flatten(2).numpy() if values.dim() > 2 else values[..., None]
-            active[name] = diagnostics.active_units(np.asarray(draws, dtype=np.float64))
+            if self.dims[name][:1] == (self.plate,):
+                draws = values.double().reshape(*values.shape[:2], -1).numpy()
+                active[name] = diagnostics.active_units(draws)
         return active
 
+    def pointwise_log_likelihood(self) -> Tensor:
+        """log p(x_n | z) in nats of each data point, float64; (S, N).
 
-def draw_posterior(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    data: Data,
-    *,
-    num_samples: int,
-    plate: str = "data",
-    seed: int = 0,
-) -> Posterior:
-    """Draws from the guide for each data point and scores the draws.
+        Sites inside the plate over data points are summed for each of its N data points. Without
+        such a plate every observed element counts as one.
+        """
+        inside = [
+            value.reshape(*value.shape[:2], -1).sum(-1)
+            for name, value in self.log_likelihood.items()
+            if self.dims[name][:1] == (self.plate,)
+        ]
+        if inside:
+            return torch.stack(inside).sum(0)
+        flat = [value.reshape(self.num_draws, -1) for value in self.log_likelihood.values()]
+        return torch.cat(flat, dim=1) if flat else torch.zeros_like(self.log_p)
 
-    Each data point is repeated once a draw, inside the plate over data points, so that any program
-    with local latents is evaluated as it is; a few thousand rows at a time bound the memory.
+    def weights(self) -> Array:
+        """Pareto-smoothed importance weights, which sum to 1 over the draws; (S, N) or (S,).
 
-    Args:
-        model, guide: programs with every site inside the plate.
-        data: N data points, as `fit` takes them.
-        num_samples: draws for each data point (S), at least 1.
-        plate: the name of the plate over data points.
-        seed: of the draws.
+        sum_s weights_s f(z_s) estimates E[f(z)] under the exact posterior.
 
-    Raises:
-        ValueError: fewer than one draw; a site outside the plate; a site scaled by the program.
+        Raises:
+            ValueError: a k-hat of 1 or more: the weights have no mean.
 
-    Example:
-        >>> import pyro, torch
-        >>> import pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def exact(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
-        >>> posterior = draw_posterior(model, exact, torch.randn(5), num_samples=100)
-        >>> posterior.log_p.shape, posterior.draws["z"].shape
-        (torch.Size([100, 5]), torch.Size([100, 5]))
-        >>> bool((posterior.kl_to_posterior().value < 1e-5).all())
-        True
-    """
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"expected at least one posterior draw, got {num_samples!r}")
-    if is_autoguide(guide):
-        raise ValueError(
-            "an autoguide has one posterior, of the data it was fitted to; a posterior for each"
-            " data point needs an amortized guide (pyro_vi.guides.Encoder)"
+        Warns:
+            UserWarning: a k-hat above `diagnostics.khat_threshold(S)`: estimates are unreliable.
+
+        References:
+            Vehtari, Simpson, Gelman, Yao, Gabry, "Pareto smoothed importance sampling",
+            arXiv:1507.02646.
+        """
+        khat = np.atleast_1d(self.khat())
+        bound = diagnostics.khat_threshold(self.num_draws)
+        of = "" if self.is_joint else f" for {int((khat >= 1).sum())} of {khat.size} data points"
+        if (khat >= 1).any():
+            raise ValueError(
+                f"expected a k-hat below 1, got {khat.max():.2f}{of}: the importance weights have"
+                " no mean, and cannot correct these draws"
+                f"{'' if self.is_joint else '; choose the data points whose k-hat is lower'}"
+            )
+        if (khat > bound).any():
+            of = "" if self.is_joint else f" for {int((khat > bound).sum())} of {khat.size} points"
+            warnings.warn(
+                f"k-hat is {khat.max():.2f}, above {bound:.2f}{of}: importance-corrected draws are"
+                " unreliable there",
+                stacklevel=2,
+            )
+        return np.exp(diagnostics.psis(self.log_weights))
+
+    def resampled(self, num_samples: int | None = None, *, seed: int = 0) -> Draws:
+        """Draws corrected towards the exact posterior: resampled with the smoothed weights.
+
+        Sampling-importance-resampling: few draws may come many times. Where the weights are of
+        single data points, each of them is resampled by itself, and latents outside the plate over
+        data points cannot be.
+
+        Args:
+            num_samples: how many; S by default.
+            seed: of the resampling.
+
+        Returns:
+            Values by latent and deterministic site; shapes as `draws`.
+
+        Raises:
+            ValueError: fewer than one draw; a k-hat of 1 or more.
+        """
+        num = self.num_draws if num_samples is None else num_samples
+        check_count(num)
+        weights = torch.from_numpy(self.weights())
+        generator = torch.Generator().manual_seed(seed)
+        index = torch.multinomial(weights.T, num, replacement=True, generator=generator).T
+        found = {}
+        for name, value in {**self.draws, **self.deterministic}.items():
+            if self.is_joint:
+                found[name] = value[index]
+            elif self.dims[name][:1] == (self.plate,):
+                found[name] = value[index, torch.arange(index.shape[1])]
+        return found
+
+    def loo(self) -> Loo:
+        """Leave-one-out cross-validation without refitting, corrected for the guide.
+
+            log p(y_n | y_-n) ~ log ( sum_s v_s p(y_n | z_s) / sum_s v_s ),
+            v_s = p(y, z_s) / q(z_s) / p(y_n | z_s),      Pareto-smoothed.
+
+        Returns:
+            `Loo`; its k-hats say for which observations to believe it.
+
+        Raises:
+            ValueError: weights of single data points, whose posteriors leave nothing out.
+
+        References:
+            Magnusson, Andersen, Jonasson, Vehtari, "Bayesian leave-one-out cross-validation for
+            large data", arXiv:1904.10679.
+            Vehtari, Gelman, Gabry, "Practical Bayesian model evaluation using leave-one-out
+            cross-validation and WAIC", arXiv:1507.04544.
+        """
+        if not self.is_joint:
+            raise ValueError(
+                "leave-one-out needs a latent that the data points share: here each has its own"
+                " posterior, and nothing is left out of the others'"
+            )
+        likelihood = self.pointwise_log_likelihood().numpy()
+        log_v = self.log_weights[:, None] - likelihood
+        smoothed = diagnostics.psis(log_v)
+        pointwise = np.asarray(np.logaddexp.reduce(smoothed + likelihood, axis=0))
+        return Loo(
+            elpd=float(pointwise.sum()),
+            se=float(np.sqrt(pointwise.size * pointwise.var(ddof=1))),
+            pointwise=pointwise,
+            khat=np.asarray(diagnostics.pareto_khat(log_v)),
         )
-    batches = Batches(data, batch_size=1)
-    total = batches.total
-    assert total is not None
-    points = max(1, _ROWS // num_samples)
-    passes = -(-num_samples // _ROWS)  # more than one if a single data point has too many draws
-    first: Structure | None = None
-    chunks: list[dict[str, Tensor]] = []
-    device = next(iter(batches.parts.values())).device
-    with seeded(seed, device), torch.no_grad():
-        for index in torch.arange(total, device=device).split(points):
-            parts = []
-            for share in torch.arange(num_samples).tensor_split(passes):
-                args, kwargs = batches.rows(index.repeat(len(share)))
-                structure = Structure.of(model, guide, args, kwargs, plate=plate)
-                if first is None:
-                    first = structure
-                    _check_local(structure)
-                parts.append(_scored(structure, len(share)))
-            chunks.append({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
-    assert first is not None
-    whole = {key: torch.cat([chunk[key] for chunk in chunks], dim=1) for key in chunks[0]}
-    sites = [first.model_trace.nodes[name] for name in first.observed]
-    return Posterior(
-        log_p=whole.pop("log p"),
-        log_q=whole.pop("log q"),
-        log_likelihood=whole.pop("log likelihood"),
-        draws={name: whole[f"site {name}"] for name in first.latents},
-        num_observed=sum(site["value"].numel() for site in sites) // first.batch,
-        discrete=bool(sites) and all(site["fn"].support.is_discrete for site in sites),
-    )
 
+    def rhat(self) -> dict[str, Array]:
+        """R-hat across restarts, by latent and deterministic site; each of the site's shape.
 
-def _scored(structure: Structure, draws: int) -> dict[str, Tensor]:
-    """Draws and their log probabilities from one run, each (draws, points, ...)."""
-    structure.model_trace.compute_log_prob()
-    structure.guide_trace.compute_log_prob()
+        The draws of one fit are independent, so that this says whether the restarts agree, and
+        nothing about how good their common answer is.
 
-    def total(trace: poutine.Trace, names: list[str]) -> Tensor:
-        rows = [log_prob_rows(trace.nodes[name], structure.plate).double() for name in names]
-        summed = torch.stack(rows).sum(0) if rows else torch.zeros(structure.batch).double()
-        return summed.reshape(draws, -1).cpu()
+        Raises:
+            ValueError: a fit without restarts.
+        """
+        if len(self.restarts) < 2:
+            raise ValueError("R-hat compares restarts: fit(..., restarts=4)")
+        chains = [{**one.draws, **one.deterministic} for one in self.restarts]
+        return {
+            name: diagnostics.rhat(np.stack([chain[name].double().numpy() for chain in chains]))
+            for name in chains[0]
+        }
 
-    likelihood = total(structure.model_trace, structure.observed)
-    found = {
-        "log likelihood": likelihood,
-        "log p": likelihood + total(structure.model_trace, structure.latents),
-        "log q": total(structure.guide_trace, structure.proposed),
-    }
-    for name in structure.latents:
-        site = structure.guide_trace.nodes[name]
-        frame = next(f for f in site["cond_indep_stack"] if f.name == structure.plate)
-        value = site["value"].movedim(frame.dim - len(site["fn"].event_shape), 0)
-        found[f"site {name}"] = value.reshape(draws, -1, *value.shape[1:]).cpu()
-    return found
+    def predictive(self, *, seed: int = 0) -> Draws:
+        """One draw of every observed site for each posterior draw; (S, *plates, *shape) each."""
+        assert self.programs is not None
+        return self.programs.predictive(self.draws, seed=seed)
 
+    def prior(self, num_samples: int | None = None, *, seed: int = 0) -> tuple[Draws, Draws]:
+        """Draws from the model's prior: latent and deterministic sites, and observed ones.
 
-def _check_local(structure: Structure) -> None:
-    if structure.marginalized:
-        raise ValueError(
-            f"the guide does not sample {structure.marginalized}: log p(x, z) of draws would need"
-            " these latents marginalized"
-        )
-    for trace in (structure.model_trace, structure.guide_trace):
-        for name, site in trace.nodes.items():
-            if site["type"] != "sample" or site_is_subsample(site):
-                continue
-            inside = [f for f in site["cond_indep_stack"] if f.name == structure.plate]
-            if any(not frame.vectorized for frame in inside):
-                raise ValueError(
-                    f"a posterior per data point needs a vectorized plate {structure.plate!r}, and"
-                    f" {name!r} stands in a loop over it"
-                )
-            if not inside:
-                raise ValueError(
-                    f"a posterior per data point needs every site inside plate"
-                    f" {structure.plate!r}, but {name!r} stands outside it"
-                )
-            if not bool((torch.as_tensor(site["scale"]) == 1).all()):
-                raise ValueError(
-                    f"site {name!r} is scaled by the program: scaled densities are no posterior"
-                )
+        Raises:
+            ValueError: fewer than one draw; a prior that cannot be drawn from (a flat one).
+        """
+        num = self.num_draws if num_samples is None else num_samples
+        check_count(num)
+        assert self.programs is not None
+        return self.programs.prior(num, seed=seed)
+
+    def data(self) -> tuple[Draws, Draws]:
+        """The data by observed site, and the programs' other tensors by name."""
+        assert self.programs is not None
+        return self.programs.given_data()
+
+    def to_datatree(self, **options: Any) -> xarray.DataTree:
+        """The draws and all that belongs to them as one DataTree.
+
+        Arguments as `pyro_vi.inference_data.datatree` takes them.
+        """
+        from pyro_vi.inference_data import datatree
+
+        return datatree(self, **options)
+
+    def to_arviz(self, **options: Any) -> Any:
+        """The same as the installed ArviZ has it: InferenceData before 1.0, DataTree since."""
+        from pyro_vi.inference_data import as_arviz
+
+        return as_arviz(self.to_datatree(**options))
+
+    def to_netcdf(self, path: str | PathLike[str], **options: Any) -> None:
+        """Writes the same to a netCDF file, whole or not at all."""
+        from pyro_vi.inference_data import save
+
+        save(self.to_datatree(**options), path)

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vi.program import Program
+from pyro_vi.sites import is_deterministic
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Structure:
         return found
 
     def _check_minibatch(self) -> None:
-        outside = [name for name in _observed(self.model_trace) if not self._inside_model(name)]
+        outside = [name for name in _observed(self.model_trace) if not self.inside_model(name)]
         if outside:
             raise ValueError(
                 f"minibatches need every observed site inside plate {self.plate!r}, but"
@@ -124,16 +125,16 @@ class Structure:
                 " or fit all data at once (batch_size=None)"
             )
         for name in self.latents:
-            if self._inside_model(name) != self._inside_guide(name):
+            if self.inside_model(name) != self.inside_guide(name):
                 raise ValueError(
                     f"latent site {name!r} stands inside plate {self.plate!r} in the"
-                    f" {'model' if self._inside_model(name) else 'guide'} alone; with minibatches"
+                    f" {'model' if self.inside_model(name) else 'guide'} alone; with minibatches"
                     " it must stand inside on both sides, or outside on both"
                 )
 
     def check_amortized(self, guide: Callable[..., Any]) -> None:
         """Raises ValueError if the guide has parameters of its own for single data points."""
-        local = [name for name in self.latents if self._inside_model(name)]
+        local = [name for name in self.latents if self.inside_model(name)]
         if local and is_autoguide(guide):
             raise ValueError(
                 f"an autoguide has one set of parameters for the latents {local} of its batch,"
@@ -168,13 +169,46 @@ class Structure:
             _inside(site, self.plate)
             for trace in (self.model_trace, self.guide_trace)
             for site in trace.nodes.values()
-            if site["type"] == "sample" and not site_is_subsample(site)
+            if site["type"] == "sample"
+            and not site_is_subsample(site)
+            and not is_deterministic(site)
         )
 
-    def _inside_model(self, name: str) -> bool:
+    @property
+    def deterministic(self) -> list[str]:
+        """The model's `pyro.deterministic` sites, in the order in which it meets them."""
+        return [
+            name
+            for name, site in self.model_trace.nodes.items()
+            if site["type"] == "sample" and is_deterministic(site)
+        ]
+
+    @property
+    def trains_model(self) -> bool:
+        """Whether the model uses a parameter with a gradient."""
+        values = [s["value"] for s in self.model_trace.nodes.values() if s["type"] == "param"]
+        return any(
+            (v.unconstrained() if hasattr(v, "unconstrained") else v).requires_grad for v in values
+        )
+
+    @property
+    def plates(self) -> dict[str, int]:
+        """The sizes of the vectorized plates that sites stand in, by name."""
+        return {
+            frame.name: int(frame.size)
+            for trace in (self.model_trace, self.guide_trace)
+            for site in trace.nodes.values()
+            if site["type"] == "sample"
+            for frame in site["cond_indep_stack"]
+            if frame.vectorized
+        }
+
+    def inside_model(self, name: str) -> bool:
+        """Whether a site of the model stands inside the plate over data points."""
         return _inside(self.model_trace.nodes[name], self.plate)
 
-    def _inside_guide(self, name: str) -> bool:
+    def inside_guide(self, name: str) -> bool:
+        """Whether a site of the guide does."""
         return _inside(self.guide_trace.nodes[name], self.plate)
 
     def check_support(self, batch: Mapping[Any, Any], data: Mapping[Any, Tensor]) -> None:
@@ -250,7 +284,10 @@ def _observed(trace: Trace) -> list[str]:
     return [
         name
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and site["is_observed"] and not site_is_subsample(site)
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and not site_is_subsample(site)
+        and not is_deterministic(site)
     ]
 
 

@@ -181,7 +181,7 @@ def test_a_transform_reaches_the_test_data_once() -> None:
         num_samples=30,
         progress=False,
     )
-    assert bool(((result.test == 0) | (result.test == 1)).all())
+    assert bool(((result.data == 0) | (result.data == 1)).all())
     assert "minus" not in str(result)  # one family: nothing to subtract
 
 
@@ -213,6 +213,22 @@ ROW = Row(
 )
 
 
+def bare(rows: tuple[Row, ...], points: dict[str, PerPoint]) -> Comparison:
+    """A comparison of these rows and nothing behind them."""
+    return Comparison(
+        rows=rows,
+        fits={},
+        posteriors={},
+        points=points,
+        data=torch.zeros(400),
+        on_test=True,
+        num_samples=1000,
+        shared=False,
+        reference={},
+        marginals={},
+    )
+
+
 def verdict(*rows: Row, spread: float = 0.1) -> str:
     noise = np.random.default_rng(0).normal(size=(len(rows), 400))
     points = {
@@ -224,7 +240,7 @@ def verdict(*rows: Row, spread: float = 0.1) -> str:
         )
         for row, n in zip(rows, noise, strict=True)
     }
-    return Comparison(rows, {}, points, torch.zeros(400), 1000, False).verdict
+    return bare(rows, points).verdict
 
 
 def test_the_verdict_names_a_winner_only_beyond_its_error() -> None:
@@ -249,8 +265,7 @@ def test_the_verdict_does_not_trust_a_bad_k_hat() -> None:
 
 def test_a_collapsed_posterior_is_warned_of() -> None:
     rows = (replace(ROW, active_units=1, latent_units=4), replace(ROW, family="b"))
-    result = Comparison(rows, {}, {}, torch.zeros(1), 1000, False)
-    (warning,) = result.warnings
+    (warning,) = bare(rows, {}).warnings
     assert "a: 1 of 4 latent units are active" in warning and "collapse" in warning
 
 

@@ -1,6 +1,7 @@
-"""Importance-weight diagnostics, against Gaussians whose every answer is known and against ArviZ.
+"""Diagnostics of a posterior, against Gaussians whose every answer is known and against ArviZ.
 
-The posterior is N(0, P^-1), with evidence 1, and the guide N(0, Q^-1), for precisions P and Q.
+For the weights the posterior is N(0, P^-1), with evidence 1, and the guide N(0, Q^-1), for
+precisions P and Q.
 """
 
 from importlib.metadata import version
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from scipy.stats import chi2 as chi2_distribution
 
 from pyro_vi.diagnostics import (
     Estimate,
@@ -21,10 +23,17 @@ from pyro_vi.diagnostics import (
     mean_estimate,
     paired_difference,
     pareto_khat,
+    psis,
+    rhat,
 )
 
 Array = npt.NDArray[np.float64]
 WEIGHT_FUNCTIONS = (pareto_khat, log_evidence, elbo, kl_to_posterior, importance_ess)
+
+
+needs_arviz_0 = pytest.mark.skipif(
+    version("arviz").startswith("1."), reason="psislw and rhat have other signatures there"
+)
 
 
 def draw_log_weights(
@@ -103,16 +112,20 @@ TAILS = {
 
 @pytest.mark.parametrize("num_draws", [21, 100, 225, 226, 1_000, 5_000])
 @pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.skipif(version("arviz").startswith("1."), reason="psislw has another signature there")
-def test_khat_agrees_with_arviz(tail: str, num_draws: int) -> None:
+@needs_arviz_0
+def test_khat_and_smoothed_weights_agree_with_arviz(tail: str, num_draws: int) -> None:
     import arviz
 
     with np.errstate(divide="ignore"):
         log_weights = TAILS[tail](np.random.default_rng(num_draws), (num_draws, 40)) - 100
     log_weights[0] = np.maximum(log_weights[0], -100)  # one weight at least is above zero
     with np.errstate(all="ignore"):
-        _, expected = arviz.psislw(log_weights.T.copy())
-    np.testing.assert_allclose(pareto_khat(log_weights), expected, rtol=0, atol=1e-10)
+        smoothed, khat = arviz.psislw(log_weights.T.copy())
+    np.testing.assert_allclose(pareto_khat(log_weights), khat, rtol=0, atol=1e-10)
+    got, expected = psis(log_weights), smoothed.T
+    if tail == "ties":  # which of the tied draws has which rank is not ArviZ's to say
+        got, expected = np.sort(got, axis=0), np.sort(expected, axis=0)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
 
 
 def test_khat_does_not_depend_on_scale_order_or_company() -> None:
@@ -171,6 +184,199 @@ def test_khat_threshold() -> None:
         khat_threshold(20)
     with pytest.raises(TypeError):
         khat_threshold(1e3)  # type: ignore[arg-type]
+
+
+# Pareto-smoothed weights
+
+
+def normalised(log_weights: Array) -> Array:
+    """The raw weights, normalised."""
+    return np.asarray(log_weights - np.logaddexp.reduce(log_weights, axis=0))
+
+
+@pytest.mark.parametrize("k", [0.5, 0.6])
+def test_smoothed_weights_average_better_than_raw_ones(k: float) -> None:
+    # p is Exp(1) and q is Exp(1 / (1 - k)): the weights are exactly Pareto, and E_p[z] = 1.
+    z = (1 - k) * np.random.default_rng(0).exponential(size=(1_000, 1_000))
+    log_weights = k / (1 - k) * z
+    error = {
+        name: np.sqrt(np.mean(((np.exp(lw) * z).sum(axis=0) - 1) ** 2))
+        for name, lw in (("raw", normalised(log_weights)), ("smoothed", psis(log_weights)))
+    }
+    assert error["smoothed"] < 0.8 * error["raw"]
+
+
+@pytest.mark.parametrize("num_draws", [21, 1_000])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 3.0, 300.0])
+def test_smoothing_touches_the_tail_alone(scale: float, num_draws: int) -> None:
+    raw = scale * np.random.default_rng(0).normal(size=(num_draws, 50))
+    copy = raw.copy()
+    lw = psis(raw)
+    np.testing.assert_array_equal(raw, copy)
+    np.testing.assert_allclose(np.exp(lw).sum(axis=0), 1, rtol=1e-12)
+    order = np.argsort(raw, axis=0)
+    raw, lw = np.take_along_axis(raw, order, axis=0), np.take_along_axis(lw, order, axis=0)
+    assert np.all(np.diff(lw, axis=0) >= 0)  # ranks are kept
+    body = num_draws - int(np.ceil(min(num_draws / 5, 3 * np.sqrt(num_draws))))
+    shift = (lw - raw)[body - 1]  # by the normalisation
+    np.testing.assert_allclose((lw - raw)[:body], np.tile(shift, (body, 1)), rtol=0, atol=1e-9)
+    assert np.all(np.abs((lw - raw)[body:] - shift).max(axis=0) > 1e-6)
+    assert np.all(lw[-1] - shift <= raw[-1] + 1e-9)  # truncated at the largest raw weight
+
+
+def test_smoothed_weights_do_not_depend_on_scale_order_or_company() -> None:
+    log_weights = draw_log_weights(*correlated(0.8), shape=(500, 300))
+    rng = np.random.default_rng(1)
+    lw = psis(log_weights)
+    shifted = log_weights + 1_000 * rng.normal(size=300)
+    np.testing.assert_allclose(psis(shifted), lw, rtol=0, atol=1e-9)
+    order = rng.permutation(500)
+    np.testing.assert_allclose(psis(log_weights[order]), lw[order], rtol=0, atol=1e-12)
+    alone = np.stack([psis(column) for column in log_weights.T], axis=1)
+    np.testing.assert_allclose(alone, lw, rtol=0, atol=1e-12)
+
+
+def test_smoothing_an_exponential_tail() -> None:
+    # A shape whose k-hat is 0 to rounding, found by bisection: the quantiles are -sigma log(1 - p).
+    noise = np.random.default_rng(0).exponential(size=1_000)
+
+    def log_weights(k: float) -> Array:
+        return np.asarray(np.log1p(np.expm1(k * noise) / k))
+
+    low, high = -0.4, 0.401
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if pareto_khat(log_weights(middle)) < 0 else (low, middle)
+    assert abs(pareto_khat(log_weights(low))) < 1e-14
+    w = np.sort(np.exp(psis(log_weights(low))))
+    tail = 95
+    quantile = -np.log1p(-(np.arange(tail) + 0.5) / tail)
+    slope = np.diff(w[-tail:]) / np.diff(quantile)
+    np.testing.assert_allclose(slope[:-5], slope[0], rtol=1e-9)  # the last may be truncated
+    assert w[-tail] - w[-tail - 1] == pytest.approx(slope[0] * quantile[0], rel=1e-9)
+    for near in (low - 1e-9, low + 1e-9):
+        np.testing.assert_allclose(np.sort(np.exp(psis(log_weights(near)))), w, rtol=1e-6)
+
+
+def test_weights_without_a_fit_are_normalised_as_they_are() -> None:
+    rng = np.random.default_rng(0)
+    np.testing.assert_allclose(psis(np.full((100, 3), -123.4)), -np.log(100), rtol=1e-14)
+    one_draw_has_it_all = rng.normal(size=1_000)
+    one_draw_has_it_all[7] = 800
+    one_above_zero = np.full(1_000, -np.inf)
+    one_above_zero[7] = 0
+    four_above_a_tie = np.zeros(1_000)
+    four_above_a_tie[:4] = [1, 2, 3, 4]
+    support = np.where(rng.random(1_000) < 0.5, -np.inf, 2.0)
+    fitted = rng.normal(size=1_000)
+    columns = [one_draw_has_it_all, one_above_zero, four_above_a_tie, support, fitted]
+    log_weights = np.stack(columns, axis=1)
+    unfitted = ~np.isfinite(pareto_khat(log_weights))
+    assert unfitted.tolist() == [True] * 4 + [False]
+    lw, raw = psis(log_weights), normalised(log_weights)
+    np.testing.assert_allclose(lw[:, unfitted], raw[:, unfitted], rtol=1e-14)
+    assert not np.allclose(lw[:, 4], raw[:, 4])
+
+
+def test_tied_weights_take_their_ranks_in_order() -> None:
+    log_weights = np.repeat(np.random.default_rng(0).normal(size=50), 2)
+    first, second = psis(log_weights).reshape(50, 2).T
+    assert np.all(first <= second) and np.any(first < second)
+
+
+def test_smoothed_weights_are_never_nan() -> None:
+    rng = np.random.default_rng(0)
+    for num_draws in (21, 50, 1_200):
+        levels = np.floor(
+            rng.exponential(size=(num_draws, 200)) * rng.choice([0.1, 1, 9, 700], 200)
+        )
+        np.testing.assert_allclose(np.exp(psis(levels)).sum(axis=0), 1, rtol=1e-9)
+    spans_all_of_float64 = 708 * np.linspace(0, 1, 1_000) ** 9
+    assert not np.isnan(psis(spans_all_of_float64)).any()
+
+
+# R-hat of several chains
+
+
+def autoregressive(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    x = rng.normal(size=shape)
+    for t in range(1, shape[1]):
+        x[:, t] += 0.8 * x[:, t - 1]
+    return x
+
+
+CHAINS = {
+    "independent": lambda rng, shape: rng.normal(size=shape),
+    "autoregressive": autoregressive,
+    "apart": lambda rng, shape: (
+        rng.normal(size=shape) + rng.normal(size=(shape[0], *shape[2:]))[:, None]
+    ),
+    "Cauchy": lambda rng, shape: rng.standard_cauchy(size=shape),
+    "ties": lambda rng, shape: rng.poisson(1.0, size=shape),
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (3, 5), (2, 101, 1), (4, 250, 7), (3, 60, 2, 3)])
+@pytest.mark.parametrize("kind", CHAINS)
+@needs_arviz_0
+def test_rhat_agrees_with_arviz(kind: str, shape: tuple[int, ...]) -> None:
+    import arviz
+
+    draws = CHAINS[kind](np.random.default_rng(0), shape)
+    expected = arviz.rhat(arviz.convert_to_dataset({"x": draws}))["x"].to_numpy()
+    got = rhat(draws)
+    assert np.shape(got) == shape[2:]
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["independent", "Cauchy"])
+@pytest.mark.parametrize(("num_chains", "num_draws"), [(2, 200), (4, 1_000)])
+def test_rhat_of_independent_draws_is_one(kind: str, num_chains: int, num_draws: int) -> None:
+    # Means of n scores have variance 1 / n: with m half-chains, (B / n) / W is 1 / n times a
+    # chi-squared variable of m - 1 degrees of freedom over m - 1.
+    value = rhat(CHAINS[kind](np.random.default_rng(0), (num_chains, num_draws, 200)))
+    n, free = num_draws // 2, 2 * num_chains - 1
+    highest = chi2_distribution.ppf(1 - 1e-6, free) / free
+    assert np.sqrt(1 - 1 / n) < value.min() < 1 < value.max() < np.sqrt(1 + (highest - 1) / n)
+
+
+def test_rhat_of_chains_that_are_apart() -> None:
+    # Half the chains at +d, half at -d: the variance of their means is d^2 m / (m - 1).
+    rng = np.random.default_rng(0)
+    draws = rng.normal(size=(4, 20_000, 3))
+    for d in (0.05, 0.1):
+        value = rhat(draws + d * np.array([1, 1, -1, -1])[:, None, None])
+        expected = np.sqrt(1 + d**2 * 8 / 7)  # nearly: the scores are those of the mixture
+        assert np.abs(value - expected).max() < 4 * (8 / 7) * d / np.sqrt(80_000) + d**4
+
+
+def test_rhat_detects_location_scale_and_drift() -> None:
+    rng = np.random.default_rng(0)
+    same = rng.normal(size=(4, 1_000))
+    location, scale = same.copy(), same.copy()
+    location[0] += 0.5
+    scale[0] *= 2
+    drift = same + np.linspace(-1, 1, 1_000)
+    assert rhat(same) < 1.005
+    for draws in (location, scale, drift):
+        assert rhat(draws) > 1.01
+        # Two draws are as far from their common median, up to rounding: their ranks may swap.
+        assert rhat(1e6 - 1e3 * draws) == pytest.approx(rhat(draws), rel=1e-4)
+        assert rhat(draws[::-1]) == pytest.approx(rhat(draws), rel=1e-12)
+
+
+def test_rhat_of_constant_chains() -> None:
+    shape = (3, 10)
+    assert rhat(np.full(shape, 0.1)) == 1
+    assert rhat(np.broadcast_to([[0.1], [0.1], [0.3]], shape)) == np.inf
+    # One chain that moves is enough for a finite answer.
+    moves = np.full(shape, 0.1)
+    moves[0] = np.random.default_rng(0).normal(size=10)
+    assert 1 < rhat(moves) < np.inf
+    # +-1 in equal numbers are at the same distance from their median: R-hat is that of the draws.
+    assert rhat(np.resize([1.0, -1.0], (2, 8))) == pytest.approx(np.sqrt(3 / 4))
+    both = np.stack([np.full(shape, 2.0), moves], axis=2)
+    np.testing.assert_allclose(rhat(both), [1, rhat(moves)], rtol=1e-12)
 
 
 # Evidence, ELBO, gap, effective sample size
@@ -325,13 +531,22 @@ def test_shapes_and_types() -> None:
             assert array.shape == (4,) and array.dtype == np.float64
             assert np.shape(scalar) == () and scalar == pytest.approx(array[2], rel=1e-12)
         assert all(array.shape == (0,) for array in arrays(function(log_weights[:, :0])))
+    lw = psis(log_weights)
+    assert lw.shape == (30, 4) and lw.dtype == np.float64
+    np.testing.assert_allclose(psis(log_weights[:, 2]), lw[:, 2], rtol=1e-12)
+    assert psis(log_weights[:, :0]).shape == (30, 0)
+    draws = log_weights.reshape(2, 15, 4)
+    value = rhat(draws)
+    assert value.shape == (4,) and value.dtype == np.float64
+    assert np.shape(rhat(draws[:, :, 2])) == () and rhat(draws[:, :, 2]) == value[2]
+    assert rhat(draws[:, :, :0]).shape == (0,)
     np.testing.assert_array_equal(log_weights, copy)
 
 
 def test_tensors_are_taken_in_float64() -> None:
     log_weights = draw_log_weights(1.0, 0.8, shape=(1_000, 4)).astype(np.float32)
     tensor = torch.from_numpy(log_weights)
-    for function in (pareto_khat, importance_ess):
+    for function in (pareto_khat, importance_ess, psis):
         got = function(tensor)
         assert got.dtype == np.float64
         np.testing.assert_array_equal(got, function(log_weights.astype(np.float64)))
@@ -339,7 +554,7 @@ def test_tensors_are_taken_in_float64() -> None:
         elbo(tensor.clone().requires_grad_())
 
 
-@pytest.mark.parametrize("function", WEIGHT_FUNCTIONS)
+@pytest.mark.parametrize("function", [*WEIGHT_FUNCTIONS, psis])
 def test_bad_log_weights(function) -> None:  # type: ignore[no-untyped-def]
     good = np.zeros((30, 4))
     for value, message in ((np.nan, "2 NaN and 0 .inf among 120"), (np.inf, "0 NaN and 2 .inf")):
@@ -366,11 +581,28 @@ def test_too_few_draws() -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match=r"at least 21 draws .*got shape \(20, 3\)"):
         pareto_khat(rng.normal(size=(20, 3)))
+    with pytest.raises(ValueError, match=r"at least 21 draws .*got shape \(20, 3\)"):
+        psis(rng.normal(size=(20, 3)))
     assert pareto_khat(rng.normal(size=(21, 3))).shape == (3,)
     for function in (log_evidence, elbo, kl_to_posterior):
         with pytest.raises(ValueError, match="at least 2 draws"):
             function(np.zeros((1, 3)))
     assert importance_ess(np.zeros((1, 3))).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("draws", "error", "message"),
+    [
+        (np.zeros(10), ValueError, r"expected shape \(C, S, ...\) .*got \(10,\)"),
+        (np.zeros((1, 10)), ValueError, r"at least 2 chains and 4 draws, got \(1, 10\)"),
+        (np.zeros((2, 3)), ValueError, r"at least 2 chains and 4 draws, got \(2, 3\)"),
+        (np.full((2, 4), np.nan), ValueError, "draws: expected finite numbers, got 8 of 8"),
+        (np.full((2, 4, 3), "x"), TypeError, "draws: expected an array of real numbers"),
+    ],
+)
+def test_bad_chains(draws: Array, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        rhat(draws)
 
 
 def test_bad_arrays_over_data_points() -> None:

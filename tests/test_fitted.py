@@ -593,17 +593,23 @@ def test_latents_that_are_none_are_refused(oracle: tuple[Fit, LinearGaussian, Te
         fitted.decode({})
 
 
-def test_global_latents_are_refused() -> None:
+def test_what_needs_latents_of_single_data_points_refuses_global_ones() -> None:
     x = torch.randn(10)
     fitted = quick(normal_mean, normal_mean_guide, x)
-    for call in (
-        lambda: fitted.generate(3),
-        lambda: fitted.predict(x, 3),
-        lambda: fitted.reconstruct(x),
-        lambda: fitted.posterior(x, 3),
-    ):
+    for call in (lambda: fitted.generate(3), lambda: fitted.reconstruct(x)):
         with pytest.raises(ValueError, match="inside plate 'data', but 'mean' stands outside it"):
             call()
+
+
+def test_a_joint_posterior_is_that_of_the_training_data() -> None:
+    x = torch.randn(10)
+    fitted = quick(normal_mean, normal_mean_guide, x)
+    assert fitted.posterior(x, 3).log_p.shape == (3,)
+    for other in (torch.randn(10), x[:5], x.double()):
+        with pytest.raises(ValueError, match="expected the data that the guide was fitted to"):
+            fitted.posterior(other, 3)
+        assert fitted.log_predictive_density(other, 5).value.shape == (len(other),)
+        assert fitted.predict(other, 5)["x"].shape == (5, len(other))
 
 
 def test_data_that_have_no_rows_are_refused() -> None:

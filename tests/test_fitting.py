@@ -438,7 +438,7 @@ def test_an_autoguide_of_single_data_points_is_no_guide_to_others() -> None:
     with pytest.raises(ValueError, match="other data would be scored with these"):
         fit(model, guide, x, heldout=torch.randn(10), steps=1)
     fitted = fit(model, guide, x, steps=1)
-    with pytest.raises(ValueError, match="needs an amortized guide"):
+    with pytest.raises(ValueError, match="expected the data that the guide was fitted to"):
         fitted.posterior(torch.randn(10), 30)
 
 

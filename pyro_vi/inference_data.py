@@ -1,0 +1,289 @@
+"""Posterior -> ArviZ, whichever major version is installed, and netCDF files.
+
+Our own form is one `xarray.DataTree` with ArviZ's groups:
+
+    posterior, prior                            latent and deterministic sites
+    sample_stats                                lp = log p(x, z), log_q = log q(z), log_weight = lp - log_q
+    log_likelihood                              log p(x | z) of every observation, by observed site
+    posterior_predictive, prior_predictive      observed sites, drawn
+    observed_data, constant_data                the data, and what else the programs were given
+    fit                                         training, bounds and k-hat
+
+ArviZ 1.x takes it as it is; 0.23 wants the same groups as an `InferenceData`. Chains are restarts
+of the fit, so that R-hat says whether they agree; the draws of one restart are independent, and
+their effective sample size is their number, however poor the fit.
+"""
+
+from __future__ import annotations
+
+__all__ = ["as_arviz", "datatree", "load", "save"]
+
+import importlib
+import importlib.metadata
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pyro_vi import checkpoint
+from pyro_vi._version import __version__
+
+if TYPE_CHECKING:
+    import xarray
+
+    from pyro_vi.posterior import Posterior
+
+log = logging.getLogger(__name__)
+
+_EXTRA = "pip install 'arviz[matplotlib,h5netcdf]>=0.23'"
+
+Names = tuple[str, ...]
+
+
+def datatree(
+    posterior: Posterior,
+    *,
+    local: bool | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    coords: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> xarray.DataTree:
+    """The draws and all that belongs to them, in ArviZ's groups.
+
+    Axes are named after plates; what is right of them is `<site>_dim_0`, `<site>_dim_1`, .... A "/"
+    in a site's name becomes a "." there. Values are not copied, but for those of several restarts.
+
+    Args:
+        posterior: what `Fit.posterior` returned.
+        local: whether to take along latents of single data points, and predictive draws, where each
+            data point has a posterior of its own; by default they are left out there, and the
+            groups posterior, prior and those of predictions with them. Where the weights are
+            joint, False leaves out the latents of single data points.
+        dims: names of all of a site's axes but draws, by site, instead of those above.
+        coords: labels by axis name; by default 0, 1, 2, ....
+        seed: of predictive and prior draws.
+
+    Returns:
+        The tree; sample axes are ("chain", "draw"). Priors that cannot be drawn from (flat ones)
+        have no groups.
+
+    Raises:
+        ValueError: a site named like an axis, two sites whose names become one, names or labels of
+            another number than an axis has.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_vi.scoring import Programs
+        >>> def model(x):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+        >>> def guide(x):
+        ...     pyro.sample("mean", dist.Normal(x.mean(), 0.5))
+        >>> tree = datatree(Programs(model, guide, torch.randn(4)).posterior(100))
+        >>> dict(tree["log_likelihood"].sizes)
+        {'chain': 1, 'draw': 100, 'data': 4}
+    """
+    import xarray
+
+    chains = posterior.restarts or (posterior,)
+    wanted = posterior.is_joint if local is None else local
+    names = _Names(posterior, dims or {}, coords or {})
+
+    def kept(site: str) -> bool:
+        return wanted or posterior.plate not in posterior.dims[site]
+
+    def draws(one: Posterior) -> dict[str, Tensor]:
+        return {n: v for n, v in {**one.draws, **one.deterministic}.items() if kept(n)}
+
+    groups: dict[str, dict[str, Any]] = {}
+    groups["posterior"] = names.sites(_stacked(draws(one) for one in chains))
+    if wanted or posterior.is_joint:
+        groups["posterior_predictive"] = names.sites(
+            _stacked(one.predictive(seed=seed + i) for i, one in enumerate(chains))
+        )
+        try:
+            prior, predictive = posterior.prior(seed=seed)
+        except ValueError as error:
+            log.info("no prior draws: %s", error)
+        else:
+            prior = {name: values for name, values in prior.items() if kept(name)}
+            groups["prior"] = names.sites(_stacked([prior]))
+            groups["prior_predictive"] = names.sites(_stacked([predictive]))
+    stats = [{"lp": one.log_p, "log_q": one.log_q} for one in chains]
+    if not posterior.point:
+        for one in stats:
+            one["log_weight"] = one["lp"] - one["log_q"]
+    weighed = () if posterior.is_joint else (posterior.plate,)
+    groups["sample_stats"] = {
+        name: (("chain", "draw", *weighed), values) for name, values in _stacked(stats).items()
+    }
+    groups["log_likelihood"] = names.sites(_stacked(one.log_likelihood for one in chains))
+    observed, constants = posterior.data()
+    groups["observed_data"] = names.sites({n: _array(v) for n, v in observed.items()}, sample=())
+    groups["constant_data"] = names.sites({n: _array(v) for n, v in constants.items()}, sample=())
+    groups["fit"] = _fit(posterior, weighed)
+
+    datasets = {}
+    for group, variables in groups.items():
+        if variables:
+            labels = names.labels(group, variables)
+            datasets[group] = xarray.Dataset(variables, coords=labels)
+    tree = xarray.DataTree.from_dict(datasets)
+    tree.attrs = {"inference_library": "pyro_vi", "inference_library_version": __version__}
+    return tree
+
+
+def as_arviz(tree: xarray.DataTree) -> Any:
+    """A tree of `datatree` as the installed ArviZ has it: InferenceData before 1.0, as it is since.
+
+    Raises:
+        ImportError: ArviZ is not installed, or cannot be imported.
+    """
+    try:
+        version = importlib.metadata.version("arviz")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError(f"ArviZ is not installed: {_EXTRA}") from error
+    if int(version.partition(".")[0]) >= 1:
+        return tree
+    try:
+        arviz = importlib.import_module("arviz")
+    except (ImportError, OSError) as error:  # OSError: its cache folder cannot be made
+        raise ImportError(f"ArviZ {version} cannot be imported ({error}): {_EXTRA}") from error
+    groups = {name: node.to_dataset() for name, node in tree.children.items()}
+    return arviz.InferenceData(attrs=dict(tree.attrs), **groups)
+
+
+def save(tree: xarray.DataTree, path: str | os.PathLike[str]) -> None:
+    """Writes a tree to a netCDF file, atomically: a reader sees the old file or the new one.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: there is no such folder, or it is one.
+        ImportError: the netCDF engine is not installed.
+    """
+    _check_engine()
+    with checkpoint.replacing(path) as fresh:
+        tree.to_netcdf(fresh, engine="h5netcdf")
+
+
+def load(path: str | os.PathLike[str]) -> xarray.DataTree:
+    """Reads a tree from a netCDF file that `save`, or either ArviZ, wrote; the file is closed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or no netCDF file.
+        ImportError: the netCDF engine is not installed.
+    """
+    import xarray
+
+    _check_engine()
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no netCDF file at {os.fspath(path)}")
+    try:
+        with xarray.open_datatree(path, engine="h5netcdf") as tree:
+            return tree.load()
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{os.fspath(path)} is damaged or no netCDF file: {error}") from error
+
+
+def _check_engine() -> None:
+    try:
+        importlib.import_module("h5netcdf")
+    except ImportError as error:
+        raise ImportError(f"netCDF files need h5netcdf ({error}): {_EXTRA}") from error
+
+
+class _Names:
+    """Names of variables and axes, and the labels along these."""
+
+    def __init__(
+        self, posterior: Posterior, dims: Mapping[str, Sequence[str]], coords: Mapping[str, Any]
+    ) -> None:
+        self._plates, self._dims, self._coords = posterior.dims, dims, coords
+        self._sizes: dict[str, int] = {}
+        if strangers := sorted(dims.keys() - posterior.dims.keys() - posterior.data()[1].keys()):
+            raise ValueError(
+                f"dims are for sites, and there are none named {strangers}: expected some of"
+                f" {sorted(posterior.dims)}"
+            )
+
+    def sites(
+        self, values: Mapping[str, npt.NDArray[Any]], *, sample: Names = ("chain", "draw")
+    ) -> dict[str, tuple[Names, npt.NDArray[Any]]]:
+        """Values by site as variables: (names of axes, values)."""
+        found: dict[str, tuple[Names, npt.NDArray[Any]]] = {}
+        for site, array in values.items():
+            name = site.replace("/", ".")
+            if name in found:
+                raise ValueError(f"two sites become {name!r}: rename one of them")
+            found[name] = (*sample, *self._axes(site, array.ndim - len(sample))), array
+        return found
+
+    def _axes(self, site: str, number: int) -> Names:
+        if site in self._dims:
+            own = tuple(self._dims[site])
+            if isinstance(self._dims[site], str) or len(own) < number:
+                raise ValueError(
+                    f"site {site!r} has {number} axes, and dims names {self._dims[site]!r}"
+                )
+            return own[:number]  # a log likelihood has the plates alone
+        plates = self._plates.get(site, ())[:number]
+        name = site.replace("/", ".")
+        return (*plates, *(f"{name}_dim_{i}" for i in range(number - len(plates))))
+
+    def labels(self, group: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Labels of every axis in a group."""
+        labels = {}
+        for name, (axes, values) in variables.items():
+            for axis, size in zip(axes, np.shape(values), strict=True):
+                given = self._coords.get(axis)
+                if given is not None and len(given) != size:
+                    raise ValueError(
+                        f"axis {axis!r} has {size} elements, and coords give {len(given)} labels"
+                    )
+                labels[axis] = np.arange(size) if given is None else np.asarray(given)
+        for name in variables:
+            if name in labels:
+                raise ValueError(
+                    f"site {name!r} in group {group!r} is named like an axis, and would be lost:"
+                    " rename the site, or the axis with dims={...}"
+                )
+        return labels
+
+
+def _stacked(chains: Iterable[Mapping[str, Tensor]]) -> dict[str, npt.NDArray[Any]]:
+    """Values of each chain, (S, ...), as arrays (C, S, ...); views where there is one chain."""
+    first, *others = chains
+    if not others:
+        return {name: _array(value)[None] for name, value in first.items()}
+    every = (first, *others)
+    return {name: np.stack([_array(one[name]) for one in every]) for name in first}
+
+
+def _array(value: Tensor) -> npt.NDArray[Any]:
+    """A tensor as an array that every ArviZ takes: bool as int8, bfloat16 as float32."""
+    if value.dtype == torch.bool:
+        return value.to(torch.int8).numpy()
+    if value.dtype == torch.bfloat16:
+        return value.float().numpy()
+    return value.detach().numpy()
+
+
+def _fit(posterior: Posterior, weighed: Names) -> dict[str, Any]:
+    """The group of our own: training by step, bounds and k-hat."""
+    found: dict[str, Any] = {
+        name: (("step",), _array(values)) for name, values in posterior.training.items()
+    }
+    if posterior.point:
+        return found
+    for name, estimate in (("elbo", posterior.elbo()), ("evidence", posterior.evidence())):
+        found[name] = (weighed, np.asarray(estimate.value))
+        found[f"{name}_se"] = (weighed, np.asarray(estimate.se))
+    if posterior.num_draws >= 21:
+        found["khat"] = (weighed, np.asarray(posterior.khat()))
+    return found

@@ -1,0 +1,416 @@
+"""Programs and data -> draws of their latents, with the log probability of every site.
+
+One run of the guide draws the latents; the model, run against them, gives log p. `over_draws` does
+S such runs at once. Terms are kept apart by where their site stands: inside the plate over data
+points, where they are rows, (B,), or outside it, where they are scalars.
+
+Where all of it is inside, data points are independent given the programs' parameters, and some of
+them are taken at a time, so that memory is bounded.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Programs", "is_local"]
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_vi import diagnostics
+from pyro_vi.batches import Arguments, Batches, Data
+from pyro_vi.diagnostics import Estimate
+from pyro_vi.draws import NOISE, check_count, over_draws
+from pyro_vi.posterior import Draws, Posterior
+from pyro_vi.program import Program, reachable, seeded
+from pyro_vi.scaling import Structure, is_autoguide, log_prob_rows
+from pyro_vi.sites import Layout, is_delta, is_deterministic
+
+_VALUES = 2**22  # numbers that all sites hold, over the draws evaluated at once
+_WIDTH = 128  # numbers that a data point is taken to need at least, in hidden layers
+
+
+@dataclass(frozen=True)
+class Programs:
+    """A model, a guide and data.
+
+    Args:
+        model, guide: the programs.
+        data: N data points, as `fit` takes them.
+        plate: the name of the plate over data points.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def exact(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> posterior = Programs(model, exact, torch.randn(5)).posterior(100)
+        >>> posterior.log_p.shape, posterior.draws["z"].shape
+        (torch.Size([100, 5]), torch.Size([100, 5]))
+        >>> bool((posterior.kl_to_posterior().value < 1e-5).all())
+        True
+    """
+
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+    data: Data
+    plate: str = "data"
+
+    def posterior(self, num_samples: int, *, seed: int = 0, local: bool | None = None) -> Posterior:
+        """Draws from the guide and scores the draws.
+
+        Args:
+            num_samples: draws (S), for each data point or of all together; at least 1.
+            seed: of the draws.
+            local: whether every site stands inside the plate, where that is known; else the
+                programs are run on all data once to see.
+
+        Raises:
+            ValueError: fewer than one draw; a latent that the guide leaves to enumeration; a site
+                scaled by the program.
+        """
+        check_count(num_samples)
+        batches = Batches(self.data)
+        with seeded(seed, batches.device), torch.no_grad():
+            if local is None:
+                local = is_local(self._structure(batches.whole()), self.guide)
+            if local and batches.length is not None:
+                return self._by_rows(batches, batches.length, num_samples)
+            whole = batches.whole()
+            structure = self._structure(whole)
+            found = self._scores(whole, num_samples, size=_size(structure))
+            return self._posterior(structure, found, local=local)
+
+    def given_globals(self, num_samples: int, *, seed: int = 0) -> Posterior:
+        """The posterior of single data points' latents, given one draw of all other latents.
+
+        Raises:
+            ValueError: no latents inside the plate, or a guide that draws them jointly.
+        """
+        check_count(num_samples)
+        batches = Batches(self.data)
+        with seeded(seed, batches.device), torch.no_grad():
+            whole = batches.whole()
+            structure = self._structure(whole)
+            trace = structure.guide_trace
+            inside = [name for name in structure.latents if structure.inside_model(name)]
+            if not inside:
+                raise ValueError(
+                    f"expected latents of single data points, inside plate {self.plate!r}, but"
+                    f" {structure.latents} stand outside it"
+                )
+            noise = [name for name in structure.proposed if _is_noise(trace.nodes[name])]
+            shared = [name for name in noise if not structure.inside_guide(name)]
+            if shared == noise:
+                raise ValueError(
+                    f"the guide draws {inside} of all data points jointly, from {noise}: there is"
+                    " no posterior of one of them given the others"
+                )
+            values = {name: trace.nodes[name]["value"] for name in shared}
+            given = {name: v.expand(num_samples, *v.shape) for name, v in values.items()}
+            found = self._scores(whole, num_samples, size=_size(structure), given=given)
+            return self._posterior(structure, found, local=True)
+
+    def log_predictive_density(self, num_samples: int, *, seed: int = 0) -> Estimate:
+        """log p(x_n | training data) of data that the guide has not seen, in nats; (N,) each.
+
+        Raises:
+            ValueError: fewer than two draws; an autoguide with latents of single data points.
+        """
+        check_count(num_samples, least=2)
+        batches = Batches(self.data)
+        with seeded(seed, batches.device), torch.no_grad():
+            whole = batches.whole()
+            structure = self._structure(whole)
+            structure.check_amortized(self.guide)
+            found = self._scores(whole, num_samples, size=_size(structure))
+        if "p inside" in found:
+            log_w = found["p inside"] - found.get("q inside", torch.zeros(()))
+            return diagnostics.log_evidence(log_w.numpy())
+        posterior = self._posterior(structure, found, local=False)
+        return diagnostics.log_evidence(posterior.pointwise_log_likelihood().numpy())
+
+    def predictive(self, draws: Mapping[str, Tensor], *, seed: int = 0) -> Draws:
+        """One draw of every observed site for each draw of the latents."""
+        found = self._simulated(len(next(iter(draws.values()))), draws, seed)
+        return _named(found, "observed ")
+
+    def prior(self, num_samples: int, *, seed: int = 0) -> tuple[Draws, Draws]:
+        """Draws from the prior: latent and deterministic sites, and observed ones.
+
+        Raises:
+            ValueError: a prior that cannot be drawn from, such as a flat one.
+        """
+        try:
+            found = self._simulated(num_samples, {}, seed)
+        except NotImplementedError as error:
+            raise ValueError(f"the prior cannot be drawn from: {error}") from error
+        latents = {**_named(found, "latent "), **_named(found, "deterministic ")}
+        return latents, _named(found, "observed ")
+
+    def given_data(self) -> tuple[Draws, Draws]:
+        """The data by observed site, and the other tensors among the arguments by name."""
+        batches = Batches(self.data)
+        args, kwargs = batches.whole()
+        with seeded(0, batches.device), torch.no_grad():
+            structure = self._structure((args, kwargs))
+        sites = {name: structure.model_trace.nodes[name] for name in structure.observed}
+        seen = {id(site["value"]) for site in sites.values()}
+        named = {**dict(zip(_parameters(self.model, len(args)), args, strict=True)), **kwargs}
+        return (
+            {
+                name: Layout.of(site, plate=self.plate).ordered(site["value"]).cpu()
+                for name, site in sites.items()
+                if site["value"].numel()  # a pyro.factor observes nothing
+            },
+            {
+                name: value.cpu()
+                for name, value in named.items()
+                if isinstance(value, Tensor) and id(value) not in seen
+            },
+        )
+
+    def _structure(self, arguments: Arguments) -> Structure:
+        args, kwargs = arguments
+        with reachable():
+            found = Structure.of(self.model, self.guide, args, kwargs, plate=self.plate)
+        _check_scored(found)
+        return found
+
+    def _by_rows(self, batches: Batches, total: int, num: int) -> Posterior:
+        """The posterior of each data point by itself, some of them at a time."""
+        index = torch.arange(total, device=batches.device)
+        first = self._structure(batches.rows(index[:2]))
+        size = max(_WIDTH, _size(first) // first.batch)
+        points = min(total, max(1, _VALUES // (num * size)))
+        chunks = [
+            self._scores(batches.rows(part), num, size=size * points)
+            for part in index.split(points)
+        ]
+        split = {name for name, plates in self._plates(first).items() if self.plate in plates}
+        whole = {}
+        for key, value in chunks[0].items():
+            name = key.partition(" ")[2]
+            along = name in split or name == "inside"
+            whole[key] = torch.cat([chunk[key] for chunk in chunks], dim=1) if along else value
+        return self._posterior(first, whole, local=True)
+
+    def _scores(
+        self, arguments: Arguments, num: int, *, size: int, given: Draws | None = None
+    ) -> Draws:
+        """Draws and their log probabilities by key, (S, ...) each, on the CPU.
+
+        Args:
+            size: numbers that one run holds.
+            given: values of the guide's sites that are not drawn; (S, ...) each.
+        """
+
+        def run(fixed: Draws) -> Draws:
+            with _At(fixed):
+                structure = self._structure(arguments)
+            return self._terms(structure)
+
+        return _kept(over_draws(run, num, given=given, at_once=max(1, _VALUES // size)))
+
+    def _terms(self, structure: Structure) -> Draws:
+        """Values and log probabilities of one run."""
+        model, guide = structure.model_trace, structure.guide_trace
+        model.compute_log_prob()
+        guide.compute_log_prob()
+        found: Draws = {}
+        for name in structure.proposed:
+            if _is_noise(guide.nodes[name]):
+                found[f"{NOISE}{name}"] = guide.nodes[name]["value"]
+        found |= self._values(structure, "latent", structure.latents)
+        found |= self._values(structure, "deterministic", structure.deterministic)
+        for name in structure.observed:
+            found[f"likelihood {name}"] = self._elements(model.nodes[name]).double()
+        scored = structure.latents + structure.observed
+        for side, trace, names in (("p", model, scored), ("q", guide, structure.proposed)):
+            for name in names:
+                site = trace.nodes[name]
+                inside = self.plate in Layout.of(site, plate=self.plate).plates
+                key = f"{side} {'inside' if inside else 'outside'}"
+                term = log_prob_rows(site, self.plate) if inside else site["log_prob"].sum()
+                found[key] = found.get(key, 0) + term.double()
+        return found
+
+    def _values(self, structure: Structure, kind: str, names: list[str]) -> Draws:
+        sites = {name: structure.model_trace.nodes[name] for name in names}
+        return {
+            f"{kind} {name}": Layout.of(site, plate=self.plate).ordered(site["value"])
+            for name, site in sites.items()
+        }
+
+    def _elements(self, site: Any) -> Tensor:
+        """The log likelihood of each observation at a site, plates in order."""
+        fn = site["fn"]
+        alone = not site["cond_indep_stack"] and site["mask"] is None
+        if alone and isinstance(fn, torch.distributions.Independent):
+            return fn.base_dist.log_prob(site["value"])
+        return Layout.of(site, plate=self.plate, density=True).ordered(site["log_prob"])
+
+    def _plates(self, structure: Structure) -> dict[str, tuple[str, ...]]:
+        """The plates of every site's first axes."""
+        names = structure.latents + structure.deterministic + structure.observed
+        sites = structure.model_trace.nodes
+        return {name: Layout.of(sites[name], plate=self.plate).plates for name in names}
+
+    def _posterior(self, structure: Structure, found: Draws, *, local: bool) -> Posterior:
+        latents = _named(found, "latent ")
+        num = len(next(iter(found.values())))
+        sites = [structure.model_trace.nodes[name] for name in structure.observed]
+        inside = {side: found.get(f"{side} inside") for side in "pq"}
+        rows = next((value.shape[1] for value in inside.values() if value is not None), 1)
+        log = {
+            side: torch.zeros(num, rows).double() if value is None else value
+            for side, value in inside.items()
+        }
+        if not local:
+            log = {
+                side: value.sum(1) + found.get(f"{side} outside", torch.zeros(num).double())
+                for side, value in log.items()
+            }
+        return Posterior(
+            draws=latents,
+            deterministic=_named(found, "deterministic "),
+            log_p=log["p"],
+            log_q=log["q"],
+            log_likelihood=_named(found, "likelihood "),
+            plates={**structure.plates, **({self.plate: rows} if inside["p"] is not None else {})},
+            dims=self._plates(structure),
+            plate=self.plate,
+            num_observed=sum(site["value"].numel() for site in sites)
+            // (structure.batch if local else 1),
+            discrete=bool(sites) and all(site["fn"].support.is_discrete for site in sites),
+            point=tuple(
+                name
+                for name, value in latents.items()
+                if is_delta(structure.guide_trace.nodes[name]["fn"])
+                and (value == value[:1]).all()
+                and (num > 1 or not any(map(_is_noise, structure.guide_trace.nodes.values())))
+            ),
+            programs=self,
+        )
+
+    def _simulated(self, num: int, draws: Mapping[str, Tensor], seed: int) -> Draws:
+        """Runs of the model with observed sites drawn, and latent ones where none are given."""
+        batches = Batches(self.data)
+        args, kwargs = batches.whole()
+
+        def run(fixed: Draws) -> Draws:
+            with _At(fixed):
+                trace = poutine.trace(poutine.uncondition(self.model)).get_trace(*args, **kwargs)
+            trace.compute_log_prob()
+            found: Draws = {"log p": trace.log_prob_sum()}
+            for name, site in trace.nodes.items():
+                if site["type"] != "sample" or site_is_subsample(site):
+                    continue
+                observed = site["infer"].get("was_observed")
+                kind = "observed" if observed else "latent"
+                if is_deterministic(site):
+                    kind = "deterministic"
+                else:
+                    found[f"{NOISE}{name}"] = site["value"]
+                if site["value"].numel():
+                    value = Layout.of(site, plate=self.plate).ordered(site["value"])
+                    found[f"{kind} {name}"] = value
+            return found
+
+        with seeded(seed, batches.device), torch.no_grad():
+            structure = self._structure((args, kwargs))
+            given = {}
+            for name, value in draws.items():
+                layout = Layout.of(structure.model_trace.nodes[name], plate=self.plate)
+                given[name] = torch.func.vmap(layout.raw)(value).to(batches.device)
+            at_once = max(1, _VALUES // _size(structure))
+            return _kept(over_draws(run, num, given=given, at_once=at_once))
+
+
+def is_local(structure: Structure, guide: Callable[..., Any]) -> bool:
+    """Whether each data point has a posterior of its own, whatever the other data are.
+
+    An autoguide's parameters belong to the data it was fitted to, and a loop over the plate has no
+    axis of data points.
+    """
+    vectorised = structure.plate in structure.plates
+    return structure.is_local and vectorised and not is_autoguide(guide)
+
+
+class _At(Messenger):
+    """Runs a program with some of its sites at given values, as if they had been drawn."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["done"] and not msg["is_observed"] and msg["name"] in self._values:
+            msg["value"], msg["done"] = self._values[msg["name"]], True
+
+
+def _is_noise(site: Any) -> bool:
+    """Whether a site draws anything."""
+    return (
+        site["type"] == "sample"
+        and not site["is_observed"]
+        and not site_is_subsample(site)
+        and not is_delta(site["fn"])
+    )
+
+
+def _named(found: Draws, kind: str) -> Draws:
+    return {key.removeprefix(kind): value for key, value in found.items() if key.startswith(kind)}
+
+
+def _kept(found: Draws) -> Draws:
+    return {key: value.cpu() for key, value in found.items() if not key.startswith(NOISE)}
+
+
+def _size(structure: Structure) -> int:
+    """Numbers that the sites of a run hold, or that its data points are taken to need."""
+    traces = (structure.model_trace, structure.guide_trace)
+    sites = [s for trace in traces for s in trace.nodes.values() if s["type"] == "sample"]
+    held = sum(site["value"].numel() for site in sites)
+    return max(held, _WIDTH)
+
+
+def _parameters(program: Callable[..., Any], num: int) -> list[str]:
+    """The names of a program's first positional parameters."""
+    while isinstance(program, Program):
+        program = program.function
+    program = getattr(poutine.unwrap(program), "forward", program)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in inspect.signature(program).parameters.values() if p.kind in kinds]
+    return [names[i] if i < len(names) else f"argument {i}" for i in range(num)]
+
+
+def _check_scored(structure: Structure) -> None:
+    if structure.marginalized:
+        raise ValueError(
+            f"the guide does not sample {structure.marginalized}: log p(x, z) of draws would need"
+            " these latents marginalized"
+        )
+    for trace in (structure.model_trace, structure.guide_trace):
+        _check_unscaled(trace)
+
+
+def _check_unscaled(trace: Trace) -> None:
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not site_is_subsample(site):
+            if not bool((torch.as_tensor(site["scale"]) == 1).all()):
+                raise ValueError(
+                    f"site {name!r} is scaled by the program: scaled densities are no posterior"
+                )

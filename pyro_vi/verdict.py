@@ -1,0 +1,119 @@
+"""A comparison in plain words: which family to trust, how far, and what to beware of."""
+
+from __future__ import annotations
+
+__all__ = ["warnings", "words"]
+
+import math
+from typing import TYPE_CHECKING
+
+from pyro_vi import diagnostics
+from pyro_vi.tables import short
+
+if TYPE_CHECKING:
+    from pyro_vi.comparison import Comparison, Row
+
+_TRUSTED = 0.1  # share of data points whose k-hat may exceed its bound
+_AGREEING = 1.05  # R-hat across restarts; independent draws of one answer are far below
+
+
+def words(result: Comparison) -> str:
+    """Which family to trust, and how far."""
+    ranked = sorted(
+        (row for row in result.rows if not math.isnan(row.elbo)), key=lambda row: -row.elbo
+    )
+    if not ranked:
+        return "No family here has a bound: all hold their latents at a point."
+    lead = _lead(result, ranked)
+    return f"{lead}. {_joint(result, ranked) if result.is_joint else _by_point(result, ranked)}"
+
+
+def warnings(result: Comparison) -> tuple[str, ...]:
+    """What the numbers warn of: collapsed posteriors, restarts that disagree."""
+    collapsed = tuple(
+        f"{row.family}: {row.active_units} of {row.latent_units} latent units are active;"
+        " the others equal the prior (posterior collapse)"
+        for row in result.rows
+        if row.active_units is not None
+        and row.latent_units is not None
+        and row.active_units < row.latent_units / 2
+    )
+    apart = tuple(
+        f"{row.family}: R-hat across restarts is {row.rhat:.2f}; they ended at different posteriors"
+        for row in result.rows
+        if row.rhat > _AGREEING
+    )
+    return collapsed + apart
+
+
+def _lead(result: Comparison, ranked: list[Row]) -> str:
+    best = ranked[0]
+    what = "test ELBO" if result.on_test else "ELBO"
+    if len(ranked) == 1:
+        return f"{best.family}: {what} {best.elbo:.2f} nats"
+    second = ranked[1]
+    if result.is_joint:
+        lead, error = best.elbo - second.elbo, math.hypot(best.elbo_se, second.elbo_se)
+    else:
+        paired = diagnostics.paired_difference(
+            result.points[best.family].elbo, result.points[second.family].elbo
+        )
+        lead, error = float(paired.value), float(paired.se)
+    by = f"{lead:.2f} ± {short(error)} nats"
+    if lead > 2 * error:
+        return f"{best.family} has the highest {what}, {by} above {second.family}"
+    return f"{best.family} and {second.family} share the highest {what} ({by} apart)"
+
+
+def _joint(result: Comparison, ranked: list[Row]) -> str:
+    best = ranked[0]
+    bound = diagnostics.khat_threshold(result.num_samples)
+    if best.khat_median <= bound:
+        return (
+            f"Trust {best.family}: its k-hat of {best.khat_median:.2f} is below {bound:.2f}, so"
+            " that its draws are the posterior's, or can be reweighted to it."
+        )
+    words = (
+        f"Bounds can be compared, but the draws of {best.family} are not the posterior's: its"
+        f" k-hat is {best.khat_median:.2f}, above {bound:.2f}."
+    )
+    safest = min(ranked, key=lambda row: row.khat_median)
+    if safest.khat_median <= bound:
+        return (
+            f"{words} Those of {safest.family} can be taken (k-hat {safest.khat_median:.2f}), at"
+            f" {best.elbo - safest.elbo:.2f} nats less."
+        )
+    if len(ranked) == 1:
+        return f"{words} Try a richer family, or another parametrisation of the model."
+    return (
+        f"{words} No family here is the posterior: try a richer one, or another parametrisation of"
+        " the model."
+    )
+
+
+def _by_point(result: Comparison, ranked: list[Row]) -> str:
+    best = ranked[0]
+    bound = diagnostics.khat_threshold(result.num_samples)
+    data = "test data" if result.on_test else "data"
+    if best.khat_bad <= _TRUSTED:
+        return (
+            f"Trust {best.family}: its k-hat is at most {bound:.2f} for"
+            f" {1 - best.khat_bad:.0%} of the {data}."
+        )
+    words = (
+        f"Bounds can be compared, but the draws of {best.family} are not the posterior's:"
+        f" k-hat is above {bound:.2f} for {best.khat_bad:.0%} of the {data}."
+    )
+    safest = min(ranked, key=lambda row: row.khat_bad)
+    if len(ranked) == 1 or safest.khat_bad == 1:
+        return words
+    if safest.khat_bad <= _TRUSTED:
+        return (
+            f"{words} The draws of {safest.family} can be taken as they are (k-hat at most"
+            f" {bound:.2f} for {1 - safest.khat_bad:.0%}), at"
+            f" {best.elbo - safest.elbo:.2f} nats less."
+        )
+    return (
+        f"{words} No family here is the posterior for all data; {safest.family} comes closest"
+        f" ({1 - safest.khat_bad:.0%})."
+    )
