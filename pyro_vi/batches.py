@@ -80,7 +80,7 @@ class Batches:
         if batch_size is not None:
             if isinstance(batch_size, bool) or not isinstance(batch_size, int):
                 raise TypeError(f"expected a whole number as batch size, got {batch_size!r}")
-            self.total = self._rows()
+            self.total = self.count()
             if not 1 <= batch_size <= self.total:
                 raise ValueError(
                     f"expected a batch size from 1 to the number of data points, {self.total},"
@@ -91,7 +91,7 @@ class Batches:
     def length(self) -> int | None:
         """Data points along the first axis of every part, or None if they cannot be split so."""
         try:
-            return self._rows()
+            return self.count()
         except (TypeError, ValueError):
             return None
 
@@ -114,18 +114,25 @@ class Batches:
         """The arguments made of all data."""
         return self._arguments(self.parts)
 
-    def _rows(self) -> int:
+    def count(self) -> int:
+        """Data points along the first axis of every part.
+
+        Raises:
+            TypeError: a part that is no tensor with a first axis.
+            ValueError: parts of different lengths, or none.
+        """
         lengths = {}
         for key, part in self.parts.items():
             if not isinstance(part, Tensor) or part.dim() == 0:
                 raise TypeError(
-                    "minibatches need tensors with data points along the first axis, but"
-                    f" {_label(key)} is {'a scalar' if isinstance(part, Tensor) else repr(part)};"
-                    " bind it to the program (functools.partial), or use batch_size=None"
+                    "to take data apart they must be tensors with data points along the first axis,"
+                    f" but {_label(key)} is"
+                    f" {'a scalar' if isinstance(part, Tensor) else repr(part)}; bind it to the"
+                    " program (functools.partial), or fit all data at once (batch_size=None)"
                 )
             lengths[key] = len(part)
         if not lengths:
-            raise ValueError("minibatches need data, but there are no arguments")
+            raise ValueError("expected data to take apart, but there are no arguments")
         if len(set(lengths.values())) != 1:
             raise ValueError(f"expected parts of one length, got {lengths}")
         return next(iter(lengths.values()))

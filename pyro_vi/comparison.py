@@ -80,7 +80,7 @@ class Row:
     kl: float = _NAN
     bits_per_dim: float = _NAN  # -evidence in bits per observed value; for discrete data
     khat_median: float = _NAN  # the k-hat itself, where the posterior is joint
-    khat_bad: float = _NAN  # share of data points whose k-hat exceeds the bound for that many draws
+    khat_bad: float = _NAN  # share of data points whose k-hat exceeds `khat_threshold(S)`
     ess: float = _NAN  # of the number of draws; median over data points
     predictive: float = (
         _NAN  # log predictive density of a test data point, where latents are shared
@@ -348,9 +348,9 @@ def _sizes(draws: Array) -> str:
     return ", ".join(str(size) for size in draws.shape[1:])
 
 
-def _largest(errors: Mapping[str, MarginalErrors]) -> dict[str, float]:
+def _largest(errors: Mapping[str, MarginalErrors]) -> dict[str, Any]:
     """The largest errors in size over all marginals, with their signs."""
-    largest = {}
+    largest: dict[str, Any] = {}
     for row, name in (("mean_error", "mean"), ("sd_error", "sd"), ("wasserstein", "wasserstein")):
         values = np.concatenate([np.ravel(getattr(error, name)) for error in errors.values()])
         largest[row] = float(values[np.abs(values).argmax()])
@@ -406,25 +406,21 @@ def _row(
     predictive: Mapping[str, Array],
     marginals: Mapping[str, MarginalErrors],
 ) -> Row:
-    row = Row(
-        family=name,
-        parameters=fitted.parameters,
-        seconds_per_step=fitted.seconds / len(fitted.losses),
-    )
+    values: dict[str, Any] = {
+        "parameters": fitted.parameters,
+        "seconds_per_step": fitted.seconds / len(fitted.losses),
+    }
     if name in points:
-        row = replace(row, **_bounds(name, posterior, points))
+        values |= _bounds(name, posterior, points)
     if name in predictive:
-        own = predictive[name]
-        row = replace(
-            row,
-            **_pair("predictive", _over_points(own)),
-            **_pair("predictive_difference", _over_points(own - next(iter(predictive.values())))),
-        )
+        own, first = predictive[name], next(iter(predictive.values()))
+        values |= _pair("predictive", _over_points(own))
+        values |= _pair("predictive_difference", _over_points(own - first))
     if marginals:
-        row = replace(row, **_largest(marginals))
+        values |= _largest(marginals)
     if posterior.restarts and not posterior.point:
-        row = replace(row, rhat=max(float(np.max(one)) for one in posterior.rhat().values()))
-    return row
+        values["rhat"] = max(float(np.max(one)) for one in posterior.rhat().values())
+    return Row(name, **values)
 
 
 def _bounds(name: str, posterior: Posterior, points: Mapping[str, PerPoint]) -> dict[str, Any]:
@@ -464,7 +460,7 @@ def _bounds(name: str, posterior: Posterior, points: Mapping[str, PerPoint]) -> 
 def _over_points(values: Array) -> Estimate:
     """Mean over data points, with the error that other data points would give it."""
     if values.size < 2:
-        return Estimate(values.mean(), np.float64(_NAN))
+        return Estimate(values.mean(), np.asarray(_NAN))
     return Estimate(values.mean(), values.std(ddof=1) / math.sqrt(values.size))
 
 

@@ -24,7 +24,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vi import checkpoint
-from pyro_vi.batches import Batches, Data, arguments, moved
+from pyro_vi.batches import Arguments, Batches, Data, arguments, moved
 from pyro_vi.diagnostics import Estimate
 from pyro_vi.posterior import Posterior
 from pyro_vi.program import Program, State, checked_device, reachable, seeded
@@ -199,8 +199,7 @@ class Fit:
             ValueError: num < 1; latents outside the plate over data points.
         """
         _check_count("data point to generate", num)
-        rows = _rows(self.template, torch.zeros(num, dtype=torch.long))
-        args, kwargs = arguments(rows)
+        args, kwargs = self._template_rows(num)
         with seeded(seed), torch.no_grad():
             trace = poutine.trace(poutine.uncondition(self.model)).get_trace(*args, **kwargs)
         _check_local(trace, self.plate)
@@ -216,7 +215,7 @@ class Fit:
         Returns:
             Means by observed site, each of shape (N, ...).
         """
-        return self._given(self._encode(data, 1, seed), data, expected=True, seed=seed)
+        return self._given(self._encode(data, 1, seed), arguments(data), expected=True, seed=seed)
 
     def predict(self, data: Data, num_samples: int = 100, *, seed: int = 0) -> Draws:
         """Posterior predictive draws for each data point.
@@ -256,8 +255,7 @@ class Fit:
         if len(set(lengths.values())) != 1:
             raise ValueError(f"expected values of the latents, all of one length, got {lengths}")
         num = next(iter(lengths.values()))
-        rows = _rows(self.template, torch.zeros(num, dtype=torch.long))
-        return self._given(latents, rows, expected=expected, seed=seed)
+        return self._given(latents, self._template_rows(num), expected=expected, seed=seed)
 
     def interpolate(self, start: Data, end: Data, num: int = 8, *, seed: int = 0) -> Draws:
         """Means of the observed sites along the line between two data points' mean latents.
@@ -285,15 +283,21 @@ class Fit:
             line[name] = (1 - w) * first + w * ends[1][name]
         return self.decode(line, expected=True, seed=seed)
 
+    def _template_rows(self, num: int) -> Arguments:
+        """The first row of the training data, repeated."""
+        batches = Batches(self.template)
+        batches.count()  # refuses what has no rows
+        return batches.rows(torch.zeros(num, dtype=torch.long, device=batches.device))
+
     def _encode(self, data: Data, num_samples: int, seed: int) -> Draws:
         """Mean over `num_samples` draws of each data point's latents."""
         draws = self.posterior(data, num_samples, seed=seed).draws
         return {name: value.mean(0) for name, value in draws.items()}
 
     def _given(
-        self, latents: Mapping[str, Tensor], rows: Data, *, expected: bool, seed: int
+        self, latents: Mapping[str, Tensor], rows: Arguments, *, expected: bool, seed: int
     ) -> Draws:
-        args, kwargs = arguments(rows)
+        args, kwargs = rows
         here = next(part.device for part in (*args, *kwargs.values()) if isinstance(part, Tensor))
         latents = moved(latents, here)  # posterior draws are on the CPU
         program = poutine.condition(poutine.uncondition(self.model), data=dict(latents))
@@ -396,24 +400,6 @@ def _check_frozen(state: State, saved: Mapping[str, Tensor]) -> None:
     for name, tensor in state.snapshot().items():
         if name not in own and not torch.equal(tensor.cpu(), saved[name]):
             raise ValueError(f"the frozen model has other values of {name!r}")
-
-
-def _rows(data: Data, index: Tensor) -> Data:
-    """Some rows of data, as data."""
-    if isinstance(data, Tensor):
-        return data[index.to(data.device)]
-    if isinstance(data, Mapping):
-        return {name: _row(name, part, index) for name, part in data.items()}
-    return tuple(_row(name, part, index) for name, part in enumerate(data))
-
-
-def _row(name: object, part: Any, index: Tensor) -> Tensor:
-    if not isinstance(part, Tensor) or part.dim() == 0:
-        raise ValueError(
-            f"expected data points along the first axis of every argument, but argument {name!r}"
-            f" is {type(part).__name__}"
-        )
-    return part[index.to(part.device)]
 
 
 def _latent(trace: Trace) -> Draws:

@@ -3,7 +3,7 @@
 Our own form is one `xarray.DataTree` with ArviZ's groups:
 
     posterior, prior                            latent and deterministic sites
-    sample_stats                                lp = log p(x, z), log_q = log q(z), log_weight = lp - log_q
+    sample_stats                                lp = log p(x, z), log_q = log q(z), log_weight
     log_likelihood                              log p(x | z) of every observation, by observed site
     posterior_predictive, prior_predictive      observed sites, drawn
     observed_data, constant_data                the data, and what else the programs were given
@@ -239,7 +239,7 @@ class _Names:
     def labels(self, group: str, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Labels of every axis in a group."""
         labels = {}
-        for name, (axes, values) in variables.items():
+        for axes, values in variables.values():
             for axis, size in zip(axes, np.shape(values), strict=True):
                 given = self._coords.get(axis)
                 if given is not None and len(given) != size:

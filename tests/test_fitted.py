@@ -623,7 +623,7 @@ def test_data_that_have_no_rows_are_refused() -> None:
             pyro.sample("z", dist.Normal(pyro.param("slope", torch.tensor(0.5)) * x, 1.0))
 
     fitted = quick(model, guide, (torch.randn(5), 0.5))
-    with pytest.raises(ValueError, match=r"first axis of every argument, but argument 1 is float"):
+    with pytest.raises(TypeError, match=r"along the first axis, but argument 1 is 0.5"):
         fitted.generate(3)
 
 

@@ -11,7 +11,6 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from programs import global_and_local, global_and_local_guide
 from torch import Tensor
 
 from pyro_vi import scoring
@@ -424,18 +423,9 @@ def test_what_the_data_are() -> None:
         posterior = draw_posterior(program(*likelihoods), guide, x, num_samples=2)
         assert (posterior.num_observed, posterior.discrete) == (observed, discrete)
         expected = sum(3 * float(d.log_prob(torch.ones(3))[0]) for d in likelihoods)
-        torch.testing.assert_close(
-            posterior.pointwise_log_likelihood(),
-            torch.full((2, 4), expected).double(),
-            atol=1e-6,
-            rtol=0,
-        )
-        torch.testing.assert_close(
-            posterior.log_p - posterior.log_q,
-            posterior.pointwise_log_likelihood(),
-            atol=1e-6,
-            rtol=0,
-        )
+        found = posterior.pointwise_log_likelihood()
+        torch.testing.assert_close(found, torch.full((2, 4), expected).double(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(posterior.log_p - posterior.log_q, found, atol=1e-6, rtol=0)
 
 
 # Chunks

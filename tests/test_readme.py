@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 README = Path(__file__).parents[1] / "README.md"
 
 
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
 def test_the_python_of_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = README.read_text(encoding="utf-8")
-    code, loading = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code, loading, _ = blocks()
     short = code.replace('"steps": 1_500', '"steps": 5, "progress": False')
     short = short.replace("num_samples=1_000", "num_samples=50")
     assert short.count("5, ") and short != code
@@ -31,6 +35,23 @@ def test_the_python_of_the_readme_runs(
     shown = capsys.readouterr().out
     for family in ("MeanField", "FullCovariance", "LowRank", "Flow"):
         assert family in shown
+
+
+@pytest.mark.filterwarnings("ignore:the restarts disagree", "ignore:k-hat is")
+def test_the_classical_model_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = blocks()[2]
+    short = code.replace("steps=2_000", "steps=300, progress=False").replace("lr=0.01", "lr=0.05")
+    assert short.count("steps=300") == 1 and "lr=0.05" in short
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(short, str(README), "exec"), names)
+    assert names["corrected"]["theta"].shape == (1_000, 8)
+    assert names["idata"].posterior["theta"].sizes == {"chain": 2, "draw": 1_000, "data": 8}
+    assert {path.name for path in tmp_path.iterdir()} == {"schools.nc", "schools.html"}
+    shown = capsys.readouterr().out
+    assert "R-hat across restarts" in shown and "full covariance" in shown
 
 
 def test_every_file_that_the_readme_names_exists() -> None:
