@@ -11,6 +11,7 @@ from pyro_vi.comparison import Comparison, Row, compare
 from pyro_vi.fitted import Fit
 from pyro_vi.fitting import NonFiniteError, fit
 from pyro_vi.posterior import Posterior
+from pyro_vi.reporting import report
 from pyro_vi.scaling import warmup
 from pyro_vi.svi import SVI
 
@@ -24,5 +25,6 @@ __all__ = [
     "__version__",
     "compare",
     "fit",
+    "report",
     "warmup",
 ]

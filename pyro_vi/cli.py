@@ -42,6 +42,7 @@ from pyro_vi.models import (
     PixelGaussian,
 )
 from pyro_vi.program import check_seed, checked_device
+from pyro_vi.reporting import report
 from pyro_vi.scaling import warmup
 
 _CONTEXT = 128  # width of the encoder's output, the families' context
@@ -98,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         help="fit one VAE under several variational families and judge them",
         description="Fits one VAE under several variational families, each with its own copy of"
         " the model, then once more with the best model frozen, so that inference alone differs."
-        " Prints both tables; leaves them, plots and every fit in the output folder.",
+        " Prints both tables; leaves them, plots, a report, every fit, and netCDF files of the"
+        " posteriors under the frozen model in the output folder.",
         formatter_class=formatter,
     )
     command.set_defaults(run=_compare)
@@ -141,6 +143,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--test-images", type=int, default=1_000, help="test images to judge on, at most")
     add("--threads", type=int, default=1, help="of the CPU; small networks gain nothing from more")
     add("--out", type=Path, default="runs/DATA", help="output folder")
+    add(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write report.html, one page with both tables and all pictures",
+    )
     add("--overwrite", action="store_true", help="replace the output folder if it exists")
     add("--quiet", action="store_true", help="no progress bars")
 
@@ -233,7 +241,17 @@ def _compare(options: argparse.Namespace) -> None:
     print(alone, flush=True)
     with _replacing(options.out) as folder:
         _write(folder, joint, alone, recipe)
+        if options.report:
+            report(
+                {
+                    "Every family with its own copy of the model": joint,
+                    f"Inference alone, with the model of {best} frozen": alone,
+                },
+                folder / "report.html",
+            )
     print(f"\nTables, plots and fits are in {options.out}")
+    if options.report:
+        print(f"All of it on one page: {options.out / 'report.html'}")
 
 
 def _write(folder: Path, joint: Comparison, alone: Comparison, recipe: Mapping[str, Any]) -> None:
@@ -251,6 +269,7 @@ def _write(folder: Path, joint: Comparison, alone: Comparison, recipe: Mapping[s
     (folder / "inference").mkdir()
     for name, fitted in alone.fits.items():
         fitted.save(folder / "inference" / f"{name}.pt", recipe={**recipe, "family": name})
+        alone.posteriors[name].to_netcdf(folder / "inference" / f"{name}.nc")
     assert isinstance(joint.data, torch.Tensor)
     few = joint.data[:10]
     for name, figure in {

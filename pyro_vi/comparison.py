@@ -20,6 +20,7 @@ __all__ = ["Comparison", "PerPoint", "Row", "Split", "compare"]
 import csv
 import io
 import math
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from os import PathLike
@@ -28,10 +29,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from pyro_vi import checkpoint, diagnostics, tables, verdict
 from pyro_vi.batches import Batches, Data, moved
-from pyro_vi.diagnostics import Estimate
+from pyro_vi.diagnostics import Estimate, khat_threshold
 from pyro_vi.fitted import Fit
 from pyro_vi.fitting import fit
 from pyro_vi.marginals import MarginalErrors, marginal_errors, noise_floor
@@ -183,8 +185,8 @@ class Comparison:
         checkpoint.write(path, text.getvalue().encode())
 
     def __str__(self) -> str:
-        lines = [*tables.lines(self), "", self.verdict]
-        return "\n".join([*lines, *(f"Warning: {warning}." for warning in self.warnings)])
+        words = [self.verdict, *(f"Warning: {warning}." for warning in self.warnings)]
+        return "\n".join([*tables.lines(self), "", *(textwrap.fill(one, 100) for one in words)])
 
 
 def compare(
@@ -207,8 +209,8 @@ def compare(
         data: has `train` and `test`, each as `fit` takes data; or data as `fit` takes them, which
             are then judged too.
         num_samples: posterior draws, for each data point or of all together; at least 21.
-        reference: draws to hold the marginals against: a `pyro.infer.MCMC` that has run, or arrays
-            by latent or deterministic site, (R, ...) each.
+        reference: draws to hold the marginals against: a `pyro.infer.MCMC` that has run on this
+            model, or arrays by latent or deterministic site, (R, *plates, *shape) each.
         seed: of the fits and of the draws.
         progress: whether to show progress bars.
         **options: as `fit` takes them: loss, optim, steps, batch_size, transform, restarts, ...; a
@@ -243,7 +245,7 @@ def compare(
         raise ValueError(
             f"expected at least {_MIN_DRAWS} posterior draws for a k-hat, got {num_samples}"
         )
-    drawn = _reference(reference)
+    samples = _samples(reference)
     train, test = _parts(data)
     transform = options.get("transform")
     device = checked_device(options.get("device"))
@@ -265,6 +267,9 @@ def compare(
     for name, fitted in fits.items():
         posterior = fitted.posterior(scored, num_samples, seed=seed)
         posteriors[name] = posterior.joint() if joint else posterior
+    drawn = _reference(
+        samples, next(iter(posteriors.values())), raw=hasattr(reference, "get_samples")
+    )
     points = {name: _points(p) for name, p in posteriors.items() if not p.point}
     marginals = {name: _marginals(p, drawn) for name, p in posteriors.items() if drawn}
     predictive = {
@@ -278,7 +283,7 @@ def compare(
     ]
     shared = not _is_trained(fits)
     if shared:
-        rows = _with_one_evidence(rows, joint)
+        rows = _with_one_evidence(rows, trusted=khat_threshold(num_samples) if joint else None)
     noise = {name: noise_floor(values) for name, values in _common(drawn, posteriors).items()}
     return Comparison(
         rows=tuple(rows),
@@ -303,8 +308,8 @@ def _parts(data: Any) -> tuple[Any, Any]:
     return data, None
 
 
-def _reference(reference: Any) -> dict[str, Array]:
-    """Reference draws as float64 arrays by site."""
+def _samples(reference: Any) -> dict[str, Tensor]:
+    """Reference draws by site."""
     if reference is None:
         return {}
     samples = reference.get_samples() if hasattr(reference, "get_samples") else reference
@@ -313,10 +318,14 @@ def _reference(reference: Any) -> dict[str, Array]:
             "expected as reference a pyro.infer.MCMC that has run, or arrays of draws by site, got"
             f" {type(reference).__name__}"
         )
-    return {
-        name: np.asarray(torch.as_tensor(values).detach().cpu(), dtype=np.float64)
-        for name, values in samples.items()
-    }
+    return {name: torch.as_tensor(values).detach() for name, values in samples.items()}
+
+
+def _reference(samples: dict[str, Tensor], posterior: Posterior, *, raw: bool) -> dict[str, Array]:
+    """Reference draws as arrays; with deterministic sites where they are Pyro's (`raw`)."""
+    if raw and posterior.programs is not None:
+        samples = posterior.programs.completed(samples)
+    return {name: values.double().cpu().numpy() for name, values in samples.items()}
 
 
 def _common(drawn: Mapping[str, Array], posteriors: Mapping[str, Posterior]) -> dict[str, Array]:
@@ -375,17 +384,23 @@ def _points(posterior: Posterior) -> PerPoint:
     )
 
 
-def _with_one_evidence(rows: list[Row], joint: bool) -> list[Row]:
-    """The gaps to one evidence: a model that is not trained has one, and rows estimate it.
+def _with_one_evidence(rows: list[Row], *, trusted: float | None) -> list[Row]:
+    """The gaps to one evidence: a model that is not trained has one, and every row estimates it.
 
     Each family's own estimate is a lower bound in expectation, the looser the worse the family: a
-    gap to it would flatter the worst. A mean over data points is closest where it is highest; a
-    single joint estimate may be high by chance, and is believed where its k-hat is lowest.
+    gap to it would flatter the worst. So the highest counts. But a joint estimate is one number,
+    which may be high by chance: where its k-hat can be trusted, the lowest k-hat says whose counts.
+
+    Args:
+        trusted: the k-hat to which a joint estimate is trusted; None for means over data points.
     """
     estimates = [row for row in rows if not math.isnan(row.evidence)]
     if not estimates:
         return rows
-    best = max(estimates, key=lambda row: -row.khat_median if joint else row.evidence)
+    best = max(estimates, key=lambda row: row.evidence)
+    safest = min(estimates, key=lambda row: row.khat_median)
+    if trusted is not None and safest.khat_median <= trusted:
+        best = safest
     return [
         replace(
             row,
@@ -429,7 +444,7 @@ def _bounds(name: str, posterior: Posterior, points: Mapping[str, PerPoint]) -> 
     elbo = diagnostics.mean_estimate(posterior.elbo())
     likelihood = posterior.pointwise_log_likelihood()
     reconstruction = float(likelihood.sum(1).mean() if posterior.is_joint else likelihood.mean())
-    bound = diagnostics.khat_threshold(posterior.num_draws)
+    bound = khat_threshold(posterior.num_draws)
     found: dict[str, Any] = {
         **_pair("elbo", elbo),
         **_pair("evidence", evidence),

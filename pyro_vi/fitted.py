@@ -30,6 +30,7 @@ from pyro_vi.posterior import Posterior
 from pyro_vi.program import Program, State, checked_device, reachable, seeded
 from pyro_vi.scaling import Structure, is_autoguide
 from pyro_vi.scoring import Programs
+from pyro_vi.sites import Unobserved, is_deterministic
 
 Draws = dict[str, Tensor]
 
@@ -201,9 +202,9 @@ class Fit:
         _check_count("data point to generate", num)
         args, kwargs = self._template_rows(num)
         with seeded(seed), torch.no_grad():
-            trace = poutine.trace(poutine.uncondition(self.model)).get_trace(*args, **kwargs)
+            trace = poutine.trace(Unobserved()(self.model)).get_trace(*args, **kwargs)
         _check_local(trace, self.plate)
-        return {**_latent(trace), **_observed(trace, expected)}
+        return {**_latent(trace), **_deterministic(trace), **_observed(trace, expected)}
 
     def reconstruct(self, data: Data, *, seed: int = 0) -> Draws:
         """Means of the observed sites, given one draw of each data point's latents.
@@ -300,7 +301,7 @@ class Fit:
         args, kwargs = rows
         here = next(part.device for part in (*args, *kwargs.values()) if isinstance(part, Tensor))
         latents = moved(latents, here)  # posterior draws are on the CPU
-        program = poutine.condition(poutine.uncondition(self.model), data=dict(latents))
+        program = poutine.condition(Unobserved()(self.model), data=dict(latents))
         with seeded(seed), torch.no_grad():
             trace = poutine.trace(program).get_trace(*args, **kwargs)
         _check_local(trace, self.plate)
@@ -406,12 +407,23 @@ def _latent(trace: Trace) -> Draws:
     return {
         name: site["value"]
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site) and not _is_data(site)
+        if site["type"] == "sample"
+        and not site_is_subsample(site)
+        and not _is_data(site)
+        and not is_deterministic(site)
+    }
+
+
+def _deterministic(trace: Trace) -> Draws:
+    return {
+        name: site["value"]
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and is_deterministic(site)
     }
 
 
 def _observed(trace: Trace, expected: bool) -> Draws:
-    """Values or means of the sites that the program observes (`poutine.uncondition` marks them)."""
+    """Values or means of the sites that the program observes (`Unobserved` marks them)."""
     found = {
         name: site["fn"].mean if expected else site["value"]
         for name, site in trace.nodes.items()
@@ -429,7 +441,7 @@ def _is_data(site: Mapping[str, Any]) -> bool:
 
 def _check_local(trace: Trace, plate: str) -> None:
     for name, site in trace.nodes.items():
-        if site["type"] != "sample" or site_is_subsample(site):
+        if site["type"] != "sample" or site_is_subsample(site) or is_deterministic(site):
             continue
         if not any(frame.name == plate for frame in site["cond_indep_stack"]):
             raise ValueError(

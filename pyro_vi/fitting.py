@@ -223,6 +223,9 @@ def _fit_once(
         stream = batches.shuffled(seed + restart)
         structure = _inspect(model, guide, batches, state, plate)
         check_mode(guide, structure)
+        if loss.vectorize_particles and math.isinf(loss.max_plate_nesting):
+            # Pyro would run the programs to guess it; the particles take a dimension too.
+            loss.max_plate_nesting = structure.nesting + (loss.num_particles > 1)
         if restart:
             move(state, model, guide)
         evaluate = _Heldout(model, guide, loss, heldout, batches, structure, state, seed)

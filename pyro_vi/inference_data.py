@@ -32,6 +32,7 @@ from torch import Tensor
 
 from pyro_vi import checkpoint
 from pyro_vi._version import __version__
+from pyro_vi.program import check_seed
 
 if TYPE_CHECKING:
     import xarray
@@ -69,12 +70,13 @@ def datatree(
         seed: of predictive and prior draws.
 
     Returns:
-        The tree; sample axes are ("chain", "draw"). Priors that cannot be drawn from (flat ones)
-        have no groups.
+        The tree; sample axes are ("chain", "draw"). Priors (flat ones) and likelihoods that cannot
+        be drawn from have no groups.
 
     Raises:
-        ValueError: a site named like an axis, two sites whose names become one, names or labels of
-            another number than an axis has.
+        ValueError: a site named like an axis, two sites whose names become one, an axis named like
+            a sample axis, names or labels of another number than a site or an axis has, or for
+            sites or axes that are none; a seed that is none.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -91,6 +93,7 @@ def datatree(
     """
     import xarray
 
+    check_seed(seed)
     chains = posterior.restarts or (posterior,)
     wanted = posterior.is_joint if local is None else local
     names = _Names(posterior, dims or {}, coords or {})
@@ -99,14 +102,17 @@ def datatree(
         return wanted or posterior.plate not in posterior.dims[site]
 
     def draws(one: Posterior) -> dict[str, Tensor]:
-        return {n: v for n, v in {**one.draws, **one.deterministic}.items() if kept(n)}
+        return {name: values for name, values in _sites(one).items() if kept(name)}
 
     groups: dict[str, dict[str, Any]] = {}
     groups["posterior"] = names.sites(_stacked(draws(one) for one in chains))
     if wanted or posterior.is_joint:
-        groups["posterior_predictive"] = names.sites(
-            _stacked(one.predictive(seed=seed + i) for i, one in enumerate(chains))
-        )
+        try:
+            drawn = _stacked(one.predictive(seed=seed + i) for i, one in enumerate(chains))
+        except ValueError as error:
+            log.info("no predictive draws: %s", error)
+        else:
+            groups["posterior_predictive"] = names.sites(drawn)
         try:
             prior, predictive = posterior.prior(seed=seed)
         except ValueError as error:
@@ -119,16 +125,19 @@ def datatree(
     if not posterior.point:
         for one in stats:
             one["log_weight"] = one["lp"] - one["log_q"]
-    weighed = () if posterior.is_joint else (posterior.plate,)
+    weighed = () if posterior.is_joint else (_plain(posterior.plate),)
     groups["sample_stats"] = {
         name: (("chain", "draw", *weighed), values) for name, values in _stacked(stats).items()
     }
-    groups["log_likelihood"] = names.sites(_stacked(one.log_likelihood for one in chains))
+    groups["log_likelihood"] = names.sites(
+        _stacked(one.log_likelihood for one in chains), whole=False
+    )
     observed, constants = posterior.data()
     groups["observed_data"] = names.sites({n: _array(v) for n, v in observed.items()}, sample=())
     groups["constant_data"] = names.sites({n: _array(v) for n, v in constants.items()}, sample=())
     groups["fit"] = _fit(posterior, weighed)
 
+    names.check_coords([*groups.values(), names.sites(_stacked([_sites(posterior)]))])
     datasets = {}
     for group, variables in groups.items():
         if variables:
@@ -185,9 +194,10 @@ def load(path: str | os.PathLike[str]) -> xarray.DataTree:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no netCDF file at {os.fspath(path)}")
     try:
-        with xarray.open_datatree(path, engine="h5netcdf") as tree:
+        # An open file of our own: HDF5 would hold on to a damaged one, and to its old content.
+        with open(path, "rb") as file, xarray.open_datatree(file, engine="h5netcdf") as tree:
             return tree.load()
-    except (OSError, KeyError) as error:
+    except Exception as error:  # damage turns up as errors of many types, wherever it is met
         raise ValueError(f"{os.fspath(path)} is damaged or no netCDF file: {error}") from error
 
 
@@ -213,28 +223,47 @@ class _Names:
             )
 
     def sites(
-        self, values: Mapping[str, npt.NDArray[Any]], *, sample: Names = ("chain", "draw")
+        self,
+        values: Mapping[str, npt.NDArray[Any]],
+        *,
+        sample: Names = ("chain", "draw"),
+        whole: bool = True,
     ) -> dict[str, tuple[Names, npt.NDArray[Any]]]:
-        """Values by site as variables: (names of axes, values)."""
+        """Values by site as variables: (names of axes, values); `whole` if they have all axes."""
         found: dict[str, tuple[Names, npt.NDArray[Any]]] = {}
         for site, array in values.items():
-            name = site.replace("/", ".")
+            name = _plain(site)
             if name in found:
                 raise ValueError(f"two sites become {name!r}: rename one of them")
-            found[name] = (*sample, *self._axes(site, array.ndim - len(sample))), array
+            axes = self._axes(site, array.ndim - len(sample), whole)
+            if reserved := sorted({"chain", "draw"}.intersection(axes)):
+                raise ValueError(
+                    f"an axis of site {site!r} is named {reserved[0]!r}, like a sample axis: rename"
+                    " the plate, or the axis with dims={...}"
+                )
+            found[name] = (*sample, *axes), array
         return found
 
-    def _axes(self, site: str, number: int) -> Names:
+    def _axes(self, site: str, number: int, whole: bool) -> Names:
         if site in self._dims:
             own = tuple(self._dims[site])
-            if isinstance(self._dims[site], str) or len(own) < number:
+            wrong = len(own) != number if whole else len(own) < number
+            if isinstance(self._dims[site], str) or wrong:
                 raise ValueError(
                     f"site {site!r} has {number} axes, and dims names {self._dims[site]!r}"
                 )
             return own[:number]  # a log likelihood has the plates alone
-        plates = self._plates.get(site, ())[:number]
-        name = site.replace("/", ".")
-        return (*plates, *(f"{name}_dim_{i}" for i in range(number - len(plates))))
+        plates = tuple(map(_plain, self._plates.get(site, ())[:number]))
+        return (*plates, *(f"{_plain(site)}_dim_{i}" for i in range(number - len(plates))))
+
+    def check_coords(self, groups: Iterable[Mapping[str, tuple[Names, Any]]]) -> None:
+        """Raises ValueError if there are labels for axes that no group has."""
+        axes = {axis for group in groups for names, _ in group.values() for axis in names}
+        if strangers := sorted(self._coords.keys() - axes):
+            raise ValueError(
+                f"coords are for axes, and there are none named {strangers}: expected some of"
+                f" {sorted(axes)}"
+            )
 
     def labels(self, group: str, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Labels of every axis in a group."""
@@ -254,6 +283,15 @@ class _Names:
                     " rename the site, or the axis with dims={...}"
                 )
         return labels
+
+
+def _plain(name: str) -> str:
+    """A name as the tree has it: "/" would be a path."""
+    return name.replace("/", ".")
+
+
+def _sites(one: Posterior) -> dict[str, Tensor]:
+    return {**one.draws, **one.deterministic}
 
 
 def _stacked(chains: Iterable[Mapping[str, Tensor]]) -> dict[str, npt.NDArray[Any]]:
@@ -279,7 +317,7 @@ def _fit(posterior: Posterior, weighed: Names) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: (("step",), _array(values)) for name, values in posterior.training.items()
     }
-    if posterior.point:
+    if posterior.point or posterior.num_draws < 2:
         return found
     for name, estimate in (("elbo", posterior.elbo()), ("evidence", posterior.evidence())):
         found[name] = (weighed, np.asarray(estimate.value))

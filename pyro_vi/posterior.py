@@ -15,6 +15,7 @@ from __future__ import annotations
 
 __all__ = ["Loo", "Posterior"]
 
+import math
 import warnings
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -44,7 +45,7 @@ class Loo:
 
     Attributes:
         elpd: sum of the log predictive densities of N observations, nats.
-        se: its standard error over observations.
+        se: its standard error over observations; NaN for one.
         pointwise: log p(y_n | all others), nats; (N,).
         khat: Pareto k-hat of each observation's weights; (N,).
     """
@@ -234,7 +235,7 @@ class Posterior:
         check_count(num)
         weights = torch.from_numpy(self.weights())
         generator = torch.Generator().manual_seed(seed)
-        index = torch.multinomial(weights.T, num, replacement=True, generator=generator).T
+        index = torch.multinomial(weights.t(), num, replacement=True, generator=generator).t()
         found = {}
         for name, value in {**self.draws, **self.deterministic}.items():
             if self.is_joint:
@@ -270,9 +271,10 @@ class Posterior:
         log_v = self.log_weights[:, None] - likelihood
         smoothed = diagnostics.psis(log_v)
         pointwise = np.asarray(np.logaddexp.reduce(smoothed + likelihood, axis=0))
+        spread = pointwise.std(ddof=1) if pointwise.size > 1 else math.nan
         return Loo(
             elpd=float(pointwise.sum()),
-            se=float(np.sqrt(pointwise.size * pointwise.var(ddof=1))),
+            se=float(math.sqrt(pointwise.size) * spread),
             pointwise=pointwise,
             khat=np.asarray(diagnostics.pareto_khat(log_v)),
         )
@@ -295,7 +297,11 @@ class Posterior:
         }
 
     def predictive(self, *, seed: int = 0) -> Draws:
-        """One draw of every observed site for each posterior draw; (S, *plates, *shape) each."""
+        """One draw of every observed site for each posterior draw; (S, *plates, *shape) each.
+
+        Raises:
+            ValueError: no latents; a likelihood that cannot be drawn from.
+        """
         assert self.programs is not None
         return self.programs.predictive(self.draws, seed=seed)
 

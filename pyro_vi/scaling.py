@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vi.program import Program
-from pyro_vi.sites import is_deterministic
+from pyro_vi.sites import is_deterministic, is_discrete
 
 
 @dataclass(frozen=True)
@@ -194,14 +194,21 @@ class Structure:
     @property
     def plates(self) -> dict[str, int]:
         """The sizes of the vectorized plates that sites stand in, by name."""
-        return {
-            frame.name: int(frame.size)
+        return {f.name: int(f.size) for f in self._all_frames() if f.vectorized}
+
+    @property
+    def nesting(self) -> int:
+        """Dimensions that the vectorized plates take up: Pyro's `max_plate_nesting`."""
+        return max((-frame.dim for frame in self._all_frames() if frame.vectorized), default=0)
+
+    def _all_frames(self) -> list[Any]:
+        return [
+            frame
             for trace in (self.model_trace, self.guide_trace)
             for site in trace.nodes.values()
             if site["type"] == "sample"
             for frame in site["cond_indep_stack"]
-            if frame.vectorized
-        }
+        ]
 
     def inside_model(self, name: str) -> bool:
         """Whether a site of the model stands inside the plate over data points."""
@@ -324,7 +331,7 @@ class _Match(ReplayMessenger):
                     return None
                 raise ValueError(
                     f"latent site {name!r} of the model is missing from the guide, which samples"
-                    f" {_latents(self.trace)}"
+                    f" {_latents(self.trace)}{_unsampled(msg['fn'])}"
                 )
             expected = msg["fn"].event_shape
             value = self.trace.nodes[name]["value"]
@@ -335,6 +342,19 @@ class _Match(ReplayMessenger):
                     f" {tuple(expected)}, the guide gives {tuple(got)}"
                 )
         super()._pyro_sample(msg)
+
+
+def _unsampled(fn: Any) -> str:
+    """What to do about a latent site that a guide, such as an autoguide, cannot sample."""
+    if not is_discrete(fn):
+        return ""
+    ways = "; it is discrete: sample it in the guide"
+    if not getattr(fn, "has_enumerate_support", False):
+        return f"{ways}, or sum it out in the model"
+    return (
+        f"{ways}, enumerate it (pyro.infer.config_enumerate(model), loss=TraceEnum_ELBO(...)), or"
+        " sum it out in the model (such as dist.MixtureSameFamily)"
+    )
 
 
 class PerDataPoint(Messenger):

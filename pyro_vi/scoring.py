@@ -31,7 +31,7 @@ from pyro_vi.draws import NOISE, check_count, over_draws
 from pyro_vi.posterior import Draws, Posterior
 from pyro_vi.program import Program, reachable, seeded
 from pyro_vi.scaling import Structure, is_autoguide, log_prob_rows
-from pyro_vi.sites import Layout, is_delta, is_deterministic
+from pyro_vi.sites import Layout, Unobserved, is_delta, is_deterministic, is_discrete
 
 _VALUES = 2**22  # numbers that all sites hold, over the draws evaluated at once
 _WIDTH = 128  # numbers that a data point is taken to need at least, in hidden layers
@@ -113,7 +113,7 @@ class Programs:
                 )
             noise = [name for name in structure.proposed if _is_noise(trace.nodes[name])]
             shared = [name for name in noise if not structure.inside_guide(name)]
-            if shared == noise:
+            if noise and shared == noise:
                 raise ValueError(
                     f"the guide draws {inside} of all data points jointly, from {noise}: there is"
                     " no posterior of one of them given the others"
@@ -143,9 +143,38 @@ class Programs:
         return diagnostics.log_evidence(posterior.pointwise_log_likelihood().numpy())
 
     def predictive(self, draws: Mapping[str, Tensor], *, seed: int = 0) -> Draws:
-        """One draw of every observed site for each draw of the latents."""
-        found = self._simulated(len(next(iter(draws.values()))), draws, seed)
+        """One draw of every observed site for each draw of the latents.
+
+        Raises:
+            ValueError: no latents; a likelihood that cannot be drawn from.
+        """
+        if not draws:
+            raise ValueError("expected draws of latents to predict from, but there are none")
+        try:
+            found = self._simulated(len(next(iter(draws.values()))), draws, seed)
+        except NotImplementedError as error:
+            raise ValueError(f"the data cannot be drawn: {_reason(error)}") from error
         return _named(found, "observed ")
+
+    def completed(self, samples: Mapping[str, Tensor]) -> Draws:
+        """Draws of the model's latents made elsewhere, with what follows from them.
+
+        Args:
+            samples: values by site as Pyro has them, (R, ...) each, such as
+                `pyro.infer.MCMC.get_samples` gives.
+
+        Returns:
+            Latent and deterministic sites in the order of axes of `Posterior`; the samples as they
+            are, if some of the model's latents are not among them.
+        """
+        batches = Batches(self.data)
+        with seeded(0, batches.device), torch.no_grad():
+            structure = self._structure(batches.whole())
+        if not samples.keys() >= set(structure.latents):
+            return dict(samples)
+        given = {name: samples[name].to(batches.device) for name in structure.latents}
+        found = self._runs(len(next(iter(samples.values()))), given, _size(structure), seed=0)
+        return {**_named(found, "latent "), **_named(found, "deterministic ")}
 
     def prior(self, num_samples: int, *, seed: int = 0) -> tuple[Draws, Draws]:
         """Draws from the prior: latent and deterministic sites, and observed ones.
@@ -156,7 +185,7 @@ class Programs:
         try:
             found = self._simulated(num_samples, {}, seed)
         except NotImplementedError as error:
-            raise ValueError(f"the prior cannot be drawn from: {error}") from error
+            raise ValueError(f"the prior cannot be drawn from: {_reason(error)}") from error
         latents = {**_named(found, "latent "), **_named(found, "deterministic ")}
         return latents, _named(found, "observed ")
 
@@ -269,7 +298,7 @@ class Programs:
         return {name: Layout.of(sites[name], plate=self.plate).plates for name in names}
 
     def _posterior(self, structure: Structure, found: Draws, *, local: bool) -> Posterior:
-        latents = _named(found, "latent ")
+        latents, dims = _named(found, "latent "), self._plates(structure)
         num = len(next(iter(found.values())))
         sites = [structure.model_trace.nodes[name] for name in structure.observed]
         inside = {side: found.get(f"{side} inside") for side in "pq"}
@@ -290,17 +319,16 @@ class Programs:
             log_q=log["q"],
             log_likelihood=_named(found, "likelihood "),
             plates={**structure.plates, **({self.plate: rows} if inside["p"] is not None else {})},
-            dims=self._plates(structure),
+            dims=dims,
             plate=self.plate,
             num_observed=sum(site["value"].numel() for site in sites)
             // (structure.batch if local else 1),
-            discrete=bool(sites) and all(site["fn"].support.is_discrete for site in sites),
+            discrete=bool(sites) and all(is_discrete(site["fn"]) for site in sites),
             point=tuple(
                 name
                 for name, value in latents.items()
-                if is_delta(structure.guide_trace.nodes[name]["fn"])
-                and (value == value[:1]).all()
-                and (num > 1 or not any(map(_is_noise, structure.guide_trace.nodes.values())))
+                if not (local and self.plate not in dims[name])  # shared ones are given there
+                and _is_point(structure.guide_trace, name, value)
             ),
             programs=self,
         )
@@ -308,18 +336,28 @@ class Programs:
     def _simulated(self, num: int, draws: Mapping[str, Tensor], seed: int) -> Draws:
         """Runs of the model with observed sites drawn, and latent ones where none are given."""
         batches = Batches(self.data)
+        with seeded(seed, batches.device), torch.no_grad():
+            structure = self._structure(batches.whole())
+        given = {}
+        for name, value in draws.items():
+            layout = Layout.of(structure.model_trace.nodes[name], plate=self.plate)
+            given[name] = torch.func.vmap(layout.raw)(value).to(batches.device)
+        return self._runs(num, given, _size(structure), seed)
+
+    def _runs(self, num: int, given: Draws, size: int, seed: int) -> Draws:
+        """Runs of the model with some sites at given values, as Pyro has them, (S, ...) each."""
+        batches = Batches(self.data)
         args, kwargs = batches.whole()
 
         def run(fixed: Draws) -> Draws:
             with _At(fixed):
-                trace = poutine.trace(poutine.uncondition(self.model)).get_trace(*args, **kwargs)
+                trace = poutine.trace(Unobserved()(self.model)).get_trace(*args, **kwargs)
             trace.compute_log_prob()
             found: Draws = {"log p": trace.log_prob_sum()}
             for name, site in trace.nodes.items():
                 if site["type"] != "sample" or site_is_subsample(site):
                     continue
-                observed = site["infer"].get("was_observed")
-                kind = "observed" if observed else "latent"
+                kind = "observed" if site["infer"].get("was_observed") else "latent"
                 if is_deterministic(site):
                     kind = "deterministic"
                 else:
@@ -330,13 +368,7 @@ class Programs:
             return found
 
         with seeded(seed, batches.device), torch.no_grad():
-            structure = self._structure((args, kwargs))
-            given = {}
-            for name, value in draws.items():
-                layout = Layout.of(structure.model_trace.nodes[name], plate=self.plate)
-                given[name] = torch.func.vmap(layout.raw)(value).to(batches.device)
-            at_once = max(1, _VALUES // _size(structure))
-            return _kept(over_draws(run, num, given=given, at_once=at_once))
+            return _kept(over_draws(run, num, given=given, at_once=max(1, _VALUES // size)))
 
 
 def is_local(structure: Structure, guide: Callable[..., Any]) -> bool:
@@ -371,6 +403,13 @@ def _is_noise(site: Any) -> bool:
     )
 
 
+def _is_point(guide_trace: Trace, name: str, draws: Tensor) -> bool:
+    """Whether a guide holds a latent at one value, in all of its draws."""
+    if not is_delta(guide_trace.nodes[name]["fn"]) or not bool((draws == draws[:1]).all()):
+        return False
+    return len(draws) > 1 or not any(map(_is_noise, guide_trace.nodes.values()))
+
+
 def _named(found: Draws, kind: str) -> Draws:
     return {key.removeprefix(kind): value for key, value in found.items() if key.startswith(kind)}
 
@@ -387,6 +426,11 @@ def _size(structure: Structure) -> int:
     return max(held, _WIDTH)
 
 
+def _reason(error: Exception) -> str:
+    """What an error says, without the shapes that Pyro adds."""
+    return str(error).partition("\n")[0] or "a distribution has no sampler"
+
+
 def _parameters(program: Callable[..., Any], num: int) -> list[str]:
     """The names of a program's first positional parameters."""
     while isinstance(program, Program):
@@ -400,8 +444,9 @@ def _parameters(program: Callable[..., Any], num: int) -> list[str]:
 def _check_scored(structure: Structure) -> None:
     if structure.marginalized:
         raise ValueError(
-            f"the guide does not sample {structure.marginalized}: log p(x, z) of draws would need"
-            " these latents marginalized"
+            f"the guide does not sample {structure.marginalized}, which its loss enumerated: log"
+            " p(x, z) of draws needs them sampled by the guide, or summed out in the model (such as"
+            " dist.MixtureSameFamily)"
         )
     for trace in (structure.model_trace, structure.guide_trace):
         _check_unscaled(trace)

@@ -7,7 +7,7 @@ left, the plate over data points first, then what is one draw's shape.
 
 from __future__ import annotations
 
-__all__ = ["Layout", "is_delta", "is_deterministic"]
+__all__ = ["Layout", "Unobserved", "is_delta", "is_deterministic", "is_discrete"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 Site = Mapping[str, Any]
@@ -30,6 +31,36 @@ def is_delta(fn: Any) -> bool:
     while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
         fn = fn.base_dist
     return isinstance(fn, dist.Delta)
+
+
+def is_discrete(fn: Any) -> bool:
+    """Whether a distribution is over discrete values; one that does not say is not."""
+    try:
+        return bool(fn.support.is_discrete)
+    except NotImplementedError:
+        return False
+
+
+class Unobserved(Messenger):
+    """Draws the observed sites of a program, as `poutine.uncondition` does, and no others.
+
+    That one draws `pyro.deterministic` sites too, from point masses that the plates expanded: in a
+    plate their values would get its axes twice, and so would all that is computed from them.
+
+    Example:
+        >>> import pyro, pyro.poutine as poutine
+        >>> def model():
+        ...     with pyro.plate("data", 3):
+        ...         mean = pyro.deterministic("mean", torch.zeros(3))
+        ...         return pyro.sample("x", dist.Normal(mean, 1.0), obs=torch.ones(3))
+        >>> Unobserved()(model)().shape, poutine.uncondition(model)().shape
+        (torch.Size([3]), torch.Size([3, 3]))
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and not is_deterministic(msg):
+            msg["infer"].update(was_observed=True, obs=msg["value"])
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
 @dataclass(frozen=True)
@@ -73,7 +104,7 @@ class Layout:
         value = site["log_prob"] if density else site["value"]
         event = 0 if density else site["fn"].event_dim
         if not density and is_deterministic(site):
-            found = _event_dim(value, frames)
+            found = _event_dim(site, frames)
             frames, event = ([], value.dim()) if found is None else (frames, found)
         batch = tuple(value.shape[: value.dim() - event])
         width = max([len(batch), *(-frame.dim for frame in frames)])
@@ -109,13 +140,27 @@ class Layout:
         return value.reshape((*batch, *value.shape[len(self.axes) :]))
 
 
-def _event_dim(value: Tensor, frames: list[Any]) -> int | None:
-    """Event dimensions of a deterministic value, which seldom says: the fewest that fit its plates.
+def _event_dim(site: Site, frames: list[Any]) -> int | None:
+    """Event dimensions of a deterministic value, which seldom says.
 
-    None if no number of them leaves the plates' sizes.
+    Those declared; else all but the plates' axes, if these come first; else the fewest that leave
+    the plates' sizes. None if no number does, nor leaves what broadcasts to them.
     """
-    for event in range(value.dim() + 1):
-        batch = value.shape[: value.dim() - event]
-        if all(len(batch) >= -f.dim and batch[f.dim] == f.size for f in frames):
+    value, declared = site["value"], site["fn"].event_dim
+    first = max(0, value.dim() - max((-frame.dim for frame in frames), default=0))
+    for event in (declared, first, *range(value.dim() + 1)):
+        if _fills(value.shape[: value.dim() - event], frames):
+            return event
+    said = declared < value.dim()  # Pyro says all of them where none are declared
+    for event in (declared, first) if said else (first,):
+        if _fills(value.shape[: value.dim() - event], frames, or_broadcasts=True):
             return event
     return None
+
+
+def _fills(batch: tuple[int, ...], frames: list[Any], *, or_broadcasts: bool = False) -> bool:
+    """Whether a batch shape has the sizes of the plates."""
+    sizes = [(batch[f.dim] if len(batch) >= -f.dim else 1, int(f.size), f.dim) for f in frames]
+    if or_broadcasts:
+        return all(size in (1, plate) for size, plate, _ in sizes)
+    return all(size == plate and len(batch) >= -dim for size, plate, dim in sizes)

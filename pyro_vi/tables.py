@@ -81,8 +81,8 @@ def _all(result: Comparison) -> list[Column]:
 
         return show
 
-    def difference(name: str) -> Callable[[Row], str]:
-        return lambda row: "" if row.family == first else error(name, "+.2f")(row)
+    def difference(name: str, form: str = "+.2f") -> Callable[[Row], str]:
+        return lambda row: "" if row.family == first else error(name, form)(row)
 
     found = [
         Column(
@@ -165,13 +165,13 @@ def _all(result: Comparison) -> list[Column]:
             "log predictive (nats)",
             "the log predictive density of a test data point, given the training data; ± is its"
             " error over test data points",
-            error("predictive"),
+            error("predictive", ".3f"),
         ),
         Column(
             "predictive_difference",
             f"  minus {first}'s  ",
             "the difference in it to the first family, paired over test data points",
-            difference("predictive_difference"),
+            difference("predictive_difference", "+.3f"),
         ),
         Column(
             "mean_error",

@@ -7,6 +7,8 @@ __all__ = ["warnings", "words"]
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pyro_vi import diagnostics
 from pyro_vi.tables import short
 
@@ -29,7 +31,7 @@ def words(result: Comparison) -> str:
 
 
 def warnings(result: Comparison) -> tuple[str, ...]:
-    """What the numbers warn of: collapsed posteriors, restarts that disagree."""
+    """What the numbers warn of: collapsed posteriors, restarts that disagree, no evidence."""
     collapsed = tuple(
         f"{row.family}: {row.active_units} of {row.latent_units} latent units are active;"
         " the others equal the prior (posterior collapse)"
@@ -43,7 +45,14 @@ def warnings(result: Comparison) -> tuple[str, ...]:
         for row in result.rows
         if row.rhat > _AGREEING
     )
-    return collapsed + apart
+    bound = diagnostics.khat_threshold(result.num_samples)
+    khats = [row.khat_median for row in result.rows if not math.isnan(row.khat_median)]
+    loose = (
+        (f"no k-hat is below {bound:.2f}: the evidence, and every gap to it, may be far off",)
+        if result.is_joint and khats and min(khats) > bound
+        else ()
+    )
+    return collapsed + apart + loose
 
 
 def _lead(result: Comparison, ranked: list[Row]) -> str:
@@ -69,10 +78,7 @@ def _joint(result: Comparison, ranked: list[Row]) -> str:
     best = ranked[0]
     bound = diagnostics.khat_threshold(result.num_samples)
     if best.khat_median <= bound:
-        return (
-            f"Trust {best.family}: its k-hat of {best.khat_median:.2f} is below {bound:.2f}, so"
-            " that its draws are the posterior's, or can be reweighted to it."
-        )
+        return f"Trust {best.family}: {_trust(result, best, bound)}{_held_against(result, best)}"
     words = (
         f"Bounds can be compared, but the draws of {best.family} are not the posterior's: its"
         f" k-hat is {best.khat_median:.2f}, above {bound:.2f}."
@@ -80,14 +86,38 @@ def _joint(result: Comparison, ranked: list[Row]) -> str:
     safest = min(ranked, key=lambda row: row.khat_median)
     if safest.khat_median <= bound:
         return (
-            f"{words} Those of {safest.family} can be taken (k-hat {safest.khat_median:.2f}), at"
-            f" {best.elbo - safest.elbo:.2f} nats less."
+            f"{words} {safest.family} can be trusted, at {best.elbo - safest.elbo:.2f} nats less:"
+            f" {_trust(result, safest, bound)}{_held_against(result, safest)}"
         )
     if len(ranked) == 1:
         return f"{words} Try a richer family, or another parametrisation of the model."
     return (
         f"{words} No family here is the posterior: try a richer one, or another parametrisation of"
         " the model."
+    )
+
+
+def _trust(result: Comparison, row: Row, bound: float) -> str:
+    return (
+        f"its k-hat of {row.khat_median:.2f} is below {bound:.2f}, so that importance weights can"
+        f" correct its draws, of which {row.ess:,.0f} in {result.num_samples:,} count."
+    )
+
+
+def _held_against(result: Comparison, row: Row) -> str:
+    """What the reference says of a family's draws, as they are."""
+    errors = result.marginals.get(row.family, {})
+    if not errors:
+        return ""
+    site, index = max(
+        ((name, i) for name, e in errors.items() for i in np.ndindex(e.wasserstein.shape)),
+        key=lambda one: errors[one[0]].wasserstein[one[1]],
+    )
+    worst = errors[site]
+    name = f"{site}[{', '.join(map(str, index))}]" if index else site
+    return (
+        f" As they are, they are furthest from the reference in {name}: mean"
+        f" {float(worst.mean[index]):+.2f} reference sd, sd {float(worst.sd[index]):+.0%}."
     )
 
 

@@ -50,3 +50,37 @@ def global_and_local_guide(x: Tensor) -> None:
     weight = pyro.param("weight", x.new_tensor(0.7))
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Normal(weight * x, 0.4))
+
+
+def eight_schools_centred(y: Tensor, sigma: Tensor) -> None:
+    """Eight schools, centred; twice the effects as a deterministic site."""
+    mu = pyro.sample("mu", dist.Normal(y.new_tensor(0.0), 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(y.new_tensor(5.0)))
+    with pyro.plate("data", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.deterministic("twice", 2 * theta)
+        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+
+def gamma_poisson(x: Tensor) -> None:
+    """Counts of a rate under a Gamma(2, 1) prior: posterior and evidence are known."""
+    rate = pyro.sample("rate", dist.Gamma(torch.tensor(2.0).double(), 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Poisson(rate), obs=x)
+
+
+def gamma_poisson_guide(x: Tensor) -> None:
+    """Its exact guide, Gamma(2 + S, 1 + n)."""
+    pyro.sample("rate", dist.Gamma(2.0 + x.sum(), 1.0 + len(x)))
+
+
+def beta_bernoulli(x: Tensor) -> None:
+    """Coins of a bias under a Beta(2, 1) prior."""
+    bias = pyro.sample("bias", dist.Beta(torch.tensor(2.0).double(), 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Bernoulli(bias), obs=x)
+
+
+def beta_bernoulli_guide(x: Tensor) -> None:
+    """Its exact guide."""
+    pyro.sample("bias", dist.Beta(2.0 + x.sum(), 1.0 + len(x) - x.sum()))

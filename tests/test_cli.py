@@ -19,7 +19,7 @@ import torch
 from matplotlib.image import imread
 
 import pyro_vi
-from pyro_vi import checkpoint, cli, fitting, plots
+from pyro_vi import checkpoint, cli, fitting, inference_data, plots
 from pyro_vi.data import npz
 from pyro_vi.families import FullCovariance, MeanField
 from pyro_vi.fitted import Fit
@@ -99,9 +99,10 @@ def test_everything_is_there_and_nothing_else(run: Run) -> None:
     found = {str(path.relative_to(run.folder)) for path in run.folder.rglob("*")}
     assert found == {
         *(f"{name}.png" for name in PICTURES),
-        *("comparison.csv", "inference.csv", "comparison.txt", "inference"),
+        *("comparison.csv", "inference.csv", "comparison.txt", "inference", "report.html"),
         *("mean-field.pt", "full-covariance.pt"),
         *("inference/mean-field.pt", "inference/full-covariance.pt"),
+        *("inference/mean-field.nc", "inference/full-covariance.nc"),
     }
     for name in PICTURES:
         assert is_picture(run.folder / f"{name}.png")
@@ -135,13 +136,43 @@ def test_the_tables_on_paper_are_those_in_the_files(run: Run) -> None:
         assert lines["parameters"] == [f"{int(row['parameters']):,}" for row in values]
         assert lines["active units"] == [f"{int(row['active_units'])} of 2" for row in values]
         for line in block.splitlines()[-10:]:
-            assert line in written or "Tables, plots and fits" in line
+            assert line in written or "Tables, plots and fits" in line or "report.html" in line
         best = max(row["evidence"] for row in values)
         for row in values:
             evidence = row["evidence"] if name == "comparison" else best
             assert row["gap"] == pytest.approx(evidence - row["elbo"], abs=1e-9)
             bits = -row["evidence"] / (16 * np.log(2))
             assert row["bits_per_dim"] == pytest.approx(bits, rel=1e-12)
+
+
+def test_the_report_holds_the_numbers_of_both_tables(run: Run) -> None:
+    page = (run.folder / "report.html").read_text(encoding="utf-8")
+    cell = r'data-family="(.+?)" data-column="(.+?)" data-value="(.+?)"'
+    found = [(family, name, float(value)) for family, name, value in re.findall(cell, page)]
+    tables = [rows(run.folder / f"{name}.csv") for name in ("comparison", "inference")]
+    elbos = [(family, row["elbo"]) for table in tables for family, row in table.items()]
+    assert [(family, value) for family, name, value in found if name == "elbo"] == elbos
+    numbers = {(f, n, v) for table in tables for f, row in table.items() for n, v in row.items()}
+    assert numbers >= set(found)
+    assert f"All of it on one page: {run.folder / 'report.html'}\n" in run.printed
+    best = max(tables[0], key=lambda family: tables[0][family]["elbo"])
+    assert f">Inference alone, with the model of {best} frozen</h2>" in page
+
+
+def test_the_report_can_be_left_out(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = [*TINY, "--steps", "1", "--families", "mean-field", "--no-report"]
+    assert cli.main(["compare", "--data", str(run.data), "--out", str(out), *options]) == 0
+    assert (out / "khat.png").exists() and not (out / "report.html").exists()
+
+
+@pytest.mark.parametrize("family", ["mean-field", "full-covariance"])
+def test_the_posteriors_are_those_of_the_frozen_model(run: Run, family: str) -> None:
+    tree = inference_data.load(run.folder / "inference" / f"{family}.nc")
+    row = rows(run.folder / "inference.csv")[family]
+    assert dict(tree["sample_stats"].sizes) == {"chain": 1, "draw": 50, "data": 20}
+    assert float(tree["sample_stats"]["log_weight"].mean()) == pytest.approx(row["elbo"], abs=1e-9)
+    assert float(tree["fit"]["khat"].median()) == row["khat_median"]
 
 
 @pytest.mark.parametrize("family", ["mean-field", "full-covariance"])

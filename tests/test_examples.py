@@ -13,7 +13,13 @@ import pytest
 from matplotlib.image import imread
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-STEPS = {"vae_families": 12, "linear_gaussian": 600, "plain_pyro_svi": 25}
+SHORT = {
+    "vae_families": ("--steps", "12"),
+    "linear_gaussian": ("--steps", "600"),
+    "plain_pyro_svi": ("--steps", "25"),
+    "eight_schools": ("--steps", "250", "--nuts", "100"),
+    "regression_families": ("--steps", "300"),
+}
 
 NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?"
 
@@ -51,7 +57,7 @@ def printed(
     if name not in outputs:
         folder = tmp_path_factory.mktemp(name)
         out = folder / "new folder" / "figure.png"
-        ran = run(name, folder, "--steps", str(STEPS[name]), "--out", str(out))
+        ran = run(name, folder, *SHORT[name], "--out", str(out))
         assert ran.returncode == 0, ran.stderr
         assert ran.stderr == ""
         assert out.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -74,12 +80,14 @@ def numbers(text: str) -> list[float]:
 
 def tables(text: str) -> list[dict[str, list[str]]]:
     """The comparisons in an output: the cells of each line by its label, "" for the header."""
-    found = []
-    for block in re.split(r"^(?=\d\. )", text, flags=re.MULTILINE)[1:]:
-        header, *lines = block.splitlines()[2:]
-        cells = [re.split(r"\s{2,}", line.strip()) for line in lines[: lines.index("")]]
-        found.append({"": re.split(r"\s{2,}", header.strip()), **{c[0]: c[1:] for c in cells}})
-    return found
+    return [table(block) for block in re.split(r"^(?=\d\. )", text, flags=re.MULTILINE)[1:]]
+
+
+def table(text: str) -> dict[str, list[str]]:
+    """The same of one comparison, from the third line of the text."""
+    header, *lines = text.splitlines()[2:]
+    cells = [re.split(r"\s{2,}", line.strip()) for line in lines[: lines.index("")]]
+    return {"": re.split(r"\s{2,}", header.strip()), **{c[0]: c[1:] for c in cells}}
 
 
 def row(table: dict[str, list[str]], label: str) -> list[float]:
@@ -87,7 +95,7 @@ def row(table: dict[str, list[str]], label: str) -> list[float]:
     return [numbers(cell)[0] for cell in table[label]]
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", SHORT)
 def test_help_says_what_can_be_chosen(name: str, tmp_path: Path) -> None:
     ran = run(name, tmp_path, "--help")
     assert ran.returncode == 0, ran.stderr
@@ -95,7 +103,7 @@ def test_help_says_what_can_be_chosen(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", SHORT)
 def test_docstring_says_how_to_run_it(name: str) -> None:
     docstring = ast.get_docstring(ast.parse((EXAMPLES / f"{name}.py").read_text(encoding="utf-8")))
     assert docstring is not None and f"python examples/{name}.py" in docstring
@@ -159,6 +167,69 @@ def test_linear_gaussian_meets_the_exact_answers(printed: str) -> None:
     assert float(lines["full covariance"][2]) == 0
     assert -errors["full covariance"] <= gaps["full covariance"] < 0.01
     assert gaps["full covariance"] < gaps["low-rank"] < gaps["mean-field"]
+
+
+GAP = "gap: best evidence - ELBO"
+KHAT = "k-hat (trusted to 0.70)"
+
+
+@of("eight_schools")
+def test_eight_schools_is_cured_by_the_other_parametrisation(printed: str) -> None:
+    centred, noncentred = tables(printed)
+    for found in (centred, noncentred):
+        assert found[""] == ["mean-field", "full covariance", "low-rank", "flow", "reference"]
+        assert all(-40 < bound < -30 for bound in row(found, "ELBO (nats)"))
+        assert len(row(found, GAP)) == 4
+        assert len(row(found, "sd error")) == 5  # NUTS has its own noise
+    for gaussian in range(3):
+        assert row(centred, GAP)[gaussian] > row(noncentred, GAP)[gaussian] + 1
+        assert row(centred, KHAT)[gaussian] > 0.7
+    assert row(noncentred, KHAT)[0] < 0.7
+    assert min(row(centred, GAP)) == row(centred, GAP)[3]  # the flow bends
+
+
+@of("eight_schools")
+def test_eight_schools_shows_what_a_posterior_is_for(printed: str) -> None:
+    _, _, rest = printed.partition("corrected: mean ± sd\n")
+    assert [line[:10].strip() for line in rest.splitlines()[2:5]] == ["mu", "log tau", "theta, A"]
+    guide, _, corrected, _, nuts, _ = numbers(rest.splitlines()[3].replace("log tau", ""))
+    assert -1 < nuts < corrected + 1 and abs(guide) < 3
+    (left_out,) = (line for line in printed.splitlines() if line.startswith("Each school left out"))
+    elpd, se = numbers(left_out)[:2]
+    assert -35 < elpd < -28 and 0 < se < 3  # ArviZ gives -30.8 for the posterior of NUTS
+    (agreed,) = re.findall(rf"largest R-hat is ({NUMBER})", printed)
+    assert 0.99 < float(agreed) < 1.05
+    assert all(f"theta[{school}]" in rest for school in "ABCDEFGH")
+
+
+@of("regression_families")
+def test_regression_families_meet_the_exact_answers(printed: str) -> None:
+    (evidence,) = re.findall(rf"^exact log evidence of 342 patients: ({NUMBER})", printed, re.M)
+    found = table(printed)
+    families = ["mean-field", "low-rank", "full covariance", "by hand", "Laplace", "point"]
+    assert found[""] == [*families, "reference"]
+    bounds, gaps = row(found, "ELBO (nats)"), row(found, GAP)
+    assert len(bounds) == len(gaps) == len(row(found, KHAT)) == 5  # a point has no density
+    assert all(bound < float(evidence) + 0.05 for bound in bounds)
+    assert row(found, "evidence (nats)")[4] == pytest.approx(float(evidence), abs=0.2)
+    # The best that independent normals can do is four nats behind, and k-hat knows.
+    assert gaps[0] > 3 and row(found, KHAT)[0] > 0.7
+    assert gaps[4] < 0.3 and row(found, KHAT)[4] < 0.7
+    predictive = row(found, "log predictive (nats)")
+    assert len(predictive) == 6 and max(predictive) - min(predictive) < 0.1
+
+
+@of("regression_families")
+def test_regression_families_say_how_sure_they_are(printed: str) -> None:
+    sds = {}
+    for name in ("mean-field", "Laplace", "point", "exact"):
+        (line,) = re.findall(rf"^{name} +(-?[\d.]+ ± .+)", printed, re.M)
+        _, sds[name], *_ = map(float, re.findall(r"-?[\d.]+", line))
+    assert sds["point"] == 0
+    assert sds["mean-field"] < 0.3 * sds["exact"]
+    assert sds["Laplace"] == pytest.approx(sds["exact"], rel=0.15)
+    inside = re.findall(r"^  [\w -]+? +(\d+), mean width", printed, re.M)
+    assert len(inside) == 6 and all(75 < int(share) <= 99 for share in inside)
 
 
 @of("plain_pyro_svi")

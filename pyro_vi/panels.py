@@ -1,0 +1,126 @@
+"""What all figures share: a colour for every family, calm axes, a legend, images in rows."""
+
+from __future__ import annotations
+
+__all__ = [
+    "BLOCKS",
+    "WIDTH",
+    "array",
+    "checked",
+    "colours",
+    "family_lines",
+    "legend",
+    "limit",
+    "moved",
+    "plain",
+    "show",
+]
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from pyro_vi.comparison import Comparison
+from pyro_vi.fitted import Fit
+
+Array = npt.NDArray[np.float64]
+
+WIDTH = 12.0  # inches; 1,200 pixels at the usual 100 dpi
+BLOCKS = 4  # panels side by side
+_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def colours(result: Comparison) -> list[str]:
+    """One colour per family, by its place in the comparison."""
+    return [_PALETTE[index % len(_PALETTE)] for index in range(len(result.fits))]
+
+
+def family_lines(result: Comparison) -> list[Line2D]:
+    """A line in its colour for every family, for a legend."""
+    return [
+        Line2D([], [], color=colour, linewidth=2.2, label=family)
+        for family, colour in zip(result.fits, colours(result), strict=True)
+    ]
+
+
+def plain(axes: Axes, *, ticks: int = 8) -> Axes:
+    """Axes without a frame, with at most so many ticks."""
+    axes.spines[["top", "right"]].set_visible(False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]))
+    return axes
+
+
+def legend(figure: Figure, handles: list[Any], title: str | None = None) -> None:
+    columns = min(len(handles), 5)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, title=title
+    )
+
+
+def limit(axes: Axes, points: Array) -> None:
+    """Shows all `points`, (k, 2), with a margin."""
+    low, high = points.min(axis=0), points.max(axis=0)
+    margin = np.maximum(0.1 * (high - low), 1e-6)
+    axes.set_xlim(low[0] - margin[0], high[0] + margin[0])
+    axes.set_ylim(low[1] - margin[1], high[1] + margin[1])
+
+
+def show(axes: Axes, images: Tensor, *, columns: int) -> None:
+    """Draws images (n, C, H, W), from black at 0 to white at 1, in rows on white."""
+    pixels = np.moveaxis(array(images).clip(0, 1), 1, -1)
+    num, height, width, channels = pixels.shape
+    gap = max(1, width // 14)
+    rows = math.ceil(num / columns)
+    sheet = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap, channels))
+    for index, image in enumerate(pixels):
+        row, column = divmod(index, columns)
+        top, left = row * (height + gap), column * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    axes.imshow(sheet if channels == 3 else sheet[..., 0], cmap="gray", vmin=0, vmax=1)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+
+
+def array(values: Tensor) -> Array:
+    """Values as float64 on the CPU."""
+    return values.detach().cpu().double().numpy()
+
+
+def checked(images: Tensor, what: str = "images") -> Tensor:
+    """The images, if they are such.
+
+    Raises:
+        TypeError: no floating-point tensor.
+        ValueError: another shape than (n, C, H, W) with C = 1 or 3, or none at all.
+    """
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        raise TypeError(f"{what}: expected a floating-point tensor, got {_described(images)}")
+    if images.dim() != 4 or 0 in images.shape or images.shape[1] not in (1, 3):
+        raise ValueError(
+            f"{what}: expected at least one image and shape (n, C, H, W) with C = 1 or 3,"
+            f" got {tuple(images.shape)}"
+        )
+    return images
+
+
+def moved(fit: Fit, images: Tensor) -> Tensor:
+    """Images where the fit lives, in its dtype."""
+    if not isinstance(fit.template, Tensor):
+        raise ValueError(
+            "expected fits to one tensor of images, but these programs take"
+            f" {len(fit.template)} arguments"
+        )
+    return images.to(fit.template)
+
+
+def _described(value: object) -> str:
+    return f"{value.dtype}" if isinstance(value, Tensor) else type(value).__name__

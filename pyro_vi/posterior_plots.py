@@ -1,0 +1,639 @@
+"""Posteriors in pictures: what the families believe, against one another and against the truth.
+
+    posteriors    of single images: two latent units, every family, and the exact posterior
+    latent_space  of all data points: where their means lie, and whose draws are not the posterior's
+    khats         of all data points: how far the draws may be trusted
+    marginals     of all data together: every scalar by itself
+    pairs         of all data together: the scalars that depend on one another most
+
+`pyro_vi.plots` has them all, with the other figures; what they share is in `panels`.
+"""
+
+from __future__ import annotations
+
+__all__ = ["khats", "latent_space", "marginals", "pairs", "posteriors"]
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle, Patch
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_vi.batches import arguments
+from pyro_vi.comparison import Comparison
+from pyro_vi.densities import CELLS, Density, curve, kernel_density, level
+from pyro_vi.diagnostics import khat_threshold
+from pyro_vi.fitted import Fit
+from pyro_vi.panels import (
+    BLOCKS,
+    WIDTH,
+    array,
+    checked,
+    colours,
+    family_lines,
+    legend,
+    limit,
+    moved,
+    plain,
+    show,
+)
+from pyro_vi.posterior import Posterior
+from pyro_vi.program import seeded
+from pyro_vi.scaling import log_prob_rows
+
+Array = npt.NDArray[np.float64]
+Scalar = tuple[str, tuple[int, ...]]  # a site, and the place in it
+
+_MASSES = (0.9, 0.5)  # of a density, inside its contours
+_GREYS = ("0.9", "0.75")  # of the exact posterior or the reference, for the same masses
+_MASS_TITLE = "contours: 50% and 90% of the mass"
+_FAR = 1e6  # beyond every axis
+_PASSES = 10  # at most, until a grid holds a density
+_POINTS = 300  # of a density of one scalar
+_MARGINALS = 12  # panels at most
+_PAIRED = 4  # scalars in a pair plot, at most
+_CANDIDATES = 200  # among which these are looked for
+_TALLEST = 3  # a density may be so many times as tall as the median one, before it is cut
+
+
+def posteriors(
+    result: Comparison, images: Tensor, *, num_samples: int = 4_000, seed: int = 0
+) -> Figure:
+    """What each family makes of the same image: its posterior over two latent units, overlaid.
+
+    Contours hold 50% and 90% of the mass of a Gaussian kernel estimate from draws of q(z | x); the
+    estimate keeps the draws' mean and covariance. For each image the two units are those with the
+    largest absolute correlation under any family: there a mean-field family, whose units are
+    independent, can miss the most. If the model has exactly two latent units, its exact posterior
+    p(z | x), from log p(x, z) on a grid, stands in grey behind.
+
+    The families must share one model. Where each has trained its own copy, unit 3 of one is not
+    unit 3 of another (latents are learned up to rotations and the like), and to draw them over one
+    another would mean nothing. So fit a model once and compare guides for it:
+
+        fitted = fit(model, guide, data.train)
+        result = compare(fitted.model, {"mean-field": ..., "full covariance": ...}, data)
+
+    Args:
+        result: what `compare` returned, for a frozen model or one without parameters.
+        images: as the model observes them, such as `result.data[:4]`; shape (n, C, H, W) with
+            C = 1 or 3, values in [0, 1]; each has a panel, four panels to a row.
+        num_samples: draws for each image and family, at least 21.
+        seed: of the draws.
+
+    Returns:
+        A figure with two panels per image: the image, and its posteriors below. Latents have the
+        unit of their prior's standard deviation.
+
+    Raises:
+        TypeError: `images` is not a floating-point tensor.
+        ValueError: another shape; too few draws; fewer than two latent units; fits that do not
+            take one tensor; or families that do not share a model.
+
+    References:
+        West, "Approximating posterior distributions by mixtures", Journal of the Royal Statistical
+        Society B 55(2), 1993: the kernel estimate.
+    """
+    checked(images)
+    if num_samples < 21:
+        raise ValueError(f"expected at least 21 draws for a contour, got {num_samples}")
+    draws = {
+        family: fit.posterior(moved(fit, images), num_samples, seed=seed).draws
+        for family, fit in result.fits.items()
+    }
+    first, fit = next(iter(result.fits.items()))
+    _check_shared(result, images, {name: value[:50] for name, value in draws[first].items()})
+    units = _unit_names(draws[first])
+    if len(units) < 2:
+        raise ValueError(f"expected at least two latent units to draw, got {units}")
+    flat = {family: _flat(values) for family, values in draws.items()}
+
+    count = len(images)
+    across = min(BLOCKS, count)
+    down = math.ceil(count / across)
+    size = min(4.0, WIDTH / across)
+    figure = Figure(figsize=(across * size, down * (size * 1.35) + 0.7), layout="constrained")
+    panels = figure.subplots(
+        2 * down, across, squeeze=False, gridspec_kw={"height_ratios": [1, 3] * down}
+    )
+    for index in range(across * down):
+        row, column = divmod(index, across)
+        picture, axes = panels[2 * row, column], plain(panels[2 * row + 1, column], ticks=5)
+        if index >= count:
+            picture.remove()
+            axes.remove()
+            continue
+        show(picture, images[index : index + 1], columns=1)
+        i, j = _most_correlated([z[:, index] for z in flat.values()])
+        pairs = [z[:, index][:, [i, j]] for z in flat.values()]
+        ranges = [np.percentile(pair, (0.5, 99.5), axis=0) for pair in pairs]
+        if len(units) == 2:
+            exact = _exact(fit, images[index], draws[first], np.concatenate(pairs), seed)
+            ranges.append(_fill(axes, exact))
+        for pair, colour in zip(pairs, colours(result), strict=True):
+            x, y, density = kernel_density(pair)
+            levels = [level(density, mass) for mass in _MASSES]
+            axes.contour(x, y, density, levels=levels, colors=[colour], linewidths=(1.2, 2.2))
+        limit(axes, np.concatenate(ranges))
+        axes.set(xlabel=units[i], ylabel=units[j])
+    handles: list[Any] = family_lines(result)
+    if len(units) == 2:
+        handles.append(Patch(facecolor=_GREYS[1], label="exact posterior"))
+    legend(figure, handles, title=_MASS_TITLE)
+    return figure
+
+
+def latent_space(result: Comparison) -> Figure:
+    """Where the data lie in the latent space of each family: a dot per data point, at E_q[z].
+
+    The two axes are the directions along which the means spread most (principal components), found
+    once for all families where they share one model, and for each family by itself where they do
+    not; two latent units are shown as they are. A hollow dot is a data point whose k-hat is above
+    the bound (`diagnostics.khat_threshold`): its draws are not the posterior's. Circles are one
+    and two standard deviations of the prior, where that is a standard normal.
+
+    Args:
+        result: what `compare` returned, with a posterior of each data point.
+
+    Returns:
+        A figure with one panel per family, all to one scale; latents in their own unit.
+
+    Raises:
+        ValueError: one posterior of all data together; or fewer than two latent units.
+    """
+    if result.is_joint:
+        raise ValueError("expected a posterior of each data point, got one of all data together")
+    means = {name: _flat(one.draws).mean(axis=0) for name, one in result.posteriors.items()}
+    names = _unit_names(next(iter(result.posteriors.values())).draws)
+    if len(names) < 2:
+        raise ValueError(f"expected at least two latent units to draw, got {names}")
+    pooled = np.concatenate(list(means.values()))
+    flat = {name: own @ _principal(pooled if result.shared else own) for name, own in means.items()}
+    shown = np.concatenate(list(flat.values()))
+    centre, reach = (shown.min(axis=0) + shown.max(axis=0)) / 2, np.ptp(shown, axis=0).max() / 2
+    labels = names if len(names) == 2 else [f"{nth} principal component" for nth in ("1st", "2nd")]
+    standard = all(
+        _is_standard_normal(fit, result.posteriors[name].draws) for name, fit in result.fits.items()
+    )
+    bound = khat_threshold(result.num_samples)
+
+    across = min(BLOCKS, len(means))
+    down = math.ceil(len(means) / across)
+    size = min(4.0, WIDTH / across)
+    figure = Figure(figsize=(across * size, down * (size + 0.4) + 0.4), layout="constrained")
+    for number, (family, colour) in enumerate(zip(flat, colours(result), strict=True)):
+        axes = plain(figure.add_subplot(down, across, number + 1), ticks=5)
+        khat = (
+            result.points[family].khat if family in result.points else np.zeros(len(flat[family]))
+        )
+        for dots, face in ((khat <= bound, colour), (khat > bound, "none")):
+            x, y = flat[family][dots].T
+            axes.scatter(x, y, s=14, facecolors=face, edgecolors=colour, linewidths=0.8)
+        if standard:
+            for radius in (1, 2):
+                axes.add_patch(Circle((0, 0), radius, fill=False, color="0.6", ls="--", zorder=0))
+        axes.set_title(f"{family}\n{np.mean(khat > bound):.0%} above the bound", fontsize=11)
+        axes.set(xlabel=labels[0], ylabel="" if number % across else labels[1])
+        axes.set_box_aspect(1)
+        limit(axes, centre + reach * np.array([[-1.0, -1.0], [1.0, 1.0]]))
+    dot: dict[str, Any] = {"color": "0.3", "marker": "o", "ls": "", "markersize": 5}
+    handles = [
+        Line2D([], [], **dot, label=f"k-hat up to {bound:.2f}"),
+        Line2D([], [], **dot, fillstyle="none", label=f"k-hat above {bound:.2f}"),
+    ]
+    if standard:
+        handles.append(Line2D([], [], color="0.6", ls="--", label="prior: 1 and 2 sd"))
+    legend(figure, handles)
+    return figure
+
+
+def khats(result: Comparison) -> Figure:
+    """How far each family's draws can be trusted: the share of test data below each k-hat.
+
+    Left of the bound (`diagnostics.khat_threshold`) the draws can be reweighted to the exact
+    posterior. The legend gives the share of the data that lies right of it. The axis ends at 1.5
+    (above 1 the weights have no mean at all): a curve that leaves below 100% has the rest beyond,
+    and one that enters above 0% has k-hats of `-inf`, from constant weights.
+
+    Args:
+        result: what `compare` returned.
+
+    Returns:
+        A figure with one panel: shares of the test data against k-hat, a dimensionless number.
+    """
+    figure = Figure(figsize=(WIDTH, 5.5), layout="constrained")
+    axes = plain(figure.add_subplot())
+    bound = khat_threshold(result.num_samples)
+    low, high = 0.0, 1.0
+    for (family, points), colour in zip(result.points.items(), colours(result), strict=True):
+        khat = np.sort(points.khat)
+        finite = khat[np.isfinite(khat)]
+        low, high = finite.min(initial=low), finite.max(initial=high)
+        share = np.arange(len(khat) + 2) / len(khat)
+        share[-1] = 1.0
+        axes.plot(
+            np.concatenate([[-_FAR], khat.clip(-_FAR, _FAR), [_FAR]]),
+            share,
+            drawstyle="steps-post",
+            color=colour,
+            linewidth=2,
+            label=f"{family}: {float(np.mean(khat > bound)):.0%} above the bound",
+        )
+    axes.axvline(bound, color="0.3", linestyle="--", linewidth=1)
+    axes.text(
+        bound,
+        1.01,
+        f"bound {bound:.2f}",
+        transform=axes.get_xaxis_transform(),
+        ha="center",
+        va="bottom",
+        color="0.3",
+    )
+    axes.set(
+        xlim=(max(low - 0.05, -0.5), min(high + 0.05, 1.5)),
+        ylim=(0, 1.01),
+        xlabel="k-hat",
+        ylabel="share of test data up to this k-hat",
+    )
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    legend(figure, axes.get_legend_handles_labels()[0])
+    return figure
+
+
+def marginals(result: Comparison) -> Figure:
+    """The posterior of every scalar by itself, under each family: kernel estimates, overlaid.
+
+    Scalars are those of the latent and deterministic sites, twelve at most: with a reference, those
+    with the largest Wasserstein distance from it under some family; without one, in order, those
+    that the data points share first. A family that holds its latents at a point (AutoDelta) is a
+    vertical line there. Panels span the 0.5th to the 99.5th percentile of all draws, and densities
+    more than three times as tall as the median one run out of them.
+
+    Args:
+        result: what `compare` returned, with one posterior of all data together.
+
+    Returns:
+        A figure with one panel per scalar, each in its own unit.
+
+    Raises:
+        ValueError: a posterior of each data point.
+    """
+    families, reference = _together(result)
+    every = _scalars(result)
+    chosen = _furthest(result, every)[:_MARGINALS]
+    across = min(BLOCKS, len(chosen))
+    down = math.ceil(len(chosen) / across)
+    width = min(4.5, WIDTH / across)
+    figure = Figure(figsize=(across * width, down * 2.3 + 0.8), layout="constrained")
+    for number, scalar in enumerate(chosen, start=1):
+        axes = figure.add_subplot(down, across, number)
+        own = [_values(sites, scalar) for sites in families]
+        known = _values(reference, scalar) if scalar[0] in reference else None
+        _densities(axes, own, known, colours(result))
+        axes.set_title(_name(scalar), fontsize=11)
+    which = "the furthest from the reference first" if result.marginals else "in order"
+    left = len(every) - len(chosen)
+    if left:
+        what = f"{len(chosen)} of {len(every)} marginals, {which}; {left:,} are left out"
+        figure.suptitle(what, fontsize=12)
+    legend(figure, _handles(result))
+    return figure
+
+
+def pairs(result: Comparison) -> Figure:
+    """How scalars depend on one another: contours of every pair, marginals on the diagonal.
+
+    Shown are the two scalars with the largest rank correlation under any family or the reference,
+    and up to two more that correlate most with those. Contours hold 50% and 90% of the mass of a
+    Gaussian kernel estimate; the reference is filled grey. A family that holds its latents at a
+    point is a cross there. Panels span the 0.5th to the 99.5th percentile of all draws, and
+    draws further away than that span do not shape the contours. Of many scalars the first 200 are
+    looked at, those that the data points share first.
+
+    Args:
+        result: what `compare` returned, with one posterior of all data together.
+
+    Returns:
+        A figure with n (n + 1) / 2 panels for n scalars, row by row; each scalar in its own unit.
+
+    Raises:
+        ValueError: a posterior of each data point; or fewer than two scalars.
+    """
+    families, reference = _together(result)
+    candidates = _scalars(result)[:_CANDIDATES]
+    if len(candidates) < 2:
+        names = [_name(scalar) for scalar in candidates]
+        raise ValueError(f"expected at least two scalars to draw in pairs, got {names}")
+    chosen = _most_dependent(candidates, [*families, reference])
+    count = len(chosen)
+    size = min(3.2, 11 / count)
+    figure = Figure(figsize=(count * size, count * size), layout="constrained")
+    grid = figure.add_gridspec(count, count)
+    spans: list[tuple[float, float]] = []
+    for row, scalar in enumerate(chosen):
+        for column, other in enumerate(chosen[:row]):
+            axes = plain(figure.add_subplot(grid[row, column]), ticks=4)
+            if other[0] in reference and scalar[0] in reference:
+                _contours(axes, _pair(reference, other, scalar), None)
+            for sites, colour in zip(families, colours(result), strict=True):
+                _contours(axes, _pair(sites, other, scalar), colour)
+        axes = figure.add_subplot(grid[row, row])
+        own = [_values(sites, scalar) for sites in families]
+        known = _values(reference, scalar) if scalar[0] in reference else None
+        spans.append(_densities(axes, own, known, colours(result)))
+    panels = iter(figure.axes)
+    for row, scalar in enumerate(chosen):
+        for column in range(row + 1):
+            axes = next(panels)
+            axes.set_xlim(spans[column])
+            if column < row:
+                axes.set_ylim(spans[row])
+            if column == 0 and row:
+                axes.set_ylabel(_name(scalar))
+            if row == count - 1:
+                axes.set_xlabel(_name(chosen[column]))
+            axes.tick_params(labelbottom=row == count - 1, labelleft=column == 0)
+    figure.align_labels()
+    figure.legend(handles=_handles(result), title=_MASS_TITLE, loc="upper right", frameon=False)
+    return figure
+
+
+# Latent units of one data point
+
+
+def _unit_names(draws: Mapping[str, Tensor]) -> list[str]:
+    """The latent units of all sites, in the order of `_flat`."""
+    names: list[str] = []
+    for site, values in draws.items():
+        units = values[0, 0].numel()
+        names += [site] if units == 1 else [f"{site}[{unit}]" for unit in range(units)]
+    return names
+
+
+def _flat(draws: Mapping[str, Tensor]) -> Array:
+    """Draws by site as one array (S, n, D) of D units."""
+    return array(torch.cat([v.double().reshape(*v.shape[:2], -1) for v in draws.values()], dim=-1))
+
+
+def _most_correlated(draws: Iterable[Array]) -> tuple[int, int]:
+    """The pair of units with the largest absolute correlation in any of the arrays (S, D)."""
+    with np.errstate(all="ignore"):  # a unit that never moves correlates with none
+        correlations = [np.abs(np.nan_to_num(np.corrcoef(z, rowvar=False))) for z in draws]
+    largest = np.triu(np.max(correlations, axis=0), k=1)
+    i, j = np.unravel_index(int(largest.argmax()), largest.shape)
+    return (int(i), int(j)) if i < j else (0, 1)  # nothing correlates: any pair will do
+
+
+def _log_joint(fit: Fit, images: Tensor, latents: Mapping[str, Tensor]) -> Tensor:
+    """log p(x, z) in nats, a row of `images` and `latents` each; (rows,)."""
+    values = {name: value.to(fit.template) for name, value in latents.items()}  # type: ignore[arg-type]
+    with torch.no_grad():
+        program = poutine.condition(fit.model, data=values)
+        trace = poutine.trace(program).get_trace(moved(fit, images))
+        trace.compute_log_prob()
+        rows = [
+            log_prob_rows(site, fit.plate).double()
+            for site in trace.nodes.values()
+            if site["type"] == "sample" and not site_is_subsample(site)
+        ]
+    return torch.stack(rows).sum(0).cpu()
+
+
+def _check_shared(result: Comparison, images: Tensor, draws: Mapping[str, Tensor]) -> None:
+    """One model gives the same log p(x, z) at the same x and z, whoever holds it."""
+    rows = images.repeat(len(next(iter(draws.values()))), 1, 1, 1)
+    latents = {name: values.flatten(0, 1) for name, values in draws.items()}
+    (first, one), *others = result.fits.items()
+    if not others:
+        return
+    expected = _log_joint(one, rows, latents)
+    for family, fit in others:
+        if not torch.allclose(_log_joint(fit, rows, latents), expected, rtol=1e-5, atol=1e-4):
+            raise ValueError(
+                f"expected families that share one model, but {family!r} and {first!r} each"
+                " trained a copy, whose latent units are not the same units; fit the model once"
+                " and compare guides for it: compare(fitted.model, {...}, data)"
+            )
+
+
+# The exact posterior of one data point
+
+
+def _exact(
+    fit: Fit, image: Tensor, draws: Mapping[str, Tensor], guesses: Array, seed: int
+) -> Density:
+    """p(z | x) of a model with two latent units, on a grid that closes in on its mass.
+
+    The first grid spans all of the guides' draws and the prior's, so that no guide hides a mode.
+    From then on a side that cuts mass off moves out, and one that stands too far off moves in.
+    """
+    prior = fit.generate(1_000, seed=seed)
+    wide = torch.cat([prior[name].cpu().double().reshape(1_000, -1) for name in draws], dim=-1)
+    points = np.concatenate([guesses, wide.numpy()])
+    low, high = points.min(axis=0), points.max(axis=0)
+    sizes = [values[0, 0].numel() for values in draws.values()]
+    for _ in range(_PASSES):
+        x, y = np.meshgrid(*np.linspace(low, high, CELLS).T, indexing="ij")
+        z = torch.from_numpy(np.stack([x, y], axis=-1).reshape(-1, 2))
+        latents = {
+            name: part.reshape(-1, *values.shape[2:])
+            for (name, values), part in zip(draws.items(), z.split(sizes, dim=-1), strict=True)
+        }
+        log_p = _log_joint(fit, image.expand(len(z), *image.shape), latents)
+        density = (log_p - log_p.max()).exp().numpy().reshape(CELLS, CELLS)
+        rows, columns = np.nonzero(density > 1e-5)
+        first = np.array([rows.min(), columns.min()])
+        last = np.array([rows.max(), columns.max()])
+        cut = (first == 0) | (last == CELLS - 1)
+        if not cut.any() and (last - first > CELLS / 2).all():
+            break
+        cell = (high - low) / (CELLS - 1)
+        high = low + cell * (last + np.where(last == CELLS - 1, CELLS / 2, 1))
+        low = low + cell * (first - np.where(first == 0, CELLS / 2, 1))
+    return x, y, density
+
+
+def _fill(axes: Axes, exact: Density) -> Array:
+    """Fills the masses of a density; returns the corners of the largest, (2, 2)."""
+    x, y, density = exact
+    levels = [level(density, mass) for mass in _MASSES]
+    axes.contourf(x, y, density, levels=[*levels, density.max()], colors=_GREYS, zorder=0)
+    inside = density >= levels[0]
+    return np.array([[f(x[inside]), f(y[inside])] for f in (np.min, np.max)])
+
+
+# Scalars of a joint posterior
+
+
+def _together(result: Comparison) -> tuple[list[dict[str, Any]], dict[str, Array]]:
+    """Draws by site of every family, and those of the reference, (S, ...) each."""
+    if not result.is_joint:
+        raise ValueError("expected one posterior of all data together, got one of each data point")
+    return [_sites(posterior) for posterior in result.posteriors.values()], result.reference
+
+
+def _sites(posterior: Posterior) -> dict[str, Any]:
+    return {**posterior.draws, **posterior.deterministic}
+
+
+def _scalars(result: Comparison) -> list[Scalar]:
+    """Every scalar of the latent and deterministic sites: shared ones, then single data points'."""
+    first = next(iter(result.posteriors.values()))
+    sites = _sites(first)
+    local = {name: first.plate in first.dims[name] for name in sites}
+    return [
+        (name, index)
+        for name in sorted(sites, key=lambda name: local[name])
+        for index in np.ndindex(*sites[name].shape[1:])
+    ]
+
+
+def _name(scalar: Scalar) -> str:
+    site, index = scalar
+    return f"{site}[{', '.join(map(str, index))}]" if index else site
+
+
+def _values(sites: Mapping[str, Any], scalar: Scalar) -> Array:
+    """The draws of one scalar, (S,)."""
+    site, index = scalar
+    return np.asarray(sites[site][:, *index], np.float64)
+
+
+def _pair(sites: Mapping[str, Any], one: Scalar, other: Scalar) -> Array:
+    """The draws of two scalars, (S, 2)."""
+    return np.stack([_values(sites, one), _values(sites, other)], axis=1)
+
+
+def _furthest(result: Comparison, scalars: list[Scalar]) -> list[Scalar]:
+    """Those furthest from the reference first, if there is one; points count if all are such."""
+    spread = [errors for name, errors in result.marginals.items() if name in result.points]
+
+    def distance(scalar: Scalar) -> float:
+        site, index = scalar
+        found = [
+            np.asarray(errors[site].wasserstein)[index]
+            for errors in spread or result.marginals.values()
+            if site in errors
+        ]
+        return float(max(found, default=-math.inf))
+
+    return sorted(scalars, key=lambda scalar: -distance(scalar))
+
+
+def _most_dependent(scalars: list[Scalar], sources: Iterable[Mapping[str, Any]]) -> list[Scalar]:
+    """The pair of the largest rank correlation, and those that correlate most with the chosen."""
+    largest = np.zeros((len(scalars), len(scalars)))
+    for sites in sources:
+        known = [i for i, (site, _) in enumerate(scalars) if site in sites]
+        ranks = [_values(sites, scalars[i]).argsort().argsort() for i in known]
+        still = [np.ptp(_values(sites, scalars[i])) == 0 for i in known]
+        if len(known) < 2:
+            continue
+        correlation = np.abs(np.nan_to_num(np.corrcoef(ranks)))
+        correlation[still], correlation[:, still] = 0, 0
+        largest[np.ix_(known, known)] = np.maximum(largest[np.ix_(known, known)], correlation)
+    np.fill_diagonal(largest, -1)
+    chosen = [int(i) for i in np.unravel_index(int(largest.argmax()), largest.shape)]
+    while len(chosen) < min(_PAIRED, len(scalars)):
+        rest = [i for i in range(len(scalars)) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: float(largest[i, chosen].max())))
+    return [scalars[i] for i in sorted(chosen)]
+
+
+# Their densities
+
+
+def _span(draws: Iterable[Array]) -> tuple[float, float]:
+    """From the 0.5th to the 99.5th percentile, the widest of all."""
+    ends = np.array([np.percentile(values, (0.5, 99.5)) for values in draws])
+    low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
+    return (low, high) if low < high else (low - 0.5, high + 0.5)
+
+
+def _densities(
+    axes: Axes, draws: Sequence[Array], reference: Array | None, palette: Sequence[str]
+) -> tuple[float, float]:
+    """Draws one scalar under every family, and the reference behind; returns what is shown."""
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_yticks([])
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    known = [] if reference is None else [reference]
+    low, high = _span([*known, *draws])
+    margin = 0.03 * (high - low)
+    at = np.linspace(low - margin, high + margin, _POINTS)
+    peaks = []
+    for values in known:
+        density = curve(values, at)
+        axes.fill_between(at, density, color=_GREYS[0], edgecolor="0.6", linewidth=1, zorder=1)
+        peaks.append(density.max())
+    for values, colour in zip(draws, palette, strict=True):
+        if np.ptp(values) == 0:
+            axes.axvline(values[0], color=colour, linewidth=1.8)
+            continue
+        density = curve(values, at)
+        axes.plot(at, density, color=colour, linewidth=1.8)
+        peaks.append(density.max())
+    tallest = min(max(peaks), _TALLEST * float(np.median(peaks))) if peaks else 1.0
+    axes.set(xlim=(at[0], at[-1]), ylim=(0, 1.08 * tallest))
+    return float(at[0]), float(at[-1])
+
+
+def _contours(axes: Axes, draws: Array, colour: str | None) -> None:
+    """The masses of two scalars: lines in a family's colour, or filled grey for the reference."""
+    if (np.ptp(draws, axis=0) == 0).all():
+        axes.plot(*draws[0], "x", color=colour, markersize=9, markeredgewidth=2)
+        return
+    low, high = np.percentile(draws, (0.5, 99.5), axis=0)
+    near = ((draws >= 2 * low - high) & (draws <= 2 * high - low)).all(axis=1)
+    x, y, density = kernel_density(draws[near])
+    levels = [level(density, mass) for mass in _MASSES]
+    if colour is None:
+        axes.contourf(x, y, density, levels=[*levels, density.max()], colors=_GREYS, zorder=0)
+    else:
+        axes.contour(x, y, density, levels=levels, colors=[colour], linewidths=(1.2, 2.2))
+
+
+def _handles(result: Comparison) -> list[Any]:
+    handles: list[Any] = family_lines(result)
+    if result.reference:
+        handles.append(Patch(facecolor=_GREYS[1], label="reference"))
+    return handles
+
+
+# The latent space
+
+
+def _principal(points: Array) -> Array:
+    """The two directions along which points (n, D) spread most, (D, 2); two units stay theirs."""
+    if points.shape[1] == 2:
+        return np.eye(2)
+    _, _, directions = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)
+    two: Array = directions[:2].T
+    return two * np.sign(two[np.abs(two).argmax(axis=0), [0, 1]])  # the same sign every time
+
+
+def _is_standard_normal(fit: Fit, sites: Iterable[str]) -> bool:
+    """Whether the prior of these latent sites is independent standard normals."""
+    args, kwargs = arguments(fit.template)
+    with seeded(0), torch.no_grad():
+        trace = poutine.trace(fit.model).get_trace(*args, **kwargs)
+    for site in sites:
+        prior = trace.nodes[site]["fn"]
+        while isinstance(prior, dist.Independent):
+            prior = prior.base_dist
+        if not isinstance(prior, dist.Normal):
+            return False
+        if not ((prior.mean == 0).all() and (prior.stddev == 1).all()):
+            return False
+    return True

@@ -1,0 +1,361 @@
+"""The page holds the numbers of the CSV file, digit by digit, and opens without complaint."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import itertools
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from programs import SCHOOLS_SIGMA, SCHOOLS_Y, eight_schools
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+
+import pyro_vi
+from pyro_vi import compare, plots, report, tables
+from pyro_vi.comparison import Comparison
+from pyro_vi.families import FullCovariance, MeanField
+from pyro_vi.fitting import fit
+from pyro_vi.guides import Encoder
+from pyro_vi.models import VAE, LinearGaussian
+
+SHAPE = (1, 4, 4)
+NAMES = ("mean-field", '<b>full</b> & "covariance"')
+HEADING = "<script>alert('1')</script> & Co."
+IMAGES = torch.rand(40, *SHAPE, generator=torch.Generator().manual_seed(0)).round()
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+class Page(HTMLParser):
+    """What a page holds, tag by tag."""
+
+    VOID = frozenset({"meta", "link", "img", "br", "hr", "input"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == [], "tags that nothing closes"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        self.texts.setdefault(tag, []).append("")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        for tag in self.open:
+            self.texts[tag][-1] += data
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    def numbers(self) -> list[tuple[str, str, str]]:
+        """Family, column and value of every number in the tables."""
+        return [
+            (cell["data-family"], cell["data-column"], cell["data-value"])
+            for cell in self.all("td")
+            if "data-value" in cell
+        ]
+
+
+def local_result(**options: Any) -> Comparison:
+    guides = {
+        name: Encoder(SHAPE, family(2, 8))
+        for name, family in zip(NAMES, (MeanField, FullCovariance), strict=True)
+    }
+    data = SimpleNamespace(train=IMAGES[:30], test=IMAGES[30:])
+    model = options.pop("model", VAE(SHAPE, 2))
+    return compare(model, guides, data, num_samples=40, steps=3, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def local() -> Comparison:
+    return local_result()
+
+
+@pytest.fixture(scope="module")
+def frozen() -> Comparison:
+    guide = Encoder(SHAPE, MeanField(2, 8))
+    shared = fit(VAE(SHAPE, 2), guide, IMAGES[:30], steps=3, progress=False).model
+    return local_result(model=shared)
+
+
+@pytest.fixture(scope="module")
+def joint() -> Comparison:
+    generator = np.random.default_rng(0)
+    return compare(
+        eight_schools,
+        {
+            kind.__name__: kind(eight_schools)
+            for kind in (AutoNormal, AutoMultivariateNormal, AutoDelta)
+        },
+        (SCHOOLS_Y, SCHOOLS_SIGMA),
+        reference={"mu": generator.normal(size=90), "eta": generator.normal(size=(90, 8))},
+        num_samples=40,
+        steps=3,
+        progress=False,
+    )
+
+
+def written(result: Any, folder: Path) -> str:
+    report(result, folder / "report.html")
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def pages(
+    local: Comparison,
+    frozen: Comparison,
+    joint: Comparison,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Path]:
+    """Pages by name; "both" holds two comparisons."""
+    found = {}
+    for name, result in {
+        "local": local,
+        "frozen": frozen,
+        "joint": joint,
+        "both": {HEADING: local, "Second": joint},
+    }.items():
+        found[name] = tmp_path_factory.mktemp(name) / "report.html"
+        report(result, found[name])
+    return found
+
+
+def opened(path: Path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def in_csv(result: Comparison, path: Path) -> list[tuple[str, str, str]]:
+    """The same numbers from the CSV file, of the quantities and cells that the table shows."""
+    result.to_csv(path)
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    rows = [*result.rows, *([result.noise] if result.noise else [])]
+    return [
+        (line["family"], column.name, line[column.name])
+        for column in tables.columns(result)
+        for row, line in zip(rows, lines, strict=True)
+        if column.show(row)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["local", "frozen", "joint"])
+def test_every_number_is_that_of_the_csv(
+    kind: str, pages: dict[str, Path], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    result: Comparison = request.getfixturevalue(kind)
+    page = opened(pages[kind])
+    expected = in_csv(result, tmp_path / "table.csv")
+    assert page.numbers() == expected and len(expected) >= 25
+    assert "" not in {value for _, _, value in expected}
+    shown = [text for text in page.texts["td"] if text]
+    rows = [*result.rows, *([result.noise] if result.noise else [])]
+    cells = [column.show(row) for column in tables.columns(result) for row in rows]
+    assert shown == [cell for cell in cells if cell]
+    errors = [float(cell["data-error"]) for cell in page.all("td") if "data-error" in cell]
+    assert errors[: len(result.points)] == [
+        row.elbo_se for row in result.rows if row.family in result.points
+    ]
+
+
+def test_every_quantity_is_labelled_and_explained(
+    joint: Comparison, pages: dict[str, Path]
+) -> None:
+    page = opened(pages["joint"])
+    found = tables.columns(joint)
+    labels, meanings = page.texts["dt"], page.texts["dd"]
+    assert labels[: len(found)] == [column.label.strip() for column in found]
+    assert meanings[: len(found)] == [column.meaning for column in found]
+    heads = list(zip(page.all("th"), page.texts["th"], strict=True))
+    assert [text for th, text in heads if th["scope"] == "row"] == labels[: len(found)]
+    families = [*joint.fits, "reference"]
+    assert [text for th, text in heads if th["scope"] == "col"] == ["quantity", *families]
+
+
+def pictures(page: Page) -> dict[str, bytes]:
+    """The pictures by the heading above them; all of them valid, and with something on them."""
+    found = {}
+    for image in page.all("img"):
+        head, _, data = image["src"].partition(",")
+        assert head == "data:image/png;base64"
+        content = base64.b64decode(data, validate=True)
+        pixels = imread(io.BytesIO(content), format="png")
+        assert pixels.std() > 0.01
+        height, width = pixels.shape[:2]
+        shown = int(image["width"]) / int(image["height"])
+        assert width / height == pytest.approx(shown, rel=0.02)
+        title = next(text for text in page.texts["h3"] if image["alt"].startswith(f"{text} of "))
+        assert len(image["alt"]) > len(title) + 40
+        found[title] = content
+    return found
+
+
+def test_pictures_are_those_that_mean_something(pages: dict[str, Path]) -> None:
+    images = ["Training", "Samples", "Reconstructions", "Latent space"]
+    for kind, titles in (
+        ("local", [*images, "k-hat"]),
+        ("frozen", [*images, "Posteriors of single images", "k-hat"]),
+        ("joint", ["Training", "Marginals", "Pairs"]),
+    ):
+        assert list(pictures(opened(pages[kind]))) == titles
+
+
+def test_data_that_are_no_images_have_no_pictures_of_them(tmp_path: Path) -> None:
+    model = LinearGaussian(torch.ones(3, 1), torch.zeros(3), 1.0)
+    x = torch.randn(20, 3)
+    result = compare(
+        model, {"q": Encoder((3,), MeanField(1, 8))}, x, num_samples=40, steps=2, progress=False
+    )
+    assert list(pictures(Page(written(result, tmp_path)))) == ["Training", "k-hat"]
+
+
+def test_names_and_headings_are_text(joint: Comparison, pages: dict[str, Path]) -> None:
+    page = opened(pages["both"])
+    assert not page.all("script") and not page.all("b")
+    assert page.texts["h2"][:2] == [HEADING, "Second"]
+    families = (*NAMES, *joint.fits)
+    assert page.texts["th"].count(NAMES[1]) == 1
+    assert {family for family, _, _ in page.numbers()} == {*families, "reference"}
+    assert page.texts["title"] == [f"Variational posteriors: {', '.join(families)}"]
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    targets = {link["href"].removeprefix("#") for link in page.all("a")}
+    assert targets <= set(ids) and all(link["href"].startswith("#") for link in page.all("a"))
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h\d", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(later - earlier <= 1 for earlier, later in itertools.pairwise(levels))
+
+
+def test_the_page_asks_nothing_of_the_network(pages: dict[str, Path]) -> None:
+    text = pages["both"].read_text(encoding="utf-8")
+    page = Page(text)
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "srcset", "action", "data", "poster"):
+            assert attributes.get(name, "#").startswith(("#", "data:")), (tag, name)
+    assert "url(" not in text and "@import" not in text and "http" not in text
+
+
+def test_the_page_says_what_was_found_and_how_it_was_made(
+    local: Comparison, joint: Comparison, pages: dict[str, Path]
+) -> None:
+    facts = {}
+    for kind, result in (("local", local), ("joint", joint)):
+        page = opened(pages[kind])
+        assert result.verdict in page.texts["p"]
+        for warning in result.warnings:
+            assert f"Warning: {warning}." in page.texts["p"]
+        facts[kind] = dict(zip(page.texts["dt"], page.texts["dd"], strict=True))
+        assert facts[kind]["pyro_vi"] == pyro_vi.__version__
+        assert facts[kind]["PyTorch"] == torch.__version__
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", facts[kind]["Date"])
+        assert facts[kind]["Gradient steps"] == "3"
+    assert facts["local"]["Data"] == "test data of shape (10, 1, 4, 4)"
+    assert facts["local"]["Latents"] == "z (2) for each data point"
+    assert facts["local"]["Posterior draws"] == "40 for each data point"
+    assert facts["joint"]["Data"] == "training data of shape (8) and (8)"
+    assert facts["joint"]["Latents"] == "mu, tau, eta (8)"
+    assert facts["joint"]["Posterior draws"] == "40 of all data together"
+    assert facts["joint"]["Reference draws"] == "90"
+
+
+# Files
+
+
+def test_a_page_is_written_whole_or_not_at_all(
+    local: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("old")
+
+    def fail(result: Comparison) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "khats", fail)
+        with pytest.raises(OSError, match="no space left"):
+            report(local, path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    report(local, path)
+    assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_page_that_cannot_be_written_costs_no_drawing(
+    local: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(result: Comparison) -> None:
+        raise AssertionError("drawing began")
+
+    monkeypatch.setattr(plots, "losses", fail)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*missing to write report"):
+        report(local, tmp_path / "missing" / "report.html")
+    with pytest.raises(IsADirectoryError, match="is a folder: name a file in it"):
+        report(local, tmp_path)
+
+
+def test_other_things_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    for wrong in ([1], "report", {"a": 1}, None):
+        with pytest.raises(
+            TypeError, match="expected a Comparison, or Comparisons by heading, got"
+        ):
+            report(wrong, path)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least one Comparison to report"):
+        report({}, path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_importing_the_library_imports_no_templates_and_no_plots() -> None:
+    script = (
+        "import sys, pyro_vi\n"
+        "print([name for name in ('jinja2', 'matplotlib', 'arviz', 'xarray')"
+        " if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+# In a browser
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_shows_the_same_numbers(
+    local: Comparison, joint: Comparison, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-quic"]
+    options += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    options += ["--enable-logging=stderr", "--v=0", "--virtual-time-budget=2000", "--dump-dom"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    page = pages["both"].as_uri()
+    ran = subprocess.run(
+        [str(CHROMIUM), *options, profile, page], capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert [line for line in ran.stderr.splitlines() if "CONSOLE" in line] == []
+    expected = [
+        number
+        for index, result in enumerate((local, joint))
+        for number in in_csv(result, tmp_path / f"{index}.csv")
+    ]
+    assert Page(ran.stdout).numbers() == expected
