@@ -32,6 +32,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from pyro_vi.batches import Batches, Data
+from pyro_vi.elbo import told
 from pyro_vi.engine import Engine, Scaling
 from pyro_vi.fitted import Fit
 from pyro_vi.laplace import at_mode, check_mode
@@ -221,7 +222,7 @@ def _fit_once(
         # Pyro warns of NaN and goes on; here a NaN is an error, raised below.
         warnings.filterwarnings("ignore", message="Encountered")
         stream = batches.shuffled(seed + restart)
-        structure = _inspect(model, guide, batches, state, plate)
+        structure = _inspect(model, guide, batches, loss, state, plate)
         check_mode(guide, structure)
         if loss.vectorize_particles and math.isinf(loss.max_plate_nesting):
             # Pyro would run the programs to guess it; the particles take a dimension too.
@@ -359,6 +360,7 @@ def _inspect(
     model: Callable[..., Any],
     guide: Callable[..., Any],
     batches: Batches,
+    loss: ELBO,
     state: State,
     plate: str,
 ) -> Structure:
@@ -368,15 +370,27 @@ def _inspect(
     else:
         device = next(iter(batches.parts.values())).device
         args, kwargs = batches.rows(torch.arange(batches.batch_size, device=device))
-    with torch.no_grad(), reachable():
-        structure = Structure.of(
-            model,
-            guide,
-            args,
-            kwargs,
-            plate=plate,
-            batch_size=batches.batch_size,
-            total=batches.total,
+    try:
+        with torch.no_grad(), reachable():
+            structure = Structure.of(
+                model,
+                guide,
+                args,
+                kwargs,
+                plate=plate,
+                batch_size=batches.batch_size,
+                total=batches.total,
+            )
+    except NotImplementedError as error:
+        reason = str(error).partition("\n")[0] or "a distribution has no sampler"
+        raise ValueError(
+            f"{reason}; an autoguide of a model with a flat prior needs values to begin from:"
+            " init_loc_fn=pyro.infer.autoguide.init_to_value(values={...})"
+        ) from error
+    if structure.marginalized and told(loss) is not loss:
+        raise ValueError(
+            f"the guide leaves {structure.marginalized} to enumeration, which"
+            f" {type(loss).__name__} does not do: use TraceEnum_ELBO, or sample them in the guide"
         )
     if batches.transform is None:
         batch: dict[Any, Any] = {**kwargs}

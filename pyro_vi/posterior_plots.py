@@ -219,7 +219,7 @@ def latent_space(result: Comparison) -> Figure:
 
 
 def khats(result: Comparison) -> Figure:
-    """How far each family's draws can be trusted: the share of test data below each k-hat.
+    """How far each family's draws can be trusted: the share of the data below each k-hat.
 
     Left of the bound (`diagnostics.khat_threshold`) the draws can be reweighted to the exact
     posterior. The legend gives the share of the data that lies right of it. The axis ends at 1.5
@@ -230,7 +230,7 @@ def khats(result: Comparison) -> Figure:
         result: what `compare` returned.
 
     Returns:
-        A figure with one panel: shares of the test data against k-hat, a dimensionless number.
+        A figure with one panel: shares of the data against k-hat, a dimensionless number.
     """
     figure = Figure(figsize=(WIDTH, 5.5), layout="constrained")
     axes = plain(figure.add_subplot())
@@ -264,7 +264,7 @@ def khats(result: Comparison) -> Figure:
         xlim=(max(low - 0.05, -0.5), min(high + 0.05, 1.5)),
         ylim=(0, 1.01),
         xlabel="k-hat",
-        ylabel="share of test data up to this k-hat",
+        ylabel=f"share of {'test data' if result.on_test else 'data'} up to this k-hat",
     )
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     legend(figure, axes.get_legend_handles_labels()[0])

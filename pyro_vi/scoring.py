@@ -13,7 +13,8 @@ from __future__ import annotations
 __all__ = ["Programs", "is_local"]
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,9 +248,11 @@ class Programs:
         """
 
         def run(fixed: Draws) -> Draws:
-            with _At(fixed):
-                structure = self._structure(arguments)
-            return self._terms(structure)
+            # A flow asks its networks when a density is computed: the fit's own must be there.
+            with _installed(self.model), _installed(self.guide):
+                with _At(fixed):
+                    structure = self._structure(arguments)
+                return self._terms(structure)
 
         return _kept(over_draws(run, num, given=given, at_once=max(1, _VALUES // size)))
 
@@ -350,10 +353,10 @@ class Programs:
         args, kwargs = batches.whole()
 
         def run(fixed: Draws) -> Draws:
-            with _At(fixed):
-                trace = poutine.trace(Unobserved()(self.model)).get_trace(*args, **kwargs)
-            trace.compute_log_prob()
-            found: Draws = {"log p": trace.log_prob_sum()}
+            with _installed(self.model):
+                with _At(fixed):
+                    trace = poutine.trace(Unobserved()(self.model)).get_trace(*args, **kwargs)
+                found: Draws = {"log p": trace.log_prob_sum()}
             for name, site in trace.nodes.items():
                 if site["type"] != "sample" or site_is_subsample(site):
                     continue
@@ -379,6 +382,16 @@ def is_local(structure: Structure, guide: Callable[..., Any]) -> bool:
     """
     vectorised = structure.plate in structure.plates
     return structure.is_local and vectorised and not is_autoguide(guide)
+
+
+@contextmanager
+def _installed(program: Callable[..., Any]) -> Iterator[None]:
+    """The states that a fitted program is bound to, for more than one call of it."""
+    with ExitStack() as stack:
+        while isinstance(program, Program):
+            stack.enter_context(program.state.installed())
+            program = program.function
+        yield
 
 
 class _At(Messenger):

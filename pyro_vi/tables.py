@@ -63,7 +63,6 @@ def short(error: float) -> str:
 
 
 def _all(result: Comparison) -> list[Column]:
-    first = result.rows[0].family
     bound = diagnostics.khat_threshold(result.num_samples)
     on = "test " if result.on_test else ""
     data = "test data" if result.on_test else "data"
@@ -81,8 +80,13 @@ def _all(result: Comparison) -> list[Column]:
 
         return show
 
+    def first(name: str) -> str:
+        """The family that differences are to: the first that has the quantity."""
+        families = [row.family for row in result.rows if not _missing(row, name)]
+        return families[0] if families else ""
+
     def difference(name: str, form: str = "+.2f") -> Callable[[Row], str]:
-        return lambda row: "" if row.family == first else error(name, form)(row)
+        return lambda row: "" if row.family == first(name) else error(name, form)(row)
 
     found = [
         Column(
@@ -93,7 +97,7 @@ def _all(result: Comparison) -> list[Column]:
         ),
         Column(
             "elbo_difference",
-            f"  minus {first}'s",
+            f"  minus {first('elbo')}'s",
             "the difference in ELBO to the first family"
             + (
                 ""
@@ -112,7 +116,7 @@ def _all(result: Comparison) -> list[Column]:
         ),
         Column(
             "evidence_difference",
-            f"  minus {first}'s ",
+            f"  minus {first('evidence')}'s ",
             "the difference in evidence to the first family",
             difference("evidence_difference"),
         ),
@@ -169,7 +173,7 @@ def _all(result: Comparison) -> list[Column]:
         ),
         Column(
             "predictive_difference",
-            f"  minus {first}'s  ",
+            f"  minus {first('predictive')}'s  ",
             "the difference in it to the first family, paired over test data points",
             difference("predictive_difference", "+.3f"),
         ),

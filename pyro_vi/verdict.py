@@ -98,6 +98,8 @@ def _joint(result: Comparison, ranked: list[Row]) -> str:
 
 
 def _trust(result: Comparison, row: Row, bound: float) -> str:
+    if row.khat_median == -math.inf:
+        return "its weights are constant, as those of the posterior itself."
     return (
         f"its k-hat of {row.khat_median:.2f} is below {bound:.2f}, so that importance weights can"
         f" correct its draws, of which {row.ess:,.0f} in {result.num_samples:,} count."

@@ -234,9 +234,13 @@ def test_khats_are_the_shares_of_the_data(own: Comparison) -> None:
 def test_khats_may_be_infinite(own: Comparison) -> None:
     points = SimpleNamespace(khat=np.array([np.inf, -np.inf, 0.5, np.inf]))
     result: Any = SimpleNamespace(
-        points={"family": points}, num_samples=40, fits={"family": own.fits["mean-field"]}
+        points={"family": points},
+        num_samples=40,
+        fits={"family": own.fits["mean-field"]},
+        on_test=False,
     )
     (axes,) = drawn(plots.khats(result)).axes
+    assert axes.get_ylabel() == "share of data up to this k-hat"
     low, high = axes.get_xlim()
     x, share = (np.asarray(values) for values in axes.lines[0].get_data())
     assert -0.5 <= low < high <= 1.5 and np.isfinite(x).all()

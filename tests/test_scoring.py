@@ -22,10 +22,13 @@ from pyro.infer.autoguide import (
     AutoNormal,
     init_to_value,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_vi import fit
+from pyro_vi import draws, fit
+from pyro_vi.flows import Flow
+from pyro_vi.guides import Encoder
+from pyro_vi.models import LinearGaussian
 from pyro_vi.scoring import Programs
 
 torch.set_num_threads(1)
@@ -350,3 +353,26 @@ def test_discrete_latents_of_the_guide_are_scored() -> None:
     prior = dist.Normal(means.new_zeros(()), 3.0).log_prob(means).sum(1)
     log_p = likelihood.sum(1) + prior - 5 * math.log(2)
     torch.testing.assert_close(posterior.log_p, log_p, atol=1e-6, rtol=0)  # float32 logits
+
+
+# Fitted programs
+
+
+def test_a_fitted_flow_is_scored_by_its_own_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks them again when a density is computed, after the guide has run."""
+    model = LinearGaussian(torch.ones(3, 2).double(), torch.zeros(3).double(), 1.0)
+    x = torch.randn(20, 3).double()
+    guide = Encoder((3,), Flow(2, 3).double(), network=lambda shape, width: nn.Identity())
+    fitted = fit(model, guide, x, optim=partial(torch.optim.Adam, lr=0.05), steps=30)
+    monkeypatch.setattr(draws, "_one_by_one", lambda *args: pytest.fail("not vectorised"))
+    posterior = fitted.posterior(x, 40)
+    z = posterior.draws["z"]
+    with fitted.guide.state.installed():
+        expected = guide.family(x).log_prob(z)
+    torch.testing.assert_close(posterior.log_q, expected, atol=1e-8, rtol=0)
+    untrained = guide.family(x).log_prob(z)
+    assert (posterior.log_q - untrained).abs().max() > 0.1
+    again = fitted.posterior_given_globals(x, 40)
+    with fitted.guide.state.installed():
+        expected = guide.family(x).log_prob(again.draws["z"])
+    torch.testing.assert_close(again.log_q, expected, atol=1e-8, rtol=0)
