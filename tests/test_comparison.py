@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -183,6 +185,126 @@ def test_a_transform_reaches_the_test_data_once() -> None:
     )
     assert bool(((result.data == 0) | (result.data == 1)).all())
     assert "minus" not in str(result)  # one family: nothing to subtract
+
+
+# -------------------------------------------------------------------------------- joint posteriors
+
+
+X = torch.linspace(-1.0, 3.0, 9).double()
+PRECISION = 0.25 + len(X)  # of the posterior of `means`, under a prior N(0, 2^2) and noise of 1
+
+
+def means(x: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(x.new_tensor(0.0), 2.0))
+    pyro.deterministic("double", 2 * mean)
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+def at_posterior(times: float) -> Callable[[Tensor], None]:
+    """A guide at the posterior's mean, with so many times its standard deviation."""
+
+    def guide(x: Tensor) -> None:
+        loc = pyro.param("loc", X.sum() / PRECISION)
+        pyro.sample("mean", dist.Normal(loc, times * PRECISION**-0.5))
+
+    return guide
+
+
+class Chain:
+    """What compare asks of a `pyro.infer.MCMC` that has run."""
+
+    def __init__(self, **samples: Tensor) -> None:
+        self._samples = samples
+
+    def get_samples(self) -> dict[str, Tensor]:
+        return self._samples
+
+
+@pytest.fixture(scope="module")
+def joint() -> Comparison:
+    exact = X.sum() / PRECISION + PRECISION**-0.5 * torch.randn(20_000).double()
+    return compare(
+        means,
+        {"point": AutoDelta(means), "wide": at_posterior(1.5), "exact": at_posterior(1.0)},
+        Data(X, torch.tensor([-2.0, 0.0, 1.0, 4.0]).double()),
+        num_samples=4_000,
+        reference=Chain(mean=exact),
+        optim=partial(torch.optim.SGD, lr=0.0),  # the guides stay where they begin
+        steps=2,
+        progress=False,
+    )
+
+
+def test_joint_rows_hold_the_exact_answers(joint: Comparison) -> None:
+    point, wide, exact = joint.rows
+    covariance = torch.eye(len(X)).double() + 4.0
+    evidence = float(dist.MultivariateNormal(torch.zeros(len(X)).double(), covariance).log_prob(X))
+    assert joint.is_joint and joint.shared and not joint.on_test
+    assert exact.evidence == pytest.approx(evidence, abs=1e-10)
+    assert exact.elbo == pytest.approx(evidence, abs=1e-10)
+    assert exact.khat_median == -math.inf and exact.ess == pytest.approx(4_000)
+    gap = 0.5 * (1.5**2 - 1) - math.log(1.5)  # KL of two normals of one mean
+    assert wide.gap == pytest.approx(gap, abs=4 * wide.gap_se) and wide.gap_se < 0.05
+    assert exact.elbo_difference == pytest.approx(evidence - wide.elbo)
+    assert math.isnan(point.elbo) and math.isnan(point.khat_median)
+    assert joint.best is exact and "exact" in joint.verdict
+    assert exact.active_units is None and math.isnan(exact.bits_per_dim)
+
+
+def test_joint_posteriors_judge_test_data_by_their_predictive_density(joint: Comparison) -> None:
+    exact = joint.rows[2]
+    predictive = dist.Normal(X.sum() / PRECISION, (1 + 1 / PRECISION) ** 0.5)
+    expected = predictive.log_prob(torch.tensor([-2.0, 0.0, 1.0, 4.0]).double())
+    assert exact.predictive == pytest.approx(float(expected.mean()), abs=0.02)
+    assert exact.predictive_se == pytest.approx(float(expected.std()) / 2, rel=0.02)
+    assert "log predictive (nats)" in str(joint) and "active units" not in str(joint)
+
+
+def test_marginals_are_held_against_the_reference(joint: Comparison) -> None:
+    point, wide, exact = joint.rows
+    assert joint.noise is not None and joint.noise.wasserstein < 0.05
+    assert abs(exact.mean_error) < 0.1 and abs(exact.sd_error) < 0.06
+    assert wide.sd_error == pytest.approx(0.5, abs=0.06)
+    assert point.sd_error == pytest.approx(-1.0)
+    # Pyro's chains hold latents alone: what follows from them is computed
+    torch.testing.assert_close(
+        torch.from_numpy(joint.reference["double"]), 2 * torch.from_numpy(joint.reference["mean"])
+    )
+    assert joint.marginals["wide"].keys() == {"mean", "double"}
+
+
+def test_a_csv_has_the_reference_last(joint: Comparison, tmp_path: Path) -> None:
+    joint.to_csv(tmp_path / "rows.csv")
+    with (tmp_path / "rows.csv").open(encoding="utf-8") as file:
+        read = list(csv.DictReader(file))
+    assert [line["family"] for line in read] == ["point", "wide", "exact", "reference"]
+    assert read[0]["elbo"] == "" and read[3]["elbo"] == "" and float(read[3]["wasserstein"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("reference", "error", "message"),
+    [
+        ({"other": torch.zeros(5)}, ValueError, r"reference draws of \['double', 'mean'\]"),
+        ({"mean": torch.randn(5, 2)}, ValueError, "site 'mean': expected reference draws of shape"),
+        ({}, TypeError, "a pyro.infer.MCMC that has run, or arrays of draws by site, got dict"),
+        (3, TypeError, "got int"),
+    ],
+)
+def test_references_of_other_programs_are_refused(
+    reference: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        compare(means, {"a": at_posterior(1.0)}, X, reference=reference, steps=1, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:the restarts disagree")
+def test_restarts_that_disagree_show_in_r_hat() -> None:
+    guides = {"a": AutoNormal(means)}
+    result = compare(means, guides, X, steps=3, restarts=2, num_samples=200, progress=False)
+    assert result.rows[0].rhat > 1.05
+    assert any("R-hat across restarts" in warning for warning in result.warnings)
+    assert "R-hat across restarts" in str(result)
 
 
 # ------------------------------------------------------------------------------------- the verdict
