@@ -14,8 +14,18 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import SCHOOLS_SIGMA, SCHOOLS_Y
 from pyro.infer import TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoIAFNormal,
+    AutoLaplaceApproximation,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoStructured,
+)
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -296,6 +306,59 @@ def test_references_of_other_programs_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         compare(means, {"a": at_posterior(1.0)}, X, reference=reference, steps=1, progress=False)
+
+
+AUTOGUIDES = (
+    AutoNormal,
+    AutoDiagonalNormal,
+    AutoMultivariateNormal,
+    AutoLowRankMultivariateNormal,
+    AutoIAFNormal,
+    AutoLaplaceApproximation,
+    AutoDelta,
+    AutoStructured,
+)
+
+
+def test_every_autoguide_of_pyros_stands_beside_a_hand_written_one() -> None:
+    def schools(y: Tensor, sigma: Tensor) -> None:  # scaled, so that 100 steps reach a mode
+        mu = pyro.sample("mu", dist.Normal(0.0, 0.5))
+        tau = pyro.sample("tau", dist.LogNormal(-1.0, 0.5))
+        with pyro.plate("data", len(y)):
+            eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(mu + tau * eta, sigma), obs=y)
+
+    def by_hand(y: Tensor, sigma: Tensor) -> None:
+        pyro.sample("mu", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 0.4))
+        pyro.sample("tau", dist.LogNormal(-1.0, 0.5))
+        with pyro.plate("data", len(y)):
+            pyro.sample("eta", dist.Normal(0.0, 1.0))
+
+    data = (SCHOOLS_Y / 10, SCHOOLS_SIGMA / 10)
+    guides = {kind.__name__: kind(schools) for kind in AUTOGUIDES}
+    result = compare(
+        schools,
+        {"by hand": by_hand, **guides},
+        data,
+        optim=partial(torch.optim.Adam, lr=0.03),
+        steps=100,
+        num_samples=500,
+        progress=False,
+    )
+    assert [row.family for row in result.rows] == ["by hand", *guides]
+    safest = min(result.rows, key=lambda row: row.khat_median)  # NaN is never below
+    evidence = safest.evidence
+    assert sum(row.khat_median < 0.5 for row in result.rows) >= 3
+    for row in result.rows:
+        if row.family == "AutoDelta":
+            assert math.isnan(row.elbo)
+            continue
+        # one evidence for all: no bound is above it, and who is trusted estimates it
+        assert row.elbo < evidence + 4 * safest.evidence_se
+        if row.khat_median < 0.5:
+            error = math.hypot(row.evidence_se, safest.evidence_se)
+            assert abs(row.evidence - evidence) < 5 * error
+    assert "AutoStructured" in str(result)
 
 
 @pytest.mark.filterwarnings("ignore:the restarts disagree")
