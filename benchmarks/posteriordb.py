@@ -26,8 +26,8 @@ family as it is (a diagonal one for mean-field and low-rank guides). A posterior
 (eight schools, centred) is fitted in its own coordinates. SVI then does the rest.
 
 **Score.** `compare`, from 10,000 draws. KL is the evidence less the family's ELBO; the evidence of
-a case is the estimate of the family with the lowest k-hat, or the highest of all where none is
-trusted, since each is low in expectation: then KL is a bound (>=). Seconds are those of the fit.
+a case is the most precise estimate of a family whose k-hat is trusted, or the highest of all where
+none is, since each is low in expectation: then KL is a bound (>=). Seconds are those of the fit.
 Against the reference: the largest difference of a mean in reference standard deviations, and the
 smallest and largest ratio of a guide's standard deviation to the reference's, over all parameters.
 

@@ -389,7 +389,7 @@ def _with_one_evidence(rows: list[Row], *, trusted: float | None) -> list[Row]:
 
     Each family's own estimate is a lower bound in expectation, the looser the worse the family: a
     gap to it would flatter the worst. So the highest counts. But a joint estimate is one number,
-    which may be high by chance: where its k-hat can be trusted, the lowest k-hat says whose counts.
+    which may be high by chance: of those whose k-hat can be trusted the most precise counts.
 
     Args:
         trusted: the k-hat to which a joint estimate is trusted; None for means over data points.
@@ -398,9 +398,8 @@ def _with_one_evidence(rows: list[Row], *, trusted: float | None) -> list[Row]:
     if not estimates:
         return rows
     best = max(estimates, key=lambda row: row.evidence)
-    safest = min(estimates, key=lambda row: row.khat_median)
-    if trusted is not None and safest.khat_median <= trusted:
-        best = safest
+    if trusted is not None and (safe := [r for r in estimates if r.khat_median <= trusted]):
+        best = min(safe, key=lambda row: row.evidence_se)
     return [
         replace(
             row,
