@@ -248,27 +248,29 @@ class Programs:
         """
 
         def run(fixed: Draws) -> Draws:
-            # A flow asks its networks when a density is computed: the fit's own must be there.
-            with _installed(self.model), _installed(self.guide):
-                with _At(fixed):
-                    structure = self._structure(arguments)
-                return self._terms(structure)
+            with _At(fixed):
+                structure = self._structure(arguments)
+            return self._terms(structure)
 
         return _kept(over_draws(run, num, given=given, at_once=max(1, _VALUES // size)))
 
     def _terms(self, structure: Structure) -> Draws:
         """Values and log probabilities of one run."""
         model, guide = structure.model_trace, structure.guide_trace
-        model.compute_log_prob()
-        guide.compute_log_prob()
+        # A flow asks its networks when a density is computed: they must be the program's own, and
+        # no other's, for a frozen model may come from a fit that trained this guide too.
         found: Draws = {}
+        with _installed(self.guide):
+            guide.compute_log_prob()
+        with _installed(self.model):
+            model.compute_log_prob()
+            for name in structure.observed:
+                found[f"likelihood {name}"] = self._elements(model.nodes[name]).double()
         for name in structure.proposed:
             if _is_noise(guide.nodes[name]):
                 found[f"{NOISE}{name}"] = guide.nodes[name]["value"]
         found |= self._values(structure, "latent", structure.latents)
         found |= self._values(structure, "deterministic", structure.deterministic)
-        for name in structure.observed:
-            found[f"likelihood {name}"] = self._elements(model.nodes[name]).double()
         scored = structure.latents + structure.observed
         for side, trace, names in (("p", model, scored), ("q", guide, structure.proposed)):
             for name in names:

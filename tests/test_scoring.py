@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_vi import draws, fit
+from pyro_vi.families import MeanField
 from pyro_vi.flows import Flow
 from pyro_vi.guides import Encoder
-from pyro_vi.models import LinearGaussian
+from pyro_vi.models import VAE, LinearGaussian
 from pyro_vi.scoring import Programs
 
 torch.set_num_threads(1)
@@ -376,3 +377,27 @@ def test_a_fitted_flow_is_scored_by_its_own_networks(monkeypatch: pytest.MonkeyP
     with fitted.guide.state.installed():
         expected = guide.family(x).log_prob(again.draws["z"])
     torch.testing.assert_close(again.log_q, expected, atol=1e-8, rtol=0)
+
+
+def test_a_guide_that_an_earlier_fit_trained_too_is_scored_by_its_last_fit() -> None:
+    """The frozen model brings along the state of its own fit, in which the guide is another."""
+    model = VAE((1, 4, 4), 2)
+    x = torch.rand(20, 1, 4, 4).round()
+    for family in (MeanField(2, 8), Flow(2, 8)):
+        guide = Encoder((1, 4, 4), family)
+        adam = partial(torch.optim.Adam, lr=0.02)
+        first = fit(model, guide, x, optim=adam, steps=20)
+        last = fit(first.model, guide, x, optim=adam, steps=5)
+        posterior = last.posterior(x, 30)
+        z = posterior.draws["z"]
+        with last.guide.state.installed():
+            expected = guide.encode(x).log_prob(z).double()
+        torch.testing.assert_close(posterior.log_q, expected, atol=1e-3, rtol=0)
+        with first.guide.state.installed():
+            other = guide.encode(x).log_prob(z).double()
+        assert (posterior.log_q - other).abs().max() > 0.05
+        with first.model.state.installed():
+            likelihood = model.decode(z.flatten(0, 1)).log_prob(x.repeat(30, 1, 1, 1))
+        torch.testing.assert_close(
+            posterior.log_likelihood["x"].flatten(), likelihood.double(), atol=1e-3, rtol=1e-4
+        )
