@@ -312,11 +312,17 @@ def _samples(reference: Any) -> dict[str, Tensor]:
     """Reference draws by site."""
     if reference is None:
         return {}
-    samples = reference.get_samples() if hasattr(reference, "get_samples") else reference
+    samples = reference
+    if hasattr(reference, "get_samples"):
+        try:
+            samples = reference.get_samples()
+        except AttributeError:  # Pyro's own, of a chain that has not run
+            samples = None
     if not isinstance(samples, Mapping) or not samples:
+        got = "no draws" if isinstance(reference, Mapping) else type(reference).__name__
         raise TypeError(
             "expected as reference a pyro.infer.MCMC that has run, or arrays of draws by site, got"
-            f" {type(reference).__name__}"
+            f" {got}"
         )
     return {name: torch.as_tensor(values).detach() for name, values in samples.items()}
 

@@ -166,8 +166,8 @@ class Fit:
         """Raises ValueError if there is one posterior, and it is not that of these data."""
         if self.fingerprint is not None and Batches(data).fingerprint() != self.fingerprint:
             raise ValueError(
-                "expected the data that the guide was fitted to: it has latents that data points"
-                " share, or no amortized ones, and so one posterior, theirs;"
+                "expected the data that the guide was fitted to, in their dtype: it has latents"
+                " that data points share, or no amortized ones, and so one posterior, theirs;"
                 " log_predictive_density and predict are for other data"
             )
 
@@ -222,7 +222,8 @@ class Fit:
         """Posterior predictive draws for each data point.
 
         Args:
-            data: as `fit` takes them, N data points.
+            data: as `fit` takes them, N data points. What the model observes is not read here, but
+                has to be given in its shape: zeros will do.
             num_samples: draws for each (S).
             seed: of the draws.
 

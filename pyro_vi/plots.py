@@ -87,7 +87,9 @@ def losses(result: Comparison) -> Figure:
 
     Args:
         result: what `compare` returned. Training bounds are at the step's KL weight, held-out
-            bounds at weight 1: while a warm-up lasts the two don't compare.
+            bounds at weight 1: while a warm-up lasts the two don't compare. Guides that hold the
+            latents at a point while they train (AutoDelta, and AutoLaplaceApproximation before its
+            Gaussian is made) have no bound: theirs is the log joint there.
 
     Returns:
         A figure with one panel; bounds in nats per data point.

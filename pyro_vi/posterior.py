@@ -29,6 +29,7 @@ from torch import Tensor
 from pyro_vi import diagnostics
 from pyro_vi.diagnostics import Estimate
 from pyro_vi.draws import check_count
+from pyro_vi.program import check_seed
 
 if TYPE_CHECKING:
     import xarray
@@ -233,6 +234,7 @@ class Posterior:
         """
         num = self.num_draws if num_samples is None else num_samples
         check_count(num)
+        check_seed(seed)
         weights = torch.from_numpy(self.weights())
         generator = torch.Generator().manual_seed(seed)
         index = torch.multinomial(weights.t(), num, replacement=True, generator=generator).t()
@@ -256,6 +258,9 @@ class Posterior:
         Raises:
             ValueError: weights of single data points, whose posteriors leave nothing out.
 
+        Warns:
+            UserWarning: a k-hat above `diagnostics.khat_threshold(S)`.
+
         References:
             Magnusson, Andersen, Jonasson, Vehtari, "Bayesian leave-one-out cross-validation for
             large data", arXiv:1904.10679.
@@ -271,12 +276,19 @@ class Posterior:
         log_v = self.log_weights[:, None] - likelihood
         smoothed = diagnostics.psis(log_v)
         pointwise = np.asarray(np.logaddexp.reduce(smoothed + likelihood, axis=0))
+        khat, bound = diagnostics.pareto_khat(log_v), diagnostics.khat_threshold(self.num_draws)
+        if (bad := int((khat > bound).sum())) > 0:
+            warnings.warn(
+                f"k-hat is above {bound:.2f} for {bad} of {khat.size} observations: leave-one-out"
+                " densities are unreliable there",
+                stacklevel=2,
+            )
         spread = pointwise.std(ddof=1) if pointwise.size > 1 else math.nan
         return Loo(
             elpd=float(pointwise.sum()),
             se=float(math.sqrt(pointwise.size) * spread),
             pointwise=pointwise,
-            khat=np.asarray(diagnostics.pareto_khat(log_v)),
+            khat=khat,
         )
 
     def rhat(self) -> dict[str, Array]:

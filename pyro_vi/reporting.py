@@ -192,7 +192,13 @@ def _figures(result: Comparison) -> Iterator[tuple[str, str, Figure]]:
     yield (
         "Training",
         "The bound during training; higher is better. A strong line is a running median, with the"
-        " raw values faint behind it. The start of training runs out of the picture.",
+        " raw values faint behind it. The start of training runs out of the picture."
+        + (
+            " Guides that train a point (AutoDelta, AutoLaplaceApproximation) have no bound: theirs"
+            " is the log joint there."
+            if result.is_joint
+            else ""
+        ),
         plots.losses(result),
     )
     if result.is_joint:

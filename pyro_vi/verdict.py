@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pyro_vi.comparison import Comparison, Row
 
 _TRUSTED = 0.1  # share of data points whose k-hat may exceed its bound
+_ADVICE = "Try more steps, a richer family, or another parametrisation of the model."
 _AGREEING = 1.05  # R-hat across restarts; independent draws of one answer are far below
 
 
@@ -90,11 +91,8 @@ def _joint(result: Comparison, ranked: list[Row]) -> str:
             f" {_trust(result, safest, bound)}{_held_against(result, safest)}"
         )
     if len(ranked) == 1:
-        return f"{words} Try a richer family, or another parametrisation of the model."
-    return (
-        f"{words} No family here is the posterior: try a richer one, or another parametrisation of"
-        " the model."
-    )
+        return f"{words} {_ADVICE}"
+    return f"{words} No family here is the posterior. {_ADVICE}"
 
 
 def _trust(result: Comparison, row: Row, bound: float) -> str:

@@ -297,7 +297,7 @@ def test_a_csv_has_the_reference_last(joint: Comparison, tmp_path: Path) -> None
     [
         ({"other": torch.zeros(5)}, ValueError, r"reference draws of \['double', 'mean'\]"),
         ({"mean": torch.randn(5, 2)}, ValueError, "site 'mean': expected reference draws of shape"),
-        ({}, TypeError, "a pyro.infer.MCMC that has run, or arrays of draws by site, got dict"),
+        ({}, TypeError, "a pyro.infer.MCMC that has run, or arrays of draws by site, got no draws"),
         (3, TypeError, "got int"),
     ],
 )

@@ -342,6 +342,7 @@ def test_leave_one_out_corrects_for_the_guide() -> None:
     assert abs(wrong - exact.elpd) > 0.15
 
 
+@pytest.mark.filterwarnings("ignore:k-hat is above")
 def test_leave_one_out_without_a_plate_takes_out_elements() -> None:
     def model(x: Tensor) -> None:
         mean = pyro.sample("mean", dist.Normal(x.new_tensor(0.0), 2.0))
@@ -356,6 +357,14 @@ def test_leave_one_out_without_a_plate_takes_out_elements() -> None:
     )
 
 
+def test_leave_one_out_warns_of_what_it_cannot_know() -> None:
+    """Leaving out the one observation leaves the prior, which is far wider than the guide."""
+    x = data(1)
+    with pytest.warns(UserWarning, match="k-hat is above 0.50 for 1 of 1 observations"):
+        of(normal_mean, conjugate_guide(x), x, 100).loo()
+
+
+@pytest.mark.filterwarnings("ignore:k-hat is above")
 def test_one_observation_has_no_standard_error() -> None:
     x = data(1)
     assert math.isnan(of(normal_mean, conjugate_guide(x), x, 100).loo().se)

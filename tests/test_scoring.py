@@ -401,3 +401,28 @@ def test_a_guide_that_an_earlier_fit_trained_too_is_scored_by_its_last_fit() -> 
         torch.testing.assert_close(
             posterior.log_likelihood["x"].flatten(), likelihood.double(), atol=1e-3, rtol=1e-4
         )
+
+
+def test_a_guide_of_parameters_is_scored_beside_a_frozen_model_of_parameters() -> None:
+    def model(x: Tensor) -> None:
+        scale = pyro.param("scale", torch.tensor(2.0), constraint=constraints.positive)
+        mean = pyro.sample("mean", dist.Normal(0.0, 3.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, scale), obs=x)
+
+    def guide(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor(0.0))
+        pyro.sample("mean", dist.Normal(loc, 0.2))
+
+    x = 5 + torch.randn(30)
+    adam = partial(torch.optim.Adam, lr=0.05)
+    first = fit(model, guide, x, optim=adam, steps=20)
+    last = fit(first.model, guide, x, optim=adam, steps=300)
+    posterior = last.posterior(x, 500)
+    loc = float(last.guide.state.tensors()["param.loc"])
+    assert abs(loc - float(x.mean())) < 1
+    assert float(posterior.draws["mean"].mean()) == pytest.approx(loc, abs=0.05)
+    elbo = posterior.elbo()
+    settled = -30 * float(last.losses[-50:].mean())
+    assert float(elbo.value) == pytest.approx(settled, abs=0.5)
+    assert float(last.predict(x, 200)["x"].mean()) == pytest.approx(loc, abs=0.3)

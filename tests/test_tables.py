@@ -199,10 +199,10 @@ def test_evidence_without_a_k_hat_to_believe_is_warned_of() -> None:
 
 def test_none_is_trusted_where_none_can_be() -> None:
     several = result(bounded("a", -10.0, 0.8), bounded("b", -9.0, 0.9)).verdict
-    assert "No family here is the posterior: try a richer one" in several
+    assert "No family here is the posterior. Try more steps, a richer family" in several
     one = result(bounded("a", -10.0, 0.8)).verdict
     assert one.startswith("a: ELBO -10.00 nats. Bounds can be compared")
-    assert one.endswith("Try a richer family, or another parametrisation of the model.")
+    assert one.endswith("a richer family, or another parametrisation of the model.")
     assert "Trust" not in several + one
 
 
