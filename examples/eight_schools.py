@@ -189,6 +189,13 @@ axes = {site: ["school"] for site in ("theta", "eta", "y", "sigma")}
 exported = restarted.to_arviz(dims=axes, coords={"school": SCHOOLS})
 print(az.summary(exported, var_names=["mu", "tau", "theta"], kind="stats"), "\n")
 
+# A pair as ArviZ draws it, from all four chains. Before 1.0 it returns matplotlib's axes.
+pair = az.plot_pair(exported, var_names=["theta", "log_tau"], coords={"school": ["A"]})
+options.out.parent.mkdir(parents=True, exist_ok=True)
+path = options.out.with_stem(f"{options.out.stem}_pair")
+(pair if hasattr(pair, "savefig") else pair.figure).savefig(path)
+print(f"ArviZ's pair plot of the non-centred program is in {path}")
+
 # The picture: school A's effect and log tau, as NUTS has them, under a Gaussian of each program.
 figure = Figure(figsize=(10, 4.2), layout="constrained")
 panels = figure.subplots(1, 2, sharex=True, sharey=True)
@@ -211,12 +218,5 @@ for axis, (name, result) in zip(panels, results.items(), strict=True):
     axis.set(title=f"{name} program", xlabel="effect of school A, theta", ylabel="log tau")
     axis.label_outer()
 panels[0].legend(frameon=False)
-options.out.parent.mkdir(parents=True, exist_ok=True)
 figure.savefig(options.out, dpi=120)
 print(f"The funnel, and what a Gaussian makes of it, is in {options.out}")
-
-# The same pair as ArviZ draws it, from all four chains. Before 1.0 it returns matplotlib's axes.
-pair = az.plot_pair(exported, var_names=["theta", "log_tau"], coords={"school": ["A"]})
-path = options.out.with_stem(f"{options.out.stem}_pair")
-(pair if hasattr(pair, "savefig") else pair.figure).savefig(path)
-print(f"ArviZ's pair plot of the non-centred program is in {path}")
