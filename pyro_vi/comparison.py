@@ -447,8 +447,11 @@ def _bounds(name: str, posterior: Posterior, points: Mapping[str, PerPoint]) -> 
     own, first = points[name], next(iter(points.values()))
     evidence = diagnostics.mean_estimate(posterior.evidence())
     elbo = diagnostics.mean_estimate(posterior.elbo())
-    likelihood = posterior.pointwise_log_likelihood()
-    reconstruction = float(likelihood.sum(1).mean() if posterior.is_joint else likelihood.mean())
+    if posterior.is_joint:  # observed sites outside the plate too
+        total = sum(v.flatten(1).sum(1) for v in _columns(posterior.log_likelihood))
+        reconstruction = float(torch.as_tensor(total).mean())
+    else:
+        reconstruction = float(posterior.pointwise_log_likelihood().mean())
     bound = khat_threshold(posterior.num_draws)
     found: dict[str, Any] = {
         **_pair("elbo", elbo),
@@ -475,6 +478,11 @@ def _bounds(name: str, posterior: Posterior, points: Mapping[str, PerPoint]) -> 
         bits = -float(evidence.value) / (posterior.num_observed * math.log(2))
         found["bits_per_dim"] = bits
     return found
+
+
+def _columns(values: Mapping[str, Tensor]) -> list[Tensor]:
+    """Values by site with at least one axis beside the draws."""
+    return [value.unsqueeze(-1) for value in values.values()]
 
 
 def _over_points(values: Array) -> Estimate:

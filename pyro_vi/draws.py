@@ -75,7 +75,7 @@ def over_draws(
     except Exception as error:  # whatever it is, the runs one by one meet it too or do not need it
         log.debug("draws are run one by one: %s", error)
     else:
-        if _repeats(run, found, given, num):
+        if _repeats(run, found, given, num, at_once or num):
             return found
         log.debug("draws are run one by one: vectorised, they come out otherwise")
     return _one_by_one(run, num, given)
@@ -105,14 +105,17 @@ def _one_by_one(run: Callable[[Values], Values], num: int, given: Values) -> Val
     return {key: torch.stack([found[key] for found in runs]) for key in runs[0]}
 
 
-def _repeats(run: Callable[[Values], Values], found: Values, given: Values, num: int) -> bool:
+def _repeats(
+    run: Callable[[Values], Values], found: Values, given: Values, num: int, at_once: int
+) -> bool:
     """Whether the first and the last draw give the same when they are run by themselves."""
     drawn = {key: key.removeprefix(NOISE) for key in found if key.startswith(NOISE)}
     for key, name in drawn.items():
         values = found[key]
         known = num == 1 or not values.numel() or not values.is_floating_point() or name in given
-        if not known and bool((values == values[:1]).all()):
-            return False  # one draw of NumPy's or Python's, for all
+        for part in () if known else values.split(at_once):
+            if len(part) > 1 and bool((part == part[:1]).all()):
+                return False  # one draw of NumPy's or Python's, for all that were made at once
     for index in sorted({0, num - 1}):
         fixed = {name: values[index] for name, values in given.items()}
         again = run(fixed | {name: found[key][index] for key, name in drawn.items()})

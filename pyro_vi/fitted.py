@@ -112,7 +112,10 @@ class Fit:
         if not posterior.is_joint or not self.restarts:
             return posterior
         restarts = (
-            fit.posterior(data, num_samples, seed=seed + i) for i, fit in enumerate(self.restarts)
+            posterior
+            if fit.guide.state is self.guide.state
+            else fit.posterior(data, num_samples, seed=seed + i)
+            for i, fit in enumerate(self.restarts)
         )
         return replace(posterior, restarts=tuple(restarts))
 
@@ -222,8 +225,8 @@ class Fit:
         """Posterior predictive draws for each data point.
 
         Args:
-            data: as `fit` takes them, N data points. What the model observes is not read here, but
-                has to be given in its shape: zeros will do.
+            data: as `fit` takes them, N data points. Where the guide does not read what the model
+                observes, other values of its shape and support will do.
             num_samples: draws for each (S).
             seed: of the draws.
 

@@ -106,15 +106,15 @@ def marginal_errors(draws: npt.ArrayLike, reference: npt.ArrayLike) -> MarginalE
 def noise_floor(reference: npt.ArrayLike) -> MarginalErrors:
     """The errors that Monte Carlo noise alone gives: half of the reference draws against the rest.
 
-    The draws at even places (0, 2, ...) are taken for those of a guide, and the draws at odd places
-    for the reference: `marginal_errors(reference[::2], reference[1::2])`. The truth is zero. A
-    guide whose errors are of this size cannot be told from the posterior by these draws.
+    The first half of the draws is taken for those of a guide, and the second half for the
+    reference. The truth is zero. A guide whose errors are of this size cannot be told from the
+    posterior by these draws. The halves are of one piece each, so that a chain that mixes slowly
+    shows it: neighbours that resemble each other fall into the same half. Stack several chains one
+    after the other, not draw by draw.
 
     Nothing is rescaled. For independent draws the shift of the mean has a standard deviation of
     sqrt(4 / R) here, but sqrt(1 / S + 1 / R) between S draws of a guide and all R: with S >= R / 3
-    the floor is on the high side. Draws of a chain are another matter: neighbours that resemble
-    each other fall into different halves, and the floor of a chain that mixes slowly is too low.
-    Thin it first, and stack several chains one after the other, not draw by draw.
+    the floor is on the high side.
 
     Args:
         reference: draws from the posterior, shape (R, ...), R >= 4, in the order they were drawn.
@@ -125,7 +125,7 @@ def noise_floor(reference: npt.ArrayLike) -> MarginalErrors:
     Raises:
         TypeError: `reference` is not an array of real numbers.
         ValueError: fewer than 4 draws, a value that is not finite, or a scalar that is constant
-            over the draws at odd places.
+            over the second half.
 
     Example:
         >>> draws = np.random.default_rng(0).normal(size=(10_000, 2))
@@ -133,7 +133,8 @@ def noise_floor(reference: npt.ArrayLike) -> MarginalErrors:
         array([ True,  True])
     """
     values = _draws("reference", reference, minimum=4)
-    return marginal_errors(values[::2], values[1::2])
+    half = len(values) // 2
+    return marginal_errors(values[:half], values[half:])
 
 
 def _draws(name: str, values: npt.ArrayLike, *, minimum: int = 2) -> Array:

@@ -42,9 +42,10 @@ def move(state: State, model: Callable[..., Any], guide: Callable[..., Any]) -> 
         w <- w + e           all others, on their unconstrained scale;    e ~ N(0, 1)
 
     A layer is a module that can reset its parameters (`nn.Linear`, convolutions, a flow's masked
-    layers). Its root mean square keeps the size of its initial values, and a tensor of zeros stays
-    one. The others are an autoguide's, those of `pyro.param` and bare `nn.Parameter`s. A tied
-    tensor is moved once, a frozen program's is not. The noise is torch's: seed it.
+    layers). Its root mean square keeps the size of its initial values; a tensor of one value
+    throughout (zeros, a normalisation's gains) stays as it is. The others are an autoguide's, those
+    of `pyro.param` and bare `nn.Parameter`s. A tied tensor is moved once, a frozen program's is
+    not. The noise is torch's: seed it.
 
     Args:
         state: what is moved, after a run of the programs, which makes what is lazy.
@@ -72,6 +73,8 @@ def move(state: State, model: Callable[..., Any], guide: Callable[..., Any]) -> 
         }
         for tensor in state.parameters().values():
             size = tensor.square().mean().sqrt() if id(tensor) in layers else 1.0
+            if id(tensor) in layers and bool((tensor == tensor.flatten()[0]).all()):
+                continue  # the gains of a normalisation, or zeros: a designed start
             tensor.add_(size * torch.randn_like(tensor))
 
 

@@ -136,12 +136,32 @@ class Programs:
             whole = batches.whole()
             structure = self._structure(whole)
             structure.check_amortized(self.guide)
+            self._check_rows(structure)
             found = self._scores(whole, num_samples, size=_size(structure))
         if "p inside" in found:
             log_w = found["p inside"] - found.get("q inside", torch.zeros(()))
             return diagnostics.log_evidence(log_w.numpy())
         posterior = self._posterior(structure, found, local=False)
         return diagnostics.log_evidence(posterior.pointwise_log_likelihood().numpy())
+
+    def _check_rows(self, structure: Structure) -> None:
+        """Raises ValueError unless data points have densities of their own, or all are outside."""
+        observed = {name: structure.inside_model(name) for name in structure.observed}
+        if any(observed.values()) and not all(observed.values()):
+            outside = [name for name, inside in observed.items() if not inside]
+            raise ValueError(
+                f"a log predictive density of single data points needs every observed site inside"
+                f" plate {self.plate!r}, but {outside} stand outside it"
+            )
+        for name in structure.latents:
+            if structure.inside_model(name) and not (
+                any(observed.values()) and structure.inside_guide(name)
+            ):
+                raise ValueError(
+                    f"a log predictive density needs latent site {name!r}, which belongs to single"
+                    f" data points in the model, inside plate {self.plate!r} in the guide too, and"
+                    " the observed sites with it"
+                )
 
     def predictive(self, draws: Mapping[str, Tensor], *, seed: int = 0) -> Draws:
         """One draw of every observed site for each draw of the latents.
@@ -172,7 +192,13 @@ class Programs:
         with seeded(0, batches.device), torch.no_grad():
             structure = self._structure(batches.whole())
         if not samples.keys() >= set(structure.latents):
-            return dict(samples)
+            sites = structure.model_trace.nodes
+            return {
+                name: torch.func.vmap(Layout.of(sites[name], plate=self.plate).ordered)(value)
+                if name in structure.latents
+                else value
+                for name, value in samples.items()
+            }
         given = {name: samples[name].to(batches.device) for name in structure.latents}
         found = self._runs(len(next(iter(samples.values()))), given, _size(structure), seed=0)
         return {**_named(found, "latent "), **_named(found, "deterministic ")}
@@ -277,7 +303,9 @@ class Programs:
                 site = trace.nodes[name]
                 inside = self.plate in Layout.of(site, plate=self.plate).plates
                 key = f"{side} {'inside' if inside else 'outside'}"
-                term = log_prob_rows(site, self.plate) if inside else site["log_prob"].sum()
+                term = (
+                    log_prob_rows(site, self.plate) if inside else site["log_prob"].double().sum()
+                )
                 found[key] = found.get(key, 0) + term.double()
         return found
 

@@ -361,6 +361,24 @@ def test_every_autoguide_of_pyros_stands_beside_a_hand_written_one() -> None:
     assert "AutoStructured" in str(result)
 
 
+def test_reconstruction_counts_what_is_observed_outside_the_plate() -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(x.new_tensor(0.0), 2.0))
+        pyro.sample("y", dist.Normal(mean, 0.1), obs=y)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x: Tensor, y: Tensor) -> None:
+        pyro.sample("mean", dist.Normal(pyro.param("loc", x.new_tensor(0.5)), 0.1))
+
+    data = (X, torch.tensor(1.0).double())
+    result = compare(model, {"a": guide}, data, steps=1, num_samples=4_000, progress=False)
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(0.5, 0.1), torch.distributions.Normal(0.0, 2.0)
+    )
+    assert result.rows[0].kl == pytest.approx(float(kl), abs=0.1)
+
+
 @pytest.mark.filterwarnings("ignore:the restarts disagree")
 def test_restarts_that_disagree_show_in_r_hat() -> None:
     guides = {"a": AutoNormal(means)}

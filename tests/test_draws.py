@@ -219,7 +219,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Spied:
         found = draws._vectorised(run, num, dict(given or {}), at_once)
         noise = {key.removeprefix(NOISE): v for key, v in found.items() if key.startswith(NOISE)}
         pairs.append((found, draws._one_by_one(run, num, noise)))
-        assert draws._repeats(run, found, dict(given or {}), num)
+        assert draws._repeats(run, found, dict(given or {}), num, at_once or num)
         return found
 
     monkeypatch.setattr(scoring, "over_draws", both)

@@ -106,9 +106,18 @@ def test_a_constant_guide_is_measured() -> None:
 # The noise floor
 
 
-def test_noise_floor_is_even_against_odd() -> None:
+def test_noise_floor_of_a_slow_chain_shows_that_it_is_slow() -> None:
+    """An autoregressive chain: neighbours correlate by 0.98, and halves of one piece do not."""
+    noise = normal((1_000, 50))
+    chain = np.zeros_like(noise)
+    for i in range(1, len(chain)):
+        chain[i] = 0.98 * chain[i - 1] + (1 - 0.98**2) ** 0.5 * noise[i]
+    assert np.abs(noise_floor(chain).mean).mean() > 0.2
+
+
+def test_noise_floor_is_the_first_half_against_the_second() -> None:
     reference = normal((101, 2, 3))
-    floor, expected = noise_floor(reference), marginal_errors(reference[::2], reference[1::2])
+    floor, expected = noise_floor(reference), marginal_errors(reference[:50], reference[50:])
     for a, b in zip(fields(floor), fields(expected), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -224,7 +233,7 @@ def with_constant(index: tuple[int, ...]) -> Array:
             r"reference: expected at least 4 draws .*got shape \(3, 2\)",
         ),
         (
-            lambda: noise_floor([0.0, 1.0, 2.0, 1.0]),
+            lambda: noise_floor([0.0, 1.0, 2.0, 2.0]),
             ValueError,
             "reference: .*standard deviation of zero",
         ),

@@ -233,7 +233,7 @@ def test_what_is_moved_and_how_far() -> None:
     assert float(rms) == pytest.approx(1, abs=5 / math.sqrt(2 * 2500))
     for name in ("model.bare", "param.scale"):
         assert float(moved[name].std()) == pytest.approx(1, abs=5 / math.sqrt(2 * 2000))
-    unmoved = {"model.one.bias", "model.free.weight", "model.norm.bias"}
+    unmoved = {"model.one.bias", "model.free.weight", "model.norm.bias", "model.norm.weight"}
     unmoved |= {name for name in before if "running" in name or "num_batches" in name}
     assert {name for name, by in moved.items() if not by.any()} == unmoved
 

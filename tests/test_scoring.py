@@ -426,3 +426,19 @@ def test_a_guide_of_parameters_is_scored_beside_a_frozen_model_of_parameters() -
     settled = -30 * float(last.losses[-50:].mean())
     assert float(elbo.value) == pytest.approx(settled, abs=0.5)
     assert float(last.predict(x, 200)["x"].mean()) == pytest.approx(loc, abs=0.3)
+
+
+def test_predictive_densities_need_rows_on_both_sides() -> None:
+    def joint_guide(x: Tensor) -> None:
+        pyro.sample("mean", dist.Normal(x.new_tensor(0.0), 1.0))
+        pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="latent site 'z', which belongs to single data points"):
+        Programs(global_and_local, joint_guide, X).log_predictive_density(5)
+
+    def observed_outside(x: Tensor) -> None:
+        normal_mean(x)
+        pyro.sample("total", dist.Normal(0.0, 1.0), obs=x.sum())
+
+    with pytest.raises(ValueError, match=r"but \['total'\] stand outside it"):
+        Programs(observed_outside, normal_guide, X).log_predictive_density(5)
