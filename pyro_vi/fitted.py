@@ -91,6 +91,9 @@ class Fit:
         has a posterior. With a latent that the data points share, or an autoguide, there is one
         posterior, of the data that the guide was fitted to.
 
+        In the first case data points are scored some at a time, and the programs must treat each by
+        itself: neither normalise by the batch, nor keep a parameter for each row of it.
+
         Args:
             data: as `fit` takes them, N data points.
             num_samples: draws (S), for each data point or of all together; at least 1.
@@ -146,7 +149,8 @@ class Fit:
             log 1/S sum_s p(x_n, z_ns | theta_s) / q(z_ns | x_n, theta_s),
             theta_s ~ q(theta),    z_ns ~ q(z_n | x_n, theta_s),
 
-        where theta are the latents that data points share, and z those of single ones, if any.
+        where theta are the latents that data points share, and z those of single ones, if any. The
+        guide is called on these data: where its q(theta) reads them, it has seen them.
 
         Args:
             data: as `fit` takes them, N data points.
