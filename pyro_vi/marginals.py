@@ -15,7 +15,9 @@ draws themselves.
 Everything here is NumPy in float64; torch tensors on the CPU are taken as they are.
 """
 
-__all__ = ["MarginalErrors", "marginal_errors", "noise_floor"]
+from __future__ import annotations
+
+__all__ = ["MarginalErrors", "marginal_errors", "noise_floor", "scalar_name"]
 
 from dataclasses import dataclass
 
@@ -135,6 +137,16 @@ def noise_floor(reference: npt.ArrayLike) -> MarginalErrors:
     values = _draws("reference", reference, minimum=4)
     half = len(values) // 2
     return marginal_errors(values[:half], values[half:])
+
+
+def scalar_name(site: str, index: tuple[int, ...]) -> str:
+    """The name of one scalar of a site, whose value is that scalar if `index` is empty.
+
+    Example:
+        >>> scalar_name("weight", (0, 2)), scalar_name("scale", ())
+        ('weight[0, 2]', 'scale')
+    """
+    return f"{site}[{', '.join(map(str, index))}]" if index else site
 
 
 def _draws(name: str, values: npt.ArrayLike, *, minimum: int = 2) -> Array:

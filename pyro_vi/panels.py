@@ -1,13 +1,17 @@
-"""What all figures share: a colour for every family, calm axes, a legend, images in rows."""
+"""What the figures share: a colour for every family, calm axes, contours, a legend, images."""
 
 from __future__ import annotations
 
 __all__ = [
     "BLOCKS",
+    "GREYS",
+    "MASSES",
+    "MASS_TITLE",
     "WIDTH",
     "array",
     "checked",
     "colours",
+    "contours",
     "family_lines",
     "legend",
     "limit",
@@ -28,12 +32,16 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pyro_vi.comparison import Comparison
+from pyro_vi.densities import Density, level
 from pyro_vi.fitted import Fit
 
 Array = npt.NDArray[np.float64]
 
 WIDTH = 12.0  # inches; 1,200 pixels at the usual 100 dpi
 BLOCKS = 4  # panels side by side
+MASSES = (0.9, 0.5)  # of a density, inside its contours
+MASS_TITLE = "contours: 50% and 90% of the mass"
+GREYS = ("0.9", "0.75")  # of the exact posterior or the reference, for the same masses
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
@@ -71,6 +79,16 @@ def limit(axes: Axes, points: Array) -> None:
     margin = np.maximum(0.1 * (high - low), 1e-6)
     axes.set_xlim(low[0] - margin[0], high[0] + margin[0])
     axes.set_ylim(low[1] - margin[1], high[1] + margin[1])
+
+
+def contours(axes: Axes, density: Density, colour: str | None = None) -> None:
+    """The masses of a density: lines in a family's colour, or filled grey behind without one."""
+    x, y, values = density
+    levels = [level(values, mass) for mass in MASSES]
+    if colour is None:
+        axes.contourf(x, y, values, levels=[*levels, values.max()], colors=GREYS, zorder=0)
+    else:
+        axes.contour(x, y, values, levels=levels, colors=[colour], linewidths=(1.2, 2.2))
 
 
 def show(axes: Axes, images: Tensor, *, columns: int) -> None:

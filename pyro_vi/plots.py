@@ -67,8 +67,9 @@ from torch import Tensor
 from pyro_vi.batches import arguments
 from pyro_vi.comparison import Comparison
 from pyro_vi.fitted import Fit
+from pyro_vi.joint_plots import marginals, pairs
 from pyro_vi.panels import BLOCKS, WIDTH, array, checked, colours, legend, moved, plain, show
-from pyro_vi.posterior_plots import khats, latent_space, marginals, pairs, posteriors
+from pyro_vi.posterior_plots import khats, latent_space, posteriors
 from pyro_vi.program import seeded
 from pyro_vi.sites import Unobserved
 

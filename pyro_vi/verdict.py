@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyro_vi import diagnostics
+from pyro_vi.marginals import scalar_name
 from pyro_vi.tables import short
 
 if TYPE_CHECKING:
@@ -114,10 +115,9 @@ def _held_against(result: Comparison, row: Row) -> str:
         key=lambda one: errors[one[0]].wasserstein[one[1]],
     )
     worst = errors[site]
-    name = f"{site}[{', '.join(map(str, index))}]" if index else site
     return (
-        f" As they are, they are furthest from the reference in {name}: mean"
-        f" {float(worst.mean[index]):+.2f} reference sd, sd {float(worst.sd[index]):+.0%}."
+        f" As they are, they are furthest from the reference in {scalar_name(site, index)}:"
+        f" mean {float(worst.mean[index]):+.2f} reference sd, sd {float(worst.sd[index]):+.0%}."
     )
 
 

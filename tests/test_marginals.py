@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from pyro_vi.marginals import MarginalErrors, marginal_errors, noise_floor
+from pyro_vi.marginals import MarginalErrors, marginal_errors, noise_floor, scalar_name
 
 Array = npt.NDArray[np.float64]
 
@@ -166,6 +166,11 @@ def test_tensors_are_taken_in_float64() -> None:
     for a, b in zip(fields(got), fields(expected), strict=True):
         assert a.dtype == np.float64
         np.testing.assert_array_equal(a, b)
+
+
+def test_names_of_scalars() -> None:
+    names = [scalar_name("z", index) for index in ((), *np.ndindex(2), (0, 12))]
+    assert names == ["z", "z[0]", "z[1]", "z[0, 12]"]
 
 
 def with_constant(index: tuple[int, ...]) -> Array:

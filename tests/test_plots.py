@@ -22,12 +22,10 @@ from matplotlib import _pylab_helpers
 from matplotlib.colors import to_hex
 from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
-from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor
 
 from pyro_vi import compare, plots
 from pyro_vi.comparison import Comparison
-from pyro_vi.densities import curve
 from pyro_vi.diagnostics import khat_threshold
 from pyro_vi.families import FullCovariance, MeanField
 from pyro_vi.fitting import fit
@@ -384,163 +382,6 @@ def test_a_prior_that_is_not_standard_normal_has_no_circles() -> None:
     assert not figure.axes[0].patches and len(legend(figure)) == 2
 
 
-# Joint posteriors: two correlated normals, whose exact posterior the guide can be
-
-
-COVARIANCE = torch.tensor([[1.0, 0.8, 0.0], [0.8, 1.0, 0.0], [0.0, 0.0, 4.0]])
-
-
-def correlated(x: Tensor) -> None:
-    b = pyro.sample("b", dist.MultivariateNormal(torch.zeros(3), COVARIANCE))
-    pyro.deterministic("shifted", b[2] + 10)
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(0.0 * b[0], 1.0), obs=x)
-
-
-def its_posterior(x: Tensor) -> None:
-    still = 0 * pyro.param("unused", torch.zeros(()))
-    pyro.sample("b", dist.MultivariateNormal(torch.zeros(3) + still, COVARIANCE))
-
-
-def far(x: Tensor) -> None:
-    still = 0 * pyro.param("unused", torch.zeros(()))
-    loc = torch.tensor([0.0, 0.0, 6.0]) + still
-    pyro.sample("b", dist.Normal(loc, torch.tensor([1.0, 1.0, 2.0])).to_event(1))
-
-
-@pytest.fixture(scope="module")
-def joint() -> Comparison:
-    draws = dist.MultivariateNormal(torch.zeros(3), COVARIANCE)
-    with pyro.poutine.seed(rng_seed=3):
-        reference = draws.sample((4_000,))
-    return compare(
-        correlated,
-        {"exact": its_posterior, "far": far, "point": AutoDelta(correlated)},
-        X[:5, 0, 0, 0],
-        reference={"b": reference},
-        num_samples=4_000,
-        steps=1,
-        progress=False,
-    )
-
-
-def test_marginals_are_the_densities(joint: Comparison) -> None:
-    figure = drawn(plots.marginals(joint))
-    titles = [axes.get_title() for axes in figure.axes]
-    assert titles[0] == "b[2]" and titles[3] == "shifted", "the furthest first, the unknown last"
-    assert sorted(titles[1:3]) == ["b[0]", "b[1]"]
-    axes = figure.axes[0]
-    exact, other, point = axes.lines
-    for line, mean in ((exact, 0.0), (other, 6.0)):
-        at, density = (np.asarray(values) for values in line.get_data())
-        expected = np.exp(-((at - mean) ** 2) / 8) / math.sqrt(8 * math.pi)
-        np.testing.assert_allclose(density, expected, atol=0.02)
-    value = float(joint.posteriors["point"].draws["b"][0, 2])
-    assert list(np.asarray(point.get_xdata())) == pytest.approx([value, value])
-    assert len(axes.collections) == 1 and not figure.axes[3].collections, "the reference, if known"
-    assert legend(figure) == ["exact", "far", "point", "reference"]
-    assert figure.get_suptitle() == ""
-
-
-def test_marginals_that_are_left_out_are_counted() -> None:
-    def model(x: Tensor) -> None:
-        pyro.sample("many", dist.Normal(torch.zeros(3, 5), 1.0).to_event(2))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
-
-    result = compare(
-        model,
-        {"q": AutoNormal(model), "again": AutoNormal(model)},
-        X[:5, 0, 0, 0],
-        num_samples=40,
-        steps=1,
-        progress=False,
-    )
-    figure = drawn(plots.marginals(result))
-    assert [axes.get_title() for axes in figure.axes][:6] == [
-        *(f"many[0, {i}]" for i in range(5)),
-        "many[1, 0]",
-    ]
-    assert len(figure.axes) == 12
-    assert figure.get_suptitle() == "12 of 15 marginals, in order; 3 are left out"
-    assert len(drawn(plots.pairs(result)).axes) == 10
-
-
-def test_pairs_are_ellipses_of_the_known_area(joint: Comparison) -> None:
-    figure = drawn(plots.pairs(joint))
-    assert len(figure.axes) == 10
-    assert [axes.get_xlabel() for axes in figure.axes[6:]] == ["b[0]", "b[1]", "b[2]", "shifted"]
-    axes = figure.axes[1]
-    assert axes.get_ylabel() == "b[1]" and axes.get_xlim() == figure.axes[0].get_xlim()
-    known, own, other = (c for c in axes.collections if isinstance(c, QuadContourSet))
-    for contour, volume in ((own, 0.6), (other, 1.0)):
-        for level, mass in enumerate((0.9, 0.5)):
-            area, centre = area_and_centre(contour, level)
-            assert area == pytest.approx(-2 * math.pi * math.log(1 - mass) * volume, rel=0.1)
-            np.testing.assert_allclose(centre, 0, atol=0.12)
-    inner, _ = area_and_centre(known, 1)
-    assert inner == pytest.approx(2 * math.pi * math.log(2) * 0.6, rel=0.1)
-    assert len(axes.lines) == 1, "a cross for the family that holds both at a point"
-
-
-def test_heavy_tails_do_not_wreck_densities() -> None:
-    generator = np.random.default_rng(0)
-    draws = generator.normal(size=(4_000, 2))
-    draws[:10] *= 1e6
-    result: Any = SimpleNamespace(
-        is_joint=True,
-        reference={},
-        marginals={},
-        points={},
-        fits={"q": None},
-        posteriors={
-            "q": SimpleNamespace(
-                plate="data",
-                dims={"b": ()},
-                draws={"b": torch.from_numpy(draws)},
-                deterministic={},
-            )
-        },
-    )
-    for axes in drawn(plots.marginals(result)).axes:
-        assert -4 < axes.get_xlim()[0] < axes.get_xlim()[1] < 4
-        assert max(axes.lines[0].get_ydata()) == pytest.approx(0.4, abs=0.03)
-    contour = drawn(plots.pairs(result)).axes[1].collections[0]
-    assert isinstance(contour, QuadContourSet)
-    area, _ = area_and_centre(contour, 0)
-    assert area == pytest.approx(2 * math.pi * math.log(10), rel=0.1)
-
-
-def test_a_density_stays_within_its_bound() -> None:
-    draws = np.random.default_rng(0).exponential(size=4_000)
-    at = np.linspace(-1, 8, 901)
-    density = curve(draws, at)
-    assert (density[at < 0] == 0).all()
-    assert density[np.searchsorted(at, 0.02)] == pytest.approx(1, abs=0.15)  # half without mirrors
-    assert density.sum() * 0.01 == pytest.approx(1, abs=0.02)
-
-
-def test_figures_of_the_other_kind_of_posterior_are_refused(
-    joint: Comparison, frozen: Comparison
-) -> None:
-    for draw in (plots.marginals, plots.pairs):
-        with pytest.raises(ValueError, match="one posterior of all data together, got one of each"):
-            draw(frozen)
-    with pytest.raises(ValueError, match="a posterior of each data point, got one of all data"):
-        plots.latent_space(joint)
-
-    def one(x: Tensor) -> None:
-        pyro.sample("mean", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
-
-    x = X[:5, 0, 0, 0]
-    alone = compare(one, {"q": AutoNormal(one)}, x, num_samples=40, steps=1, progress=False)
-    assert len(drawn(plots.marginals(alone)).axes) == 1
-    with pytest.raises(ValueError, match=r"at least two scalars to draw in pairs, got \['mean'\]"):
-        plots.pairs(alone)
-
-
 # All of them
 
 
@@ -553,7 +394,7 @@ def test_a_family_has_one_colour(frozen: Comparison) -> None:
     assert colours[0] == colours[1] == colours[2] and len(set(colours[0])) == 2
 
 
-def test_pyplot_holds_no_figure(frozen: Comparison, joint: Comparison) -> None:
+def test_pyplot_holds_no_figure(frozen: Comparison) -> None:
     for figure in (
         plots.losses(frozen),
         plots.khats(frozen),
@@ -561,8 +402,6 @@ def test_pyplot_holds_no_figure(frozen: Comparison, joint: Comparison) -> None:
         plots.reconstructions(frozen, X[:1]),
         plots.posteriors(frozen, X[:1], num_samples=50),
         plots.latent_space(frozen),
-        plots.marginals(joint),
-        plots.pairs(joint),
         plots.grid(X),
     ):
         assert isinstance(figure, Figure)
