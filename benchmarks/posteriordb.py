@@ -475,7 +475,7 @@ class Errors:
 
 def errors_of(posterior: Posterior, summary: Mapping[str, Mapping[str, float]]) -> Errors:
     """Errors over all parameters of a reference: mean and sd by name, "mu" or "theta[1]"."""
-    values = {**posterior.draws, **posterior.deterministic}
+    values = posterior.sites
     draws = {name: parameter(values, name) for name in summary}
     ratios = [float(draws[name].std()) / held["sd"] for name, held in summary.items()]
     means = [

@@ -164,7 +164,7 @@ print("The mean-field guide of the non-centred program, corrected: mean ± sd\n"
 print(f"{'':10}{'guide':>16}{'corrected':>16}{'NUTS':>16}")
 for site, label in (("mu", "mu"), ("log_tau", "log tau"), ("theta", "theta, A")):
     cells = []
-    for draws in ({**posterior.draws, **posterior.deterministic}, corrected, reference):
+    for draws in (posterior.sites, corrected, reference):
         values = draws[site].reshape(len(draws[site]), -1)[:, 0]  # of theta, school A's
         cells.append(f"{values.mean():.2f} ± {values.std():.2f}")
     print(f"{label:10}" + "".join(f"{cell:>16}" for cell in cells))
@@ -201,7 +201,7 @@ figure = Figure(figsize=(10, 4.2), layout="constrained")
 panels = figure.subplots(1, 2, sharex=True, sharey=True)
 for axis, (name, result) in zip(panels, results.items(), strict=True):
     gaussian = result.posteriors["full covariance"]
-    own = {**gaussian.draws, **gaussian.deterministic}
+    own = gaussian.sites
     for draws, colour, label in (
         (reference, "0.55", "NUTS"),
         (own, "#D55E00", "full covariance"),

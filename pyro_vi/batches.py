@@ -148,8 +148,7 @@ class Batches:
             if self.total is None or self.batch_size is None:
                 yield self._arguments(self.parts)
                 continue
-            device = next(iter(self.parts.values())).device
-            order = torch.randperm(self.total, generator=generator).to(device)
+            order = torch.randperm(self.total, generator=generator).to(self.device)
             for start in range(0, self.total - self.batch_size + 1, self.batch_size):
                 yield self.rows(order[start : start + self.batch_size])
 

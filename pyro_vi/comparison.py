@@ -84,9 +84,7 @@ class Row:
     khat_median: float = _NAN  # the k-hat itself, where the posterior is joint
     khat_bad: float = _NAN  # share of data points whose k-hat exceeds `khat_threshold(S)`
     ess: float = _NAN  # of the number of draws; median over data points
-    predictive: float = (
-        _NAN  # log predictive density of a test data point, where latents are shared
-    )
+    predictive: float = _NAN  # log predictive density of a test data point; shared latents
     predictive_se: float = _NAN  # over test data points
     predictive_difference: float = _NAN
     predictive_difference_se: float = _NAN
@@ -281,7 +279,7 @@ def compare(
         _row(name, fits[name], posteriors[name], points, predictive, marginals.get(name, {}))
         for name in guides
     ]
-    shared = not _is_trained(fits)
+    shared = not any(fitted.model_is_trained for fitted in fits.values())
     if shared:
         rows = _with_one_evidence(rows, trusted=khat_threshold(num_samples) if joint else None)
     noise = {name: noise_floor(values) for name, values in _common(drawn, posteriors).items()}
@@ -336,7 +334,7 @@ def _reference(samples: dict[str, Tensor], posterior: Posterior, *, raw: bool) -
 
 def _common(drawn: Mapping[str, Array], posteriors: Mapping[str, Posterior]) -> dict[str, Array]:
     """The reference's draws of sites that the posteriors have too."""
-    names = set.union(*({*p.draws, *p.deterministic} for p in posteriors.values()))
+    names = {name for posterior in posteriors.values() for name in posterior.sites}
     common = {name: values for name, values in drawn.items() if name in names}
     if drawn and not common:
         raise ValueError(
@@ -346,10 +344,9 @@ def _common(drawn: Mapping[str, Array], posteriors: Mapping[str, Posterior]) -> 
 
 
 def _marginals(posterior: Posterior, drawn: Mapping[str, Array]) -> dict[str, MarginalErrors]:
-    draws = {**posterior.draws, **posterior.deterministic}
     found = {}
     for name, values in _common(drawn, {"": posterior}).items():
-        own = draws[name].double().numpy()
+        own = posterior.sites[name].double().numpy()
         if own.shape[1:] != values.shape[1:]:
             raise ValueError(
                 f"site {name!r}: expected reference draws of shape (R, {_sizes(own)}), got"
@@ -375,10 +372,6 @@ def _largest(errors: Mapping[str, MarginalErrors]) -> dict[str, Any]:
 def _predicts(posterior: Posterior, guide: Callable[..., Any]) -> bool:
     """Whether the guide can judge other data: an autoguide has no latents for their points."""
     return not (posterior.has_local_latents and is_autoguide(guide))
-
-
-def _is_trained(fits: Mapping[str, Fit]) -> bool:
-    return any(fitted.model_is_trained for fitted in fits.values())
 
 
 def _points(posterior: Posterior) -> PerPoint:
@@ -448,8 +441,9 @@ def _bounds(name: str, posterior: Posterior, points: Mapping[str, PerPoint]) -> 
     evidence = diagnostics.mean_estimate(posterior.evidence())
     elbo = diagnostics.mean_estimate(posterior.elbo())
     if posterior.is_joint:  # observed sites outside the plate too
-        total = sum(v.flatten(1).sum(1) for v in _columns(posterior.log_likelihood))
-        reconstruction = float(torch.as_tensor(total).mean())
+        reconstruction = sum(
+            float(value.sum()) / posterior.num_draws for value in posterior.log_likelihood.values()
+        )
     else:
         reconstruction = float(posterior.pointwise_log_likelihood().mean())
     bound = khat_threshold(posterior.num_draws)
@@ -478,11 +472,6 @@ def _bounds(name: str, posterior: Posterior, points: Mapping[str, PerPoint]) -> 
         bits = -float(evidence.value) / (posterior.num_observed * math.log(2))
         found["bits_per_dim"] = bits
     return found
-
-
-def _columns(values: Mapping[str, Tensor]) -> list[Tensor]:
-    """Values by site with at least one axis beside the draws."""
-    return [value.unsqueeze(-1) for value in values.values()]
 
 
 def _over_points(values: Array) -> Estimate:

@@ -10,7 +10,7 @@ one do not repeat what it gave, all draws are run one by one.
 
 from __future__ import annotations
 
-__all__ = ["NOISE", "check_count", "over_draws"]
+__all__ = ["NOISE", "over_draws"]
 
 import logging
 import warnings
@@ -27,15 +27,6 @@ log = logging.getLogger(__name__)
 Values = dict[str, Tensor]
 
 NOISE = "noise "  # what keys of drawn values start with
-
-
-def check_count(num: object, *, least: int = 1) -> None:
-    """Raises ValueError unless `num` is a whole number of draws, at least `least`."""
-    if isinstance(num, bool) or not isinstance(num, int) or num < least:
-        raise ValueError(
-            f"expected at least {'one' if least == 1 else least} posterior"
-            f" draw{'' if least == 1 else 's'}, got {num!r}"
-        )
 
 
 def over_draws(

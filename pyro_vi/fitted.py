@@ -27,7 +27,7 @@ from pyro_vi import checkpoint
 from pyro_vi.batches import Arguments, Batches, Data, arguments, moved
 from pyro_vi.diagnostics import Estimate
 from pyro_vi.posterior import Posterior
-from pyro_vi.program import Program, State, checked_device, reachable, seeded
+from pyro_vi.program import Program, State, check_count, checked_device, reachable, seeded
 from pyro_vi.scaling import Structure, is_autoguide
 from pyro_vi.scoring import Programs
 from pyro_vi.sites import Unobserved, is_deterministic
@@ -206,7 +206,7 @@ class Fit:
         Raises:
             ValueError: num < 1; latents outside the plate over data points.
         """
-        _check_count("data point to generate", num)
+        check_count("data point to generate", num)
         args, kwargs = self._template_rows(num)
         with seeded(seed), torch.no_grad():
             trace = poutine.trace(Unobserved()(self.model)).get_trace(*args, **kwargs)
@@ -237,7 +237,7 @@ class Fit:
         Returns:
             Draws by observed site, each of shape (S, N, ...).
         """
-        _check_count("predictive draw", num_samples)
+        check_count("predictive draw", num_samples)
         source = self._programs(data)
         posterior = source.posterior(num_samples, seed=seed, local=self.local)
         if is_autoguide(self.guide) and posterior.has_local_latents:
@@ -280,7 +280,7 @@ class Fit:
         Raises:
             ValueError: num < 2; an end that is not one data point.
         """
-        _check_count("points to interpolate", num, least=2)
+        check_count("points to interpolate", num, least=2)
         for name, data in (("start", start), ("end", end)):
             if (total := Batches(data, batch_size=1).total) != 1:
                 raise ValueError(f"expected one data point as {name}, got {total}")
@@ -394,13 +394,6 @@ _PLAIN = (
     "fingerprint",
     "template",
 )
-
-
-def _check_count(what: str, count: object, *, least: int = 1) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < least:
-        raise ValueError(
-            f"expected at least {'one' if least == 1 else least} {what}, got {count!r}"
-        )
 
 
 def _check_frozen(state: State, saved: Mapping[str, Tensor]) -> None:

@@ -36,8 +36,16 @@ from pyro_vi.elbo import told
 from pyro_vi.engine import Engine, Scaling
 from pyro_vi.fitted import Fit
 from pyro_vi.laplace import at_mode, check_mode
-from pyro_vi.program import Program, State, check_seed, checked_device, reachable, seeded
-from pyro_vi.restarts import best_of, check_restarts, disagreement, move
+from pyro_vi.program import (
+    Program,
+    State,
+    check_count,
+    check_seed,
+    checked_device,
+    reachable,
+    seeded,
+)
+from pyro_vi.restarts import best_of, disagreement, move
 from pyro_vi.scaling import PerDataPoint, Structure, check_weight
 from pyro_vi.scoring import is_local
 from pyro_vi.svi import SVI, OneOptimizer
@@ -144,7 +152,7 @@ def fit(
         >>> fitted.losses.shape
         torch.Size([20])
     """
-    check_restarts(restarts)
+    check_count("restart", restarts)
     once = partial(
         _fit_once,
         model,
@@ -272,7 +280,7 @@ def _fit_once(
             state.restore(kept)
         fitted = result()
         if isinstance(guide, AutoLaplaceApproximation):
-            args, kwargs = next(Batches(data, transform=transform, device=where).shuffled())
+            args, kwargs = Batches(data, transform=transform, device=where).whole()
             fitted = at_mode(fitted, *args, **kwargs)
     return fitted
 
@@ -320,7 +328,7 @@ class _Heldout:
                 f" {structure.plate!r}: with a global latent, q(theta | training data) bounds"
                 " nothing on other data"
             )
-        device = next(iter(training.tensors().values())).device
+        device = training.device
         whole = Batches(data, device=device)
         rows = len(next(iter(whole.tensors().values()), ()))
         size = None if training.batch_size is None else max(1, min(training.batch_size, rows))
@@ -344,12 +352,10 @@ class _Heldout:
 
     def _chunks(self) -> Iterable[tuple[tuple[tuple[Any, ...], dict[str, Any]], int]]:
         if self._batches.total is None or self._batches.batch_size is None:
-            yield next(self._batches.shuffled()), self._rows()
+            yield self._batches.whole(), self._rows()
             return
-        device = next(iter(self._batches.parts.values())).device
-        for index in torch.arange(self._batches.total, device=device).split(
-            self._batches.batch_size
-        ):
+        every = torch.arange(self._batches.total, device=self._batches.device)
+        for index in every.split(self._batches.batch_size):
             yield self._batches.rows(index), len(index)
 
     def _rows(self) -> int:
@@ -366,10 +372,9 @@ def _inspect(
 ) -> Structure:
     """One run of the programs on the first rows: builds what is lazy, and checks the rest."""
     if batches.batch_size is None:
-        args, kwargs = next(batches.shuffled())
+        args, kwargs = batches.whole()
     else:
-        device = next(iter(batches.parts.values())).device
-        args, kwargs = batches.rows(torch.arange(batches.batch_size, device=device))
+        args, kwargs = batches.rows(torch.arange(batches.batch_size, device=batches.device))
     try:
         with torch.no_grad(), reachable():
             structure = Structure.of(
@@ -449,8 +454,7 @@ def _check_arguments(
             f"{type(loss).__name__} keeps the programs and scales of its first step: use"
             f" {type(loss).__name__.removeprefix('Jit')}"
         )
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"expected at least one step, got {steps!r}")
+    check_count("step", steps)
     if heldout_every < 1:
         raise ValueError(f"expected heldout_every of at least 1, got {heldout_every}")
     if patience is not None and (heldout is None or patience < 1):

@@ -102,7 +102,7 @@ def datatree(
         return wanted or posterior.plate not in posterior.dims[site]
 
     def draws(one: Posterior) -> dict[str, Tensor]:
-        return {name: values for name, values in _sites(one).items() if kept(name)}
+        return {name: values for name, values in one.sites.items() if kept(name)}
 
     groups: dict[str, dict[str, Any]] = {}
     groups["posterior"] = names.sites(_stacked(draws(one) for one in chains))
@@ -137,7 +137,7 @@ def datatree(
     groups["constant_data"] = names.sites({n: _array(v) for n, v in constants.items()}, sample=())
     groups["fit"] = _fit(posterior, weighed)
 
-    names.check_coords([*groups.values(), names.sites(_stacked([_sites(posterior)]))])
+    names.check_coords([*groups.values(), names.sites(_stacked([posterior.sites]))])
     datasets = {}
     for group, variables in groups.items():
         if variables:
@@ -215,7 +215,6 @@ class _Names:
         self, posterior: Posterior, dims: Mapping[str, Sequence[str]], coords: Mapping[str, Any]
     ) -> None:
         self._plates, self._dims, self._coords = posterior.dims, dims, coords
-        self._sizes: dict[str, int] = {}
         if strangers := sorted(dims.keys() - posterior.dims.keys() - posterior.data()[1].keys()):
             raise ValueError(
                 f"dims are for sites, and there are none named {strangers}: expected some of"
@@ -288,10 +287,6 @@ class _Names:
 def _plain(name: str) -> str:
     """A name as the tree has it: "/" would be a path."""
     return name.replace("/", ".")
-
-
-def _sites(one: Posterior) -> dict[str, Tensor]:
-    return {**one.draws, **one.deterministic}
 
 
 def _stacked(chains: Iterable[Mapping[str, Tensor]]) -> dict[str, npt.NDArray[Any]]:

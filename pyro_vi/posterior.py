@@ -28,8 +28,7 @@ from torch import Tensor
 
 from pyro_vi import diagnostics
 from pyro_vi.diagnostics import Estimate
-from pyro_vi.draws import check_count
-from pyro_vi.program import check_seed
+from pyro_vi.program import check_count, check_seed
 
 if TYPE_CHECKING:
     import xarray
@@ -106,6 +105,11 @@ class Posterior:
     def num_draws(self) -> int:
         """S."""
         return len(self.log_p)
+
+    @property
+    def sites(self) -> Draws:
+        """Values by latent and deterministic site; each (S, *plates, *shape)."""
+        return {**self.draws, **self.deterministic}
 
     @property
     def is_joint(self) -> bool:
@@ -233,13 +237,13 @@ class Posterior:
             ValueError: fewer than one draw; a k-hat of 1 or more.
         """
         num = self.num_draws if num_samples is None else num_samples
-        check_count(num)
+        check_count("posterior draw", num)
         check_seed(seed)
         weights = torch.from_numpy(self.weights())
         generator = torch.Generator().manual_seed(seed)
         index = torch.multinomial(weights.t(), num, replacement=True, generator=generator).t()
         found = {}
-        for name, value in {**self.draws, **self.deterministic}.items():
+        for name, value in self.sites.items():
             if self.is_joint:
                 found[name] = value[index]
             elif self.dims[name][:1] == (self.plate,):
@@ -302,7 +306,7 @@ class Posterior:
         """
         if len(self.restarts) < 2:
             raise ValueError("R-hat compares restarts: fit(..., restarts=4)")
-        chains = [{**one.draws, **one.deterministic} for one in self.restarts]
+        chains = [one.sites for one in self.restarts]
         return {
             name: diagnostics.rhat(np.stack([chain[name].double().numpy() for chain in chains]))
             for name in chains[0]
@@ -324,7 +328,7 @@ class Posterior:
             ValueError: fewer than one draw; a prior that cannot be drawn from (a flat one).
         """
         num = self.num_draws if num_samples is None else num_samples
-        check_count(num)
+        check_count("posterior draw", num)
         assert self.programs is not None
         return self.programs.prior(num, seed=seed)
 

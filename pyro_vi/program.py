@@ -12,13 +12,21 @@ A `Program` is a callable bound to a state. It calls like the original, on its o
 
 from __future__ import annotations
 
-__all__ = ["Program", "State", "check_seed", "checked_device", "reachable", "seeded"]
+__all__ = [
+    "Program",
+    "State",
+    "check_count",
+    "check_seed",
+    "checked_device",
+    "reachable",
+    "seeded",
+]
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
-from functools import partial
+from copy import copy, deepcopy
+from functools import partial, wraps
 from typing import Any
 
 import pyro
@@ -28,7 +36,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pyro_vi.reach import reach
+from pyro_vi.reach import holds_module, reach
 
 
 class State:
@@ -214,7 +222,9 @@ class State:
 class Program:
     """A Pyro callable bound to a state: calls like the original, on its own parameters.
 
-    The original's methods are there too: `fitted.guide.encode(x)`, an autoguide's `median()`.
+    The original's methods are there too: `fitted.guide.encode(x)`, an autoguide's `median()`. The
+    densities of its sites belong to the state as well: a flow asks its networks whenever a density
+    is computed, and that may be after the call, or inside another state.
 
     Args:
         function: the model or guide.
@@ -226,7 +236,7 @@ class Program:
         self.function, self.state, self.name = function, state, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.state.installed():
+        with self.state.installed(), _Bound(self.state):
             return self.function(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -241,6 +251,39 @@ class Program:
     def __repr__(self) -> str:
         kind = getattr(self.function, "__name__", type(self.function).__name__)
         return f"Program({kind}, {sum(t.numel() for t in self.state.tensors().values())} values)"
+
+
+class _Bound(Messenger):
+    """Binds distributions that ask modules, whenever they are asked themselves, to a state."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        self._state = state
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if holds_module(msg["fn"]):
+            msg["fn"] = _bound(msg["fn"], self._state)
+
+
+def _bound(fn: Any, state: State) -> Any:
+    """A distribution whose draws and densities run on a state, of the same type as it was."""
+
+    def within(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with state.installed():
+                return method(*args, **kwargs)
+
+        return run
+
+    fn = copy(fn)
+    expand = fn.expand
+    fn.expand = lambda *args, **kwargs: _bound(expand(*args, **kwargs), state)
+    for name in ("sample", "rsample", "log_prob"):
+        setattr(fn, name, within(getattr(fn, name)))
+    if isinstance(fn, torch.distributions.Independent):
+        fn.base_dist = _bound(fn.base_dist, state)  # its elements' densities are asked for too
+    return fn
 
 
 class _StoreContext(_Context):
@@ -287,17 +330,17 @@ class _Copy:
         for module in modules:
             for parameter in module._parameters.values():
                 if parameter is not None and id(parameter) not in self._memo:
-                    copy = deepcopy(parameter)
-                    copy.grad = None
+                    own = deepcopy(parameter)
+                    own.grad = None
                     for hook in (parameter._backward_hooks or {}).values():
-                        copy.register_hook(hook)
+                        own.register_hook(hook)
                     if device is not None:
-                        copy.data = copy.data.to(device)
-                    self._memo[id(parameter)] = copy
+                        own.data = own.data.to(device)
+                    self._memo[id(parameter)] = own
             for buffer in module._buffers.values():
                 if buffer is not None and id(buffer) not in self._memo:
-                    own = buffer.detach().clone()
-                    self._memo[id(buffer)] = own if device is None else own.to(device)
+                    held = buffer.detach().clone()
+                    self._memo[id(buffer)] = held if device is None else held.to(device)
 
     def attributes(self, module: nn.Module) -> dict[str, Any]:
         return {name: self._value(value) for name, value in module.__dict__.items()}
@@ -357,6 +400,14 @@ def checked_device(device: str | torch.device | None) -> torch.device | None:
             " (torch.cuda.is_available() is False)"
         )
     return found
+
+
+def check_count(what: str, count: object, *, least: int = 1) -> None:
+    """Raises ValueError unless `count` is a whole number, at least `least`."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < least:
+        raise ValueError(
+            f"expected at least {'one' if least == 1 else least} {what}, got {count!r}"
+        )
 
 
 def check_seed(seed: object) -> None:

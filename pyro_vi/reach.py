@@ -7,7 +7,7 @@ its code names. All of these are followed; library code is not.
 
 from __future__ import annotations
 
-__all__ = ["reach"]
+__all__ = ["holds_module", "reach"]
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -59,6 +59,43 @@ def reach(
     # A root found early may sit inside one found later: name each tree once, by its topmost root.
     below = {id(m) for root in found.values() for m in root.modules() if m is not root}
     return {path: module for path, module in found.items() if id(module) not in below}
+
+
+def holds_module(value: Any) -> bool:
+    """Whether an object of any library, such as a distribution, leads to a module.
+
+    Example:
+        >>> import torch
+        >>> normal = torch.distributions.Normal(0.0, 1.0)
+        >>> flow = torch.distributions.TransformedDistribution(normal, [])
+        >>> holds_module(flow)
+        False
+        >>> flow.transforms.append(nn.Linear(1, 1))
+        >>> holds_module(flow)
+        True
+    """
+    visited: set[int] = set()
+    found = [value]
+    while found:
+        value = found.pop()
+        if isinstance(value, nn.Module):
+            return True
+        if id(value) in visited or isinstance(value, (Tensor, ModuleType, type)):
+            continue
+        visited.add(id(value))
+        if isinstance(value, MethodType):
+            found += [value.__self__, value.__func__]
+        elif isinstance(value, FunctionType):
+            found += map(_content, value.__closure__ or ())
+        elif isinstance(value, partial):
+            found += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, dict):
+            found += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            found += value
+        elif hasattr(value, "__dict__"):
+            found += vars(value).values()
+    return False
 
 
 def _held_by(value: Any) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ local optima, or before their end.
 
 from __future__ import annotations
 
-__all__ = ["best_of", "check_restarts", "disagreement", "move"]
+__all__ = ["best_of", "disagreement", "move"]
 
 import math
 from collections.abc import Callable, Sequence
@@ -27,12 +27,6 @@ from pyro_vi.program import Program, State
 from pyro_vi.reach import reach
 
 _ERRORS, _NATS = 4.0, 0.1
-
-
-def check_restarts(restarts: object) -> None:
-    """Raises ValueError unless `restarts` is a whole number of at least 1."""
-    if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 1:
-        raise ValueError(f"expected at least one restart, got {restarts!r}")
 
 
 def move(state: State, model: Callable[..., Any], guide: Callable[..., Any]) -> None:

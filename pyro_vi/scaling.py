@@ -95,7 +95,7 @@ class Structure:
                 f" model's latent sites are {sorted(latent)} (mark auxiliary guide sites with"
                 " infer={'is_auxiliary': True})"
             )
-        frames = [f for trace in (model_trace, guide_trace) for f in _frames(trace, plate)]
+        frames = [f for f in _frames(model_trace, guide_trace) if f.name == plate]
         sizes = {(int(f.size), int(f.full_size or f.size)) for f in frames}
         if len(sizes) > 1:
             raise ValueError(
@@ -194,21 +194,14 @@ class Structure:
     @property
     def plates(self) -> dict[str, int]:
         """The sizes of the vectorized plates that sites stand in, by name."""
-        return {f.name: int(f.size) for f in self._all_frames() if f.vectorized}
+        frames = _frames(self.model_trace, self.guide_trace)
+        return {frame.name: int(frame.size) for frame in frames if frame.vectorized}
 
     @property
     def nesting(self) -> int:
         """Dimensions that the vectorized plates take up: Pyro's `max_plate_nesting`."""
-        return max((-frame.dim for frame in self._all_frames() if frame.vectorized), default=0)
-
-    def _all_frames(self) -> list[Any]:
-        return [
-            frame
-            for trace in (self.model_trace, self.guide_trace)
-            for site in trace.nodes.values()
-            if site["type"] == "sample"
-            for frame in site["cond_indep_stack"]
-        ]
+        frames = _frames(self.model_trace, self.guide_trace)
+        return max((-frame.dim for frame in frames if frame.vectorized), default=0)
 
     def inside_model(self, name: str) -> bool:
         """Whether a site of the model stands inside the plate over data points."""
@@ -298,13 +291,14 @@ def _observed(trace: Trace) -> list[str]:
     ]
 
 
-def _frames(trace: Trace, plate: str) -> list[Any]:
+def _frames(*traces: Trace) -> list[Any]:
+    """Every plate around every sample site."""
     return [
         frame
+        for trace in traces
         for site in trace.nodes.values()
         if site["type"] == "sample"
         for frame in site["cond_indep_stack"]
-        if frame.name == plate
     ]
 
 

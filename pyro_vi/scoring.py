@@ -13,8 +13,7 @@ from __future__ import annotations
 __all__ = ["Programs", "is_local"]
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +27,9 @@ from torch import Tensor
 from pyro_vi import diagnostics
 from pyro_vi.batches import Arguments, Batches, Data
 from pyro_vi.diagnostics import Estimate
-from pyro_vi.draws import NOISE, check_count, over_draws
+from pyro_vi.draws import NOISE, over_draws
 from pyro_vi.posterior import Draws, Posterior
-from pyro_vi.program import Program, reachable, seeded
+from pyro_vi.program import Program, check_count, reachable, seeded
 from pyro_vi.scaling import Structure, is_autoguide, log_prob_rows
 from pyro_vi.sites import Layout, Unobserved, is_delta, is_deterministic, is_discrete
 
@@ -82,7 +81,7 @@ class Programs:
             ValueError: fewer than one draw; a latent that the guide leaves to enumeration; a site
                 scaled by the program.
         """
-        check_count(num_samples)
+        check_count("posterior draw", num_samples)
         batches = Batches(self.data)
         with seeded(seed, batches.device), torch.no_grad():
             if local is None:
@@ -100,7 +99,7 @@ class Programs:
         Raises:
             ValueError: no latents inside the plate, or a guide that draws them jointly.
         """
-        check_count(num_samples)
+        check_count("posterior draw", num_samples)
         batches = Batches(self.data)
         with seeded(seed, batches.device), torch.no_grad():
             whole = batches.whole()
@@ -130,7 +129,7 @@ class Programs:
         Raises:
             ValueError: fewer than two draws; an autoguide with latents of single data points.
         """
-        check_count(num_samples, least=2)
+        check_count("posterior draws", num_samples, least=2)
         batches = Batches(self.data)
         with seeded(seed, batches.device), torch.no_grad():
             whole = batches.whole()
@@ -283,15 +282,12 @@ class Programs:
     def _terms(self, structure: Structure) -> Draws:
         """Values and log probabilities of one run."""
         model, guide = structure.model_trace, structure.guide_trace
-        # A flow asks its networks when a density is computed: they must be the program's own, and
-        # no other's, for a frozen model may come from a fit that trained this guide too.
-        found: Draws = {}
-        with _installed(self.guide):
-            guide.compute_log_prob()
-        with _installed(self.model):
-            model.compute_log_prob()
-            for name in structure.observed:
-                found[f"likelihood {name}"] = self._elements(model.nodes[name]).double()
+        guide.compute_log_prob()
+        model.compute_log_prob()
+        found: Draws = {
+            f"likelihood {name}": self._elements(model.nodes[name]).double()
+            for name in structure.observed
+        }
         for name in structure.proposed:
             if _is_noise(guide.nodes[name]):
                 found[f"{NOISE}{name}"] = guide.nodes[name]["value"]
@@ -383,10 +379,9 @@ class Programs:
         args, kwargs = batches.whole()
 
         def run(fixed: Draws) -> Draws:
-            with _installed(self.model):
-                with _At(fixed):
-                    trace = poutine.trace(Unobserved()(self.model)).get_trace(*args, **kwargs)
-                found: Draws = {"log p": trace.log_prob_sum()}
+            with _At(fixed):
+                trace = poutine.trace(Unobserved()(self.model)).get_trace(*args, **kwargs)
+            found: Draws = {"log p": trace.log_prob_sum()}
             for name, site in trace.nodes.items():
                 if site["type"] != "sample" or site_is_subsample(site):
                     continue
@@ -412,16 +407,6 @@ def is_local(structure: Structure, guide: Callable[..., Any]) -> bool:
     """
     vectorised = structure.plate in structure.plates
     return structure.is_local and vectorised and not is_autoguide(guide)
-
-
-@contextmanager
-def _installed(program: Callable[..., Any]) -> Iterator[None]:
-    """The states that a fitted program is bound to, for more than one call of it."""
-    with ExitStack() as stack:
-        while isinstance(program, Program):
-            stack.enter_context(program.state.installed())
-            program = program.function
-        yield
 
 
 class _At(Messenger):

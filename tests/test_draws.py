@@ -41,11 +41,12 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_vi import draws, scoring
-from pyro_vi.draws import NOISE, check_count, over_draws
+from pyro_vi.draws import NOISE, over_draws
 from pyro_vi.families import FullCovariance, LowRank, MeanField
 from pyro_vi.flows import Flow
 from pyro_vi.guides import Encoder
 from pyro_vi.models import VAE
+from pyro_vi.program import check_count
 from pyro_vi.scoring import Programs
 
 torch.set_num_threads(1)
@@ -479,7 +480,7 @@ def test_draws_in_parts_are_independent() -> None:
 @pytest.mark.parametrize("num", [0, -3, True, 1.0, "2", None])
 def test_impossible_counts(num: Any) -> None:
     with pytest.raises(ValueError, match=f"at least one posterior draw, got {num!r}"):
-        check_count(num)
+        check_count("posterior draw", num)
     with pytest.raises(ValueError, match="at least 2 posterior draws, got 1"):
-        check_count(1, least=2)
-    check_count(1)
+        check_count("posterior draws", 1, least=2)
+    check_count("posterior draw", 1)

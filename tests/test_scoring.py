@@ -14,7 +14,7 @@ import pyro.poutine as poutine
 import pytest
 import torch
 from programs import global_and_local, normal_mean
-from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
@@ -401,6 +401,38 @@ def test_a_guide_that_an_earlier_fit_trained_too_is_scored_by_its_last_fit() -> 
         torch.testing.assert_close(
             posterior.log_likelihood["x"].flatten(), likelihood.double(), atol=1e-3, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("particles", [1, 2])
+def test_a_guide_is_trained_against_the_flow_prior_of_a_frozen_model(particles: int) -> None:
+    """The flow asks its networks in the loss, after the frozen model has run."""
+    prior = Flow(2, 1)
+
+    def model(x: Tensor) -> None:
+        pyro.module("prior", prior)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior(x.new_zeros(len(x), 1)))
+            pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+
+    x = 4 + torch.randn(40, 2)
+    guide = Encoder((2,), MeanField(2, 8))
+    first = fit(model, guide, x, optim=partial(torch.optim.Adam, lr=0.05), steps=100)
+    loss = Trace_ELBO(num_particles=particles, vectorize_particles=particles > 1)
+    still = partial(torch.optim.SGD, lr=0.0)
+    last = fit(first.model, guide, x, loss=loss, optim=still, steps=400)
+    posterior = last.posterior(x, 400)
+    z = posterior.draws["z"]
+    context = torch.zeros(400, 40, 1)
+    with first.model.state.installed():
+        trained = prior(context).log_prob(z).detach()
+    assert (trained - prior(context).log_prob(z).detach()).abs().mean() > 0.5
+    likelihood = dist.Normal(z, 0.5).to_event(1).log_prob(x)
+    torch.testing.assert_close(
+        posterior.log_p, (trained + likelihood).double(), rtol=1e-4, atol=1e-3
+    )
+    expected = (trained + likelihood - posterior.log_q).mean()
+    spread = float(last.losses.std()) / math.sqrt(len(last.losses))
+    assert -float(last.losses.mean()) == pytest.approx(float(expected), abs=6 * spread)
 
 
 def test_a_guide_of_parameters_is_scored_beside_a_frozen_model_of_parameters() -> None:
