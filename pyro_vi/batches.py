@@ -114,6 +114,12 @@ class Batches:
         """The arguments made of all data."""
         return self._arguments(self.parts)
 
+    def first(self) -> Arguments:
+        """The arguments made of the first batch, in the order of the data."""
+        if self.batch_size is None:
+            return self.whole()
+        return self.rows(torch.arange(self.batch_size, device=self.device))
+
     def count(self) -> int:
         """Data points along the first axis of every part.
 

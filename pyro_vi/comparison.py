@@ -39,7 +39,6 @@ from pyro_vi.fitting import fit
 from pyro_vi.marginals import MarginalErrors, marginal_errors, noise_floor
 from pyro_vi.posterior import Posterior
 from pyro_vi.program import checked_device, seeded
-from pyro_vi.scaling import is_autoguide
 
 _MIN_DRAWS = 21  # fewer have no tail to fit a k-hat to
 
@@ -273,7 +272,7 @@ def compare(
     predictive = {
         name: fitted.log_predictive_density(judged["test"], num_samples, seed=seed).value
         for name, fitted in fits.items()
-        if joint and "test" in judged and _predicts(posteriors[name], guides[name])
+        if joint and "test" in judged and fitted.amortized
     }
     rows = [
         _row(name, fits[name], posteriors[name], points, predictive, marginals.get(name, {}))
@@ -367,11 +366,6 @@ def _largest(errors: Mapping[str, MarginalErrors]) -> dict[str, Any]:
         values = np.concatenate([np.ravel(getattr(error, name)) for error in errors.values()])
         largest[row] = float(values[np.abs(values).argmax()])
     return largest
-
-
-def _predicts(posterior: Posterior, guide: Callable[..., Any]) -> bool:
-    """Whether the guide can judge other data: an autoguide has no latents for their points."""
-    return not (posterior.has_local_latents and is_autoguide(guide))
 
 
 def _points(posterior: Posterior) -> PerPoint:

@@ -23,9 +23,11 @@ are.
 """
 
 __all__ = [
+    "RHAT_THRESHOLD",
     "Estimate",
     "active_units",
     "elbo",
+    "finite",
     "importance_ess",
     "khat_threshold",
     "kl_to_posterior",
@@ -45,6 +47,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+RHAT_THRESHOLD = 1.05  # across restarts; independent draws of one answer are far below
 
 Array = npt.NDArray[np.float64]
 
@@ -216,7 +220,7 @@ def rhat(draws: npt.ArrayLike) -> Array:
         >>> rhat(draws) > 1.01
         array([False,  True,  True])
     """
-    values = _finite("draws", draws)
+    values = finite("draws", draws)
     if values.ndim < 2 or values.shape[0] < 2 or values.shape[1] < 4:
         raise ValueError(
             "draws: expected shape (C, S, ...) with at least 2 chains and 4 draws, got "
@@ -438,7 +442,7 @@ def active_units(draws: npt.ArrayLike, *, threshold: float = 0.01) -> npt.NDArra
         >>> active_units(z)
         array([ True, False])
     """
-    values = _finite("draws", draws)
+    values = finite("draws", draws)
     if values.ndim != 3 or min(values.shape[:2]) < 2:
         raise ValueError(
             "draws: expected shape (S, N, d) with at least 2 draws and 2 data points, got"
@@ -471,7 +475,7 @@ def paired_difference(a: npt.ArrayLike, b: npt.ArrayLike) -> Estimate:
         >>> float(paired_difference([1.0, 5.0, 9.0], [0.0, 3.0, 6.0]).value)
         2.0
     """
-    first, second = _finite("a", a), _finite("b", b)
+    first, second = finite("a", a), finite("b", b)
     if first.ndim != 1 or first.shape != second.shape or first.size < 2:
         raise ValueError(
             "a, b: expected the same shape (N,) with N >= 2 data points, "
@@ -496,7 +500,7 @@ def _numbers(name: str, values: npt.ArrayLike) -> Array:
     return array.astype(np.float64, copy=False)
 
 
-def _finite(name: str, values: npt.ArrayLike) -> Array:
+def finite(name: str, values: npt.ArrayLike) -> Array:
     """`values` as a float64 array without NaN or infinity."""
     array = _numbers(name, values)
     bad = array.size - int(np.isfinite(array).sum())

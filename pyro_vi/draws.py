@@ -64,11 +64,11 @@ def over_draws(
     try:
         found = _vectorised(run, num, given, at_once)
     except Exception as error:  # whatever it is, the runs one by one meet it too or do not need it
-        log.debug("draws are run one by one: %s", error)
+        log.info("draws are run one by one: %s", error)
     else:
         if _repeats(run, found, given, num, at_once or num):
             return found
-        log.debug("draws are run one by one: vectorised, they come out otherwise")
+        log.info("draws are run one by one: vectorised, they come out otherwise")
     return _one_by_one(run, num, given)
 
 

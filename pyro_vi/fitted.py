@@ -28,7 +28,7 @@ from pyro_vi.batches import Arguments, Batches, Data, arguments, moved
 from pyro_vi.diagnostics import Estimate
 from pyro_vi.posterior import Posterior
 from pyro_vi.program import Program, State, check_count, checked_device, reachable, seeded
-from pyro_vi.scaling import Structure, is_autoguide
+from pyro_vi.scaling import Structure
 from pyro_vi.scoring import Programs
 from pyro_vi.sites import Unobserved, is_deterministic
 
@@ -51,8 +51,10 @@ class Fit:
         plate: the name of the plate over data points.
         plates: the size of every vectorized plate that a sample site stands in, by name; that of
             the plate over data points is the number of all training points.
-        local: whether every site stands inside the plate over data points, and the guide is no
-            autoguide: then other data can be scored too.
+        amortized: whether the programs take each data point by itself, given the shared latents
+            (`pyro_vi.amortization`): then other data get latents and predictions too.
+        local: whether they do, and every site stands inside the plate over data points: then each
+            data point has a posterior of its own.
         model_is_trained: whether the model had parameters to train.
         fingerprint: a checksum of the training data where the posterior is theirs alone; None where
             it is not, or where a transform stood between data and programs.
@@ -72,6 +74,7 @@ class Fit:
     parameters: int
     plate: str
     plates: dict[str, int]
+    amortized: bool
     local: bool
     model_is_trained: bool
     fingerprint: int | None
@@ -90,9 +93,6 @@ class Fit:
         Where every latent belongs to a single data point, the data are any, and each data point
         has a posterior. With a latent that the data points share, or an autoguide, there is one
         posterior, of the data that the guide was fitted to.
-
-        In the first case data points are scored some at a time, and the programs must treat each by
-        itself: neither normalise by the batch, nor keep a parameter for each row of it.
 
         Args:
             data: as `fit` takes them, N data points.
@@ -139,6 +139,8 @@ class Fit:
             ValueError: fewer than one draw; no latents of single data points, or a guide that
                 draws them jointly.
         """
+        if not self.amortized:
+            self._check_fitted_to(data)
         return self._programs(data).given_globals(num_samples, seed=seed)
 
     def log_predictive_density(
@@ -149,8 +151,7 @@ class Fit:
             log 1/S sum_s p(x_n, z_ns | theta_s) / q(z_ns | x_n, theta_s),
             theta_s ~ q(theta),    z_ns ~ q(z_n | x_n, theta_s),
 
-        where theta are the latents that data points share, and z those of single ones, if any. The
-        guide is called on these data: where its q(theta) reads them, it has seen them.
+        where theta are the latents that data points share, and z those of single ones, if any.
 
         Args:
             data: as `fit` takes them, N data points.
@@ -161,9 +162,14 @@ class Fit:
             The estimate in nats and its Monte Carlo standard error, (N,) each.
 
         Raises:
-            ValueError: fewer than two draws; an autoguide with latents of single data points,
-                which has none for other data.
+            ValueError: fewer than two draws; a guide that has latents for its training data alone,
+                or whose shared latents read the data.
         """
+        if not self.amortized:
+            raise ValueError(
+                "the guide's latents belong to the data it was fitted to: it keeps a parameter for"
+                " each data point, or its shared latents read the data; it has none for other data"
+            )
         return self._programs(data).log_predictive_density(num_samples, seed=seed)
 
     def _programs(self, data: Data) -> Programs:
@@ -239,9 +245,9 @@ class Fit:
         """
         check_count("predictive draw", num_samples)
         source = self._programs(data)
-        posterior = source.posterior(num_samples, seed=seed, local=self.local)
-        if is_autoguide(self.guide) and posterior.has_local_latents:
+        if not self.amortized:
             self._check_fitted_to(data)
+        posterior = source.posterior(num_samples, seed=seed, local=self.local)
         return posterior.predictive(seed=seed + 1)
 
     def decode(
@@ -389,6 +395,7 @@ _PLAIN = (
     "parameters",
     "plate",
     "plates",
+    "amortized",
     "local",
     "model_is_trained",
     "fingerprint",

@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
+from pyro_vi.amortization import Rows
 from pyro_vi.batches import Batches, Data
 from pyro_vi.elbo import told
 from pyro_vi.engine import Engine, Scaling
@@ -47,7 +48,6 @@ from pyro_vi.program import (
 )
 from pyro_vi.restarts import best_of, disagreement, move
 from pyro_vi.scaling import PerDataPoint, Structure, check_weight
-from pyro_vi.scoring import is_local
 from pyro_vi.svi import SVI, OneOptimizer
 
 log = logging.getLogger(__name__)
@@ -371,10 +371,7 @@ def _inspect(
     plate: str,
 ) -> Structure:
     """One run of the programs on the first rows: builds what is lazy, and checks the rest."""
-    if batches.batch_size is None:
-        args, kwargs = batches.whole()
-    else:
-        args, kwargs = batches.rows(torch.arange(batches.batch_size, device=batches.device))
+    args, kwargs = batches.first()
     try:
         with torch.no_grad(), reachable():
             structure = Structure.of(
@@ -414,9 +411,17 @@ def _result(
     batches: Batches,
 ) -> Fit:
     trained = sum(tensor.numel() for tensor in state.parameters().values())
-    local = is_local(structure, guide)
     trains_model = structure.trains_model  # asked before gradients are turned off
     state.freeze()
+    rows = Rows.of(structure, model, guide, batches.first())
+    split = batches.batch_size is not None and batches.batch_size != batches.total
+    if not rows.amortized and (split or history.heldout):
+        warnings.warn(
+            "the programs give some data points other densities by themselves than among the rest"
+            " of their batch (a parameter for each row, a normalisation over the batch, or shared"
+            " latents whose guide reads the data): minibatches and held-out bounds are biased",
+            stacklevel=4,
+        )
     return Fit(
         model=Program(model, state, "model"),
         guide=Program(guide, state, "guide"),
@@ -427,13 +432,14 @@ def _result(
         seconds=history.seconds,
         parameters=trained,
         model_is_trained=trains_model,
+        amortized=rows.amortized,
         plate=structure.plate,
         plates={
             name: structure.total if name == structure.plate else size
             for name, size in structure.plates.items()
         },
-        local=local,
-        fingerprint=None if local or batches.transform else batches.fingerprint(),
+        local=rows.local,
+        fingerprint=None if rows.local or batches.transform else batches.fingerprint(),
         template=batches.head(2),
     )
 

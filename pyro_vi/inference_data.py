@@ -22,6 +22,7 @@ import importlib
 import importlib.metadata
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from pyro_vi import checkpoint
 from pyro_vi._version import __version__
+from pyro_vi.diagnostics import RHAT_THRESHOLD
 from pyro_vi.program import check_seed
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ def datatree(
     posterior: Posterior,
     *,
     local: bool | None = None,
+    restarts: bool = True,
     dims: Mapping[str, Sequence[str]] | None = None,
     coords: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -65,6 +68,7 @@ def datatree(
             data point has a posterior of its own; by default they are left out there, and the
             groups posterior, prior and those of predictions with them. Where the weights are
             joint, False leaves out the latents of single data points.
+        restarts: whether each restart of the fit is a chain; else the best is the only one.
         dims: names of all of a site's axes but draws, by site, instead of those above.
         coords: labels by axis name; by default 0, 1, 2, ....
         seed: of predictive and prior draws.
@@ -77,6 +81,9 @@ def datatree(
         ValueError: a site named like an axis, two sites whose names become one, an axis named like
             a sample axis, names or labels of another number than a site or an axis has, or for
             sites or axes that are none; a seed that is none.
+
+    Warns:
+        UserWarning: restarts that disagree, by R-hat.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -94,7 +101,13 @@ def datatree(
     import xarray
 
     check_seed(seed)
-    chains = posterior.restarts or (posterior,)
+    chains = (restarts and posterior.restarts) or (posterior,)
+    if len(chains) > 1 and (worst := _rhat(posterior)) > RHAT_THRESHOLD:
+        warnings.warn(
+            f"R-hat across restarts is up to {worst:.2f}: the chains are draws of different"
+            " posteriors, the best fit's and worse ones; restarts=False takes the best alone",
+            stacklevel=3,
+        )
     wanted = posterior.is_joint if local is None else local
     names = _Names(posterior, dims or {}, coords or {})
 
@@ -287,6 +300,12 @@ class _Names:
 def _plain(name: str) -> str:
     """A name as the tree has it: "/" would be a path."""
     return name.replace("/", ".")
+
+
+def _rhat(posterior: Posterior) -> float:
+    """The largest R-hat across restarts; 0 where all are NaN, as of values that do not vary."""
+    values = [np.ravel(one) for one in posterior.rhat().values()]
+    return float(np.nan_to_num(np.concatenate(values), nan=0.0).max())
 
 
 def _stacked(chains: Iterable[Mapping[str, Tensor]]) -> dict[str, npt.NDArray[Any]]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pyro_vi.diagnostics import _finite
+from pyro_vi.diagnostics import finite
 
 Array = npt.NDArray[np.float64]
 
@@ -151,7 +151,7 @@ def scalar_name(site: str, index: tuple[int, ...]) -> str:
 
 def _draws(name: str, values: npt.ArrayLike, *, minimum: int = 2) -> Array:
     """Draws as a finite float64 array, at least `minimum` of them on the first axis."""
-    array = _finite(name, values)
+    array = finite(name, values)
     if array.ndim == 0 or len(array) < minimum:
         raise ValueError(
             f"{name}: expected at least {minimum} draws on the first axis, got shape {array.shape}"

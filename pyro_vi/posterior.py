@@ -46,8 +46,8 @@ class Loo:
     Attributes:
         elpd: sum of the log predictive densities of N observations, nats.
         se: its standard error over observations; NaN for one.
-        pointwise: log p(y_n | all others), nats; (N,).
-        khat: Pareto k-hat of each observation's weights; (N,).
+        pointwise: log p(y_n | all others), nats; (N,), NaN where observations are masked.
+        khat: Pareto k-hat of each observation's weights; likewise.
     """
 
     elpd: float
@@ -69,14 +69,17 @@ class Posterior:
         log_p: log p(x, z) in nats, float64; (S, N), or (S,) where the weights are joint.
         log_q: log q(z | x) in nats, float64; likewise.
         log_likelihood: log p(x | z) in nats by observed site, float64; (S, *plates). A site in no
-            plate is told apart by element where its dimensions were declared by `to_event`.
+            plate is told apart by element where its dimensions were declared by `to_event`. What
+            is masked has a log-likelihood of 0.
+        masks: which observations count, by observed site that is masked; each (*plates).
         plates: sizes of the plates by name.
         dims: by latent, deterministic and observed site, the plates of its first axes.
         plate: the name of the plate over data points.
-        num_observed: observed values in a data point, or in all data if the weights are joint.
+        num_observed: observed values in all data if the weights are joint; else in a data point,
+            their mean where some are masked.
         discrete: whether all observed values are discrete.
-        point: latent sites that the guide holds at one value (AutoDelta): there is no density and
-            no bound.
+        point: latent sites that the guide holds at a value (AutoDelta), or that follow from fewer
+            numbers than they have: there is no density and no bound.
         restarts: one posterior for each restart of a fit with several, this one among them.
         training: loss, reconstruction and kl by step of the fit, (steps,) each.
         programs: the model, the guide and the data, to draw predictions from.
@@ -87,10 +90,11 @@ class Posterior:
     log_p: Tensor
     log_q: Tensor
     log_likelihood: Draws
+    masks: Draws
     plates: dict[str, int]
     dims: dict[str, tuple[str, ...]]
     plate: str
-    num_observed: int
+    num_observed: float
     discrete: bool
     point: tuple[str, ...]
     restarts: tuple[Posterior, ...] = ()
@@ -130,8 +134,9 @@ class Posterior:
         """
         if self.point:
             raise ValueError(
-                f"the guide holds {list(self.point)} at a point: q has no density there, so that"
-                " there are no bound, evidence or k-hat"
+                f"the guide holds {list(self.point)} at a point, or makes them of fewer numbers"
+                " than they have: q has no density there, so that there are no bound, evidence or"
+                " k-hat"
             )
         return (self.log_p - self.log_q).numpy()
 
@@ -260,7 +265,8 @@ class Posterior:
             `Loo`; its k-hats say for which observations to believe it.
 
         Raises:
-            ValueError: weights of single data points, whose posteriors leave nothing out.
+            ValueError: weights of single data points, whose posteriors leave nothing out; an
+                observation that is impossible under some draws; a model without observations.
 
         Warns:
             UserWarning: a k-hat above `diagnostics.khat_threshold(S)`.
@@ -276,24 +282,49 @@ class Posterior:
                 "leave-one-out needs a latent that the data points share: here each has its own"
                 " posterior, and nothing is left out of the others'"
             )
-        likelihood = self.pointwise_log_likelihood().numpy()
+        if not self.log_likelihood:
+            raise ValueError("leave-one-out needs observations, but the model has none")
+        counted = self._observed().numpy()
+        likelihood = self.pointwise_log_likelihood().numpy()[:, counted]
+        if excluded := int(np.isneginf(likelihood).any(0).sum()):
+            raise ValueError(
+                f"{excluded} of {counted.sum()} observations are impossible under some draws (a"
+                " log-likelihood of -inf): what these draws would weigh without them is not known"
+            )
         log_v = self.log_weights[:, None] - likelihood
         smoothed = diagnostics.psis(log_v)
-        pointwise = np.asarray(np.logaddexp.reduce(smoothed + likelihood, axis=0))
-        khat, bound = diagnostics.pareto_khat(log_v), diagnostics.khat_threshold(self.num_draws)
-        if (bad := int((khat > bound).sum())) > 0:
+        elpd = np.asarray(np.logaddexp.reduce(smoothed + likelihood, axis=0))
+        found, bound = diagnostics.pareto_khat(log_v), diagnostics.khat_threshold(self.num_draws)
+        if (bad := int((found > bound).sum())) > 0:
             warnings.warn(
-                f"k-hat is above {bound:.2f} for {bad} of {khat.size} observations: leave-one-out"
+                f"k-hat is above {bound:.2f} for {bad} of {found.size} observations: leave-one-out"
                 " densities are unreliable there",
                 stacklevel=2,
             )
-        spread = pointwise.std(ddof=1) if pointwise.size > 1 else math.nan
+        spread = elpd.std(ddof=1) if elpd.size > 1 else math.nan
+        pointwise, khat = np.full((2, counted.size), math.nan)
+        pointwise[counted], khat[counted] = elpd, found
         return Loo(
-            elpd=float(pointwise.sum()),
-            se=float(math.sqrt(pointwise.size) * spread),
+            elpd=float(elpd.sum()),
+            se=float(math.sqrt(elpd.size) * spread),
             pointwise=pointwise,
             khat=khat,
         )
+
+    def _observed(self) -> Tensor:
+        """Which columns of the pointwise log-likelihood are not masked as a whole; (N,)."""
+        masks = {
+            name: self.masks.get(name, torch.ones(value.shape[1:], dtype=torch.bool))
+            for name, value in self.log_likelihood.items()
+        }
+        inside = [
+            mask.reshape(len(mask), -1).any(1)
+            for name, mask in masks.items()
+            if self.dims[name][:1] == (self.plate,)
+        ]
+        if inside:
+            return torch.stack(inside).any(0)
+        return torch.cat([mask.flatten() for mask in masks.values()])
 
     def rhat(self) -> dict[str, Array]:
         """R-hat across restarts, by latent and deterministic site; each of the site's shape.

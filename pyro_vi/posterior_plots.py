@@ -295,7 +295,7 @@ def _log_joint(fit: Fit, images: Tensor, latents: Mapping[str, Tensor]) -> Tenso
         trace = poutine.trace(program).get_trace(moved(fit, images))
         trace.compute_log_prob()
         rows = [
-            log_prob_rows(site, fit.plate).double()
+            log_prob_rows(site, fit.plate)
             for site in trace.nodes.values()
             if site["type"] == "sample" and not site_is_subsample(site)
         ]

@@ -432,10 +432,10 @@ def check_weight(weight: float) -> float:
 
 
 def log_prob_rows(site: Mapping[str, Any], plate: str) -> Tensor:
-    """A site's log probability per data point, all other dimensions summed; shape (B,)."""
+    """A site's log probability per data point, float64, all other dimensions summed; (B,)."""
     frame = next(frame for frame in site["cond_indep_stack"] if frame.name == plate)
     log_prob = site["log_prob"]
     rows = torch.as_tensor(log_prob).expand(
         torch.broadcast_shapes(log_prob.shape, (frame.size,) + (1,) * (-frame.dim - 1))
     )
-    return rows.movedim(frame.dim, 0).reshape(frame.size, -1).sum(-1)
+    return rows.movedim(frame.dim, 0).reshape(frame.size, -1).sum(-1, dtype=torch.float64)

@@ -10,28 +10,38 @@ them are taken at a time, so that memory is bounded.
 
 from __future__ import annotations
 
-__all__ = ["Programs", "is_local"]
+__all__ = ["Programs"]
 
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyro_vi import diagnostics
+from pyro_vi.amortization import Rows
 from pyro_vi.batches import Arguments, Batches, Data
 from pyro_vi.diagnostics import Estimate
 from pyro_vi.draws import NOISE, over_draws
 from pyro_vi.posterior import Draws, Posterior
 from pyro_vi.program import Program, check_count, reachable, seeded
-from pyro_vi.scaling import Structure, is_autoguide, log_prob_rows
-from pyro_vi.sites import Layout, Unobserved, is_delta, is_deterministic, is_discrete
+from pyro_vi.scaling import Structure, log_prob_rows
+from pyro_vi.sites import (
+    At,
+    Layout,
+    Unobserved,
+    is_delta,
+    is_deterministic,
+    is_discrete,
+    is_noise,
+)
 
 _VALUES = 2**22  # numbers that all sites hold, over the draws evaluated at once
 _WIDTH = 128  # numbers that a data point is taken to need at least, in hidden layers
@@ -84,11 +94,12 @@ class Programs:
         check_count("posterior draw", num_samples)
         batches = Batches(self.data)
         with seeded(seed, batches.device), torch.no_grad():
+            whole = batches.whole()
             if local is None:
-                local = is_local(self._structure(batches.whole()), self.guide)
+                structure = self._structure(whole)
+                local = Rows.of(structure, self.model, self.guide, whole).local
             if local and batches.length is not None:
                 return self._by_rows(batches, batches.length, num_samples)
-            whole = batches.whole()
             structure = self._structure(whole)
             found = self._scores(whole, num_samples, size=_size(structure))
             return self._posterior(structure, found, local=local)
@@ -111,7 +122,7 @@ class Programs:
                     f"expected latents of single data points, inside plate {self.plate!r}, but"
                     f" {structure.latents} stand outside it"
                 )
-            noise = [name for name in structure.proposed if _is_noise(trace.nodes[name])]
+            noise = [name for name in structure.proposed if is_noise(trace.nodes[name])]
             shared = [name for name in noise if not structure.inside_guide(name)]
             if noise and shared == noise:
                 raise ValueError(
@@ -273,7 +284,7 @@ class Programs:
         """
 
         def run(fixed: Draws) -> Draws:
-            with _At(fixed):
+            with At(fixed):
                 structure = self._structure(arguments)
             return self._terms(structure)
 
@@ -284,12 +295,14 @@ class Programs:
         model, guide = structure.model_trace, structure.guide_trace
         guide.compute_log_prob()
         model.compute_log_prob()
-        found: Draws = {
-            f"likelihood {name}": self._elements(model.nodes[name]).double()
-            for name in structure.observed
-        }
+        found: Draws = {}
+        for name in _observations(structure):
+            found[f"likelihood {name}"] = self._elements(model.nodes[name]).double()
+            if (mask := _mask(model.nodes[name])) is not None:
+                layout = Layout.of(model.nodes[name], plate=self.plate, density=True)
+                found[f"mask {name}"] = layout.ordered(mask)
         for name in structure.proposed:
-            if _is_noise(guide.nodes[name]):
+            if is_noise(guide.nodes[name]):
                 found[f"{NOISE}{name}"] = guide.nodes[name]["value"]
         found |= self._values(structure, "latent", structure.latents)
         found |= self._values(structure, "deterministic", structure.deterministic)
@@ -302,7 +315,7 @@ class Programs:
                 term = (
                     log_prob_rows(site, self.plate) if inside else site["log_prob"].double().sum()
                 )
-                found[key] = found.get(key, 0) + term.double()
+                found[key] = found.get(key, 0) + term
         return found
 
     def _values(self, structure: Structure, kind: str, names: list[str]) -> Draws:
@@ -315,7 +328,7 @@ class Programs:
     def _elements(self, site: Any) -> Tensor:
         """The log likelihood of each observation at a site, plates in order."""
         fn = site["fn"]
-        alone = not site["cond_indep_stack"] and site["mask"] is None
+        alone = not site["cond_indep_stack"] and _mask(site) is None
         if alone and isinstance(fn, torch.distributions.Independent):
             return fn.base_dist.log_prob(site["value"])
         return Layout.of(site, plate=self.plate, density=True).ordered(site["log_prob"])
@@ -329,7 +342,8 @@ class Programs:
     def _posterior(self, structure: Structure, found: Draws, *, local: bool) -> Posterior:
         latents, dims = _named(found, "latent "), self._plates(structure)
         num = len(next(iter(found.values())))
-        sites = [structure.model_trace.nodes[name] for name in structure.observed]
+        sites = {name: structure.model_trace.nodes[name] for name in structure.observed}
+        masks = {name: mask.any(0) for name, mask in _named(found, "mask ").items()}
         inside = {side: found.get(f"{side} inside") for side in "pq"}
         rows = next((value.shape[1] for value in inside.values() if value is not None), 1)
         log = {
@@ -347,17 +361,25 @@ class Programs:
             log_p=log["p"],
             log_q=log["q"],
             log_likelihood=_named(found, "likelihood "),
+            masks=masks,
             plates={**structure.plates, **({self.plate: rows} if inside["p"] is not None else {})},
             dims=dims,
             plate=self.plate,
-            num_observed=sum(site["value"].numel() for site in sites)
-            // (structure.batch if local else 1),
-            discrete=bool(sites) and all(is_discrete(site["fn"]) for site in sites),
-            point=tuple(
-                name
-                for name, value in latents.items()
-                if not (local and self.plate not in dims[name])  # shared ones are given there
-                and _is_point(structure.guide_trace, name, value)
+            num_observed=sum(site["value"].numel() for site in sites.values())
+            / (structure.batch if local else 1)
+            - sum(
+                int((~mask).sum()) * sites[name]["fn"].event_shape.numel()
+                for name, mask in masks.items()
+            )
+            / (rows if local else 1),
+            discrete=bool(sites) and all(is_discrete(site["fn"]) for site in sites.values()),
+            point=_points(
+                structure,
+                {  # shared ones are given where weights are of single data points
+                    name: value
+                    for name, value in latents.items()
+                    if not local or self.plate in dims[name]
+                },
             ),
             programs=self,
         )
@@ -379,7 +401,7 @@ class Programs:
         args, kwargs = batches.whole()
 
         def run(fixed: Draws) -> Draws:
-            with _At(fixed):
+            with At(fixed):
                 trace = poutine.trace(Unobserved()(self.model)).get_trace(*args, **kwargs)
             found: Draws = {"log p": trace.log_prob_sum()}
             for name, site in trace.nodes.items():
@@ -399,43 +421,57 @@ class Programs:
             return _kept(over_draws(run, num, given=given, at_once=max(1, _VALUES // size)))
 
 
-def is_local(structure: Structure, guide: Callable[..., Any]) -> bool:
-    """Whether each data point has a posterior of its own, whatever the other data are.
+def _points(structure: Structure, draws: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The latents for which the guide has no density.
 
-    An autoguide's parameters belong to the data it was fitted to, and a loop over the plate has no
-    axis of data points.
+    They have one value in all draws, or they follow from fewer numbers than they have themselves.
     """
-    vectorised = structure.plate in structure.plates
-    return structure.is_local and vectorised and not is_autoguide(guide)
+    guide = structure.guide_trace.nodes
+    noise = [name for name, site in guide.items() if is_noise(site)]
+    follow = [name for name in draws if is_delta(guide[name]["fn"])]
+    held = [
+        name
+        for name in follow
+        if bool((draws[name] == draws[name][:1]).all()) and (len(draws[name]) > 1 or not noise)
+    ]
+    follow = [name for name in follow if name not in held]
+    drawn = sum(guide[name]["value"].numel() for name in noise if name not in structure.latents)
+    if drawn < sum(_freedom(structure.model_trace.nodes[name]) for name in follow):
+        held += follow
+    return tuple(name for name in draws if name in held)
 
 
-class _At(Messenger):
-    """Runs a program with some of its sites at given values, as if they had been drawn."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._values = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["done"] and not msg["is_observed"] and msg["name"] in self._values:
-            msg["value"], msg["done"] = self._values[msg["name"]], True
+def _freedom(site: Any) -> int:
+    """The numbers that a value has once its constraints are lifted; 0 if that is not known."""
+    try:
+        return int(biject_to(site["fn"].support).inverse_shape(site["value"].shape).numel())
+    except NotImplementedError:
+        return 0
 
 
-def _is_noise(site: Any) -> bool:
-    """Whether a site draws anything."""
-    return (
-        site["type"] == "sample"
-        and not site["is_observed"]
-        and not site_is_subsample(site)
-        and not is_delta(site["fn"])
-    )
+def _observations(structure: Structure) -> list[str]:
+    """The sites that observe something: not a `pyro.factor` outside all plates, if others do."""
+    sites = structure.model_trace.nodes
+    found = [
+        name
+        for name in structure.observed
+        if sites[name]["value"].numel() or sites[name]["cond_indep_stack"]
+    ]
+    return found or structure.observed
 
 
-def _is_point(guide_trace: Trace, name: str, draws: Tensor) -> bool:
-    """Whether a guide holds a latent at one value, in all of its draws."""
-    if not is_delta(guide_trace.nodes[name]["fn"]) or not bool((draws == draws[:1]).all()):
-        return False
-    return len(draws) > 1 or not any(map(_is_noise, guide_trace.nodes.values()))
+def _mask(site: Any) -> Tensor | None:
+    """Which elements of a site's log probability count; None if all do."""
+    masks, fn = [site["mask"]], site["fn"]
+    while isinstance(fn, dist.MaskedDistribution):
+        masks.append(fn._mask)
+        fn = fn.base_dist
+    found = None
+    for mask in masks:
+        if mask is not None:
+            mask = torch.as_tensor(mask, device=site["log_prob"].device)
+            found = mask if found is None else found & mask
+    return None if found is None else found.expand(site["log_prob"].shape)
 
 
 def _named(found: Draws, kind: str) -> Draws:
@@ -485,5 +521,6 @@ def _check_unscaled(trace: Trace) -> None:
         if site["type"] == "sample" and not site_is_subsample(site):
             if not bool((torch.as_tensor(site["scale"]) == 1).all()):
                 raise ValueError(
-                    f"site {name!r} is scaled by the program: scaled densities are no posterior"
+                    f"site {name!r} is scaled by the program: scaled densities are no posterior;"
+                    " instead of a plate's subsample_size or poutine.scale, give fit a batch_size"
                 )

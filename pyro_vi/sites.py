@@ -7,7 +7,7 @@ left, the plate over data points first, then what is one draw's shape.
 
 from __future__ import annotations
 
-__all__ = ["Layout", "Unobserved", "is_delta", "is_deterministic", "is_discrete"]
+__all__ = ["At", "Layout", "Unobserved", "is_delta", "is_deterministic", "is_discrete", "is_noise"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 Site = Mapping[str, Any]
@@ -39,6 +40,28 @@ def is_discrete(fn: Any) -> bool:
         return bool(fn.support.is_discrete)
     except NotImplementedError:
         return False
+
+
+def is_noise(site: Site) -> bool:
+    """Whether a site of a trace draws anything."""
+    return (
+        site["type"] == "sample"
+        and not site["is_observed"]
+        and not site_is_subsample(site)
+        and not is_delta(site["fn"])
+    )
+
+
+class At(Messenger):
+    """Runs a program with some of its latent sites at given values, as if they had been drawn."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["done"] and not msg["is_observed"] and msg["name"] in self._values:
+            msg["value"], msg["done"] = self._values[msg["name"]], True
 
 
 class Unobserved(Messenger):

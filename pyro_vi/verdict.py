@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 _TRUSTED = 0.1  # share of data points whose k-hat may exceed its bound
 _ADVICE = "Try more steps, a richer family, or another parametrisation of the model."
-_AGREEING = 1.05  # R-hat across restarts; independent draws of one answer are far below
 
 
 def words(result: Comparison) -> str:
@@ -45,7 +44,7 @@ def warnings(result: Comparison) -> tuple[str, ...]:
     apart = tuple(
         f"{row.family}: R-hat across restarts is {row.rhat:.2f}; they ended at different posteriors"
         for row in result.rows
-        if row.rhat > _AGREEING
+        if row.rhat > diagnostics.RHAT_THRESHOLD
     )
     bound = diagnostics.khat_threshold(result.num_samples)
     khats = [row.khat_median for row in result.rows if not math.isnan(row.khat_median)]

@@ -8,6 +8,7 @@ import os
 import sys
 import tracemalloc
 import types
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -310,6 +311,26 @@ def test_chains_are_restarts() -> None:
     assert tree["prior"].sizes["chain"] == 1
     assert tree["fit"]["loss"].dims == ("step",) and tree["fit"].sizes["step"] == 3
     np.testing.assert_array_equal(tree["fit"]["loss"].values, fitted.losses.numpy())
+    best = posterior.to_datatree(restarts=False)
+    assert best["posterior"].sizes["chain"] == best["log_likelihood"].sizes["chain"] == 1
+    np.testing.assert_array_equal(best["posterior"]["mean"][0], posterior.draws["mean"])
+
+
+@pytest.mark.filterwarnings("ignore:the restarts disagree")
+def test_chains_of_different_posteriors_are_warned_of() -> None:
+    def guide(x: torch.Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor(0.0))
+        pyro.sample("mean", dist.Normal(loc, 0.1))
+
+    still = partial(torch.optim.SGD, lr=1e-9)
+    x = torch.randn(8)
+    fitted = fit(normal_mean, guide, x, optim=still, steps=2, restarts=3, progress=False)
+    posterior = fitted.posterior(x, 100)
+    with pytest.warns(UserWarning, match=r"R-hat across restarts is up to .*restarts=False"):
+        posterior.to_arviz()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        posterior.to_datatree(restarts=False)
 
 
 # Memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,13 @@ from programs import (
     normal_mean,
     normal_mean_guide,
 )
-from pyro.infer.autoguide import AutoDelta
+from pyro import poutine
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoStructured,
+)
 from torch import Tensor
 
 from pyro_vi import diagnostics, fit
@@ -290,12 +297,12 @@ def test_refusals_count_the_data_points() -> None:
             pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
 
     def guide(x: Tensor) -> None:
-        scale = torch.where(torch.arange(len(x)) < 2, 0.3, 1.0).double()[:, None]
+        scale = torch.where(x < 0, 0.3, 1.0).double()[:, None]
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x.new_zeros(20), scale).to_event(1))
 
     with pytest.raises(ValueError, match=r"for 2 of 5 data points.*whose k-hat is lower"):
-        of(model, guide, data(5), 500).weights()
+        of(model, guide, torch.tensor([-1.0, -0.5, 0.5, 1.0, 1.5]).double(), 500).weights()
 
 
 @pytest.mark.parametrize("num", [0, -1, True, 2.0])
@@ -370,6 +377,99 @@ def test_one_observation_has_no_standard_error() -> None:
     assert math.isnan(of(normal_mean, conjugate_guide(x), x, 100).loo().se)
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("plate", [False, True])
+def test_masked_observations_do_not_count(by_hand: bool, plate: bool) -> None:
+    x = data(6)
+    known = torch.tensor([True, True, False, True, False, True])
+
+    def model(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(x.new_tensor(0.0), 2.0))
+        fn = dist.Normal(mean, 1.0).expand([len(x)] if not plate else [])
+        with pyro.plate("data", len(x)) if plate else nullcontext():
+            if by_hand:
+                pyro.sample("x", fn.expand([len(x)]).mask(known), obs=x)
+            else:
+                with poutine.mask(mask=known):
+                    pyro.sample("x", fn, obs=x)
+
+    guide = conjugate_guide(x[known])
+    posterior = of(model, guide, x, 2_000)
+    loo, expected = posterior.loo(), of(normal_mean, guide, x[known], 2_000).loo()
+    assert posterior.num_observed == 4
+    assert (loo.elpd, loo.se) == pytest.approx((expected.elpd, expected.se), abs=1e-9)
+    np.testing.assert_allclose(loo.pointwise[known.numpy()], expected.pointwise, atol=1e-9)
+    assert np.isnan(loo.pointwise[~known.numpy()]).all() and np.isnan(loo.khat[2])
+
+
+def test_masked_values_of_single_data_points_do_not_count() -> None:
+    known = torch.tensor([[True, True, False], [True, False, False]]).repeat(100, 1)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), 1.0))
+            with pyro.plate("value", 3), poutine.mask(mask=known[: len(x)].T):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_tensor(0.0), 0.7))
+
+    posterior = Programs(model, guide, torch.randn(200, 3).double()).posterior(1_000, local=True)
+    assert posterior.log_p.shape == (1_000, 200)
+    assert posterior.num_observed == 1.5
+    assert torch.equal(posterior.masks["x"], known)
+
+
+def test_a_factor_outside_the_plates_observes_nothing() -> None:
+    def model(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(x.new_tensor(0.0), 2.0))
+        pyro.factor("penalty", -mean.square())
+        pyro.sample("x", dist.Normal(mean, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    x = data(5)
+    posterior = of(model, conjugate_guide(x), x, 500)
+    assert posterior.log_likelihood.keys() == {"x"}
+    assert posterior.loo().pointwise.shape == (5,)
+    plain = of(normal_mean, conjugate_guide(x), x, 500)
+    penalty = -posterior.draws["mean"].square()
+    torch.testing.assert_close(posterior.log_p, plain.log_p + penalty, atol=1e-9, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:k-hat is above")
+def test_factors_are_the_observations_where_there_are_no_others() -> None:
+    def model(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(x.new_tensor(0.0), 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.factor("x", dist.Normal(mean, 1.0).log_prob(x))
+
+    x = data(5)
+    found, plain = (of(one, conjugate_guide(x), x, 500).loo() for one in (model, normal_mean))
+    np.testing.assert_allclose(found.pointwise, plain.pointwise, atol=1e-9)
+
+
+def test_observations_that_are_impossible_under_some_draws_are_named() -> None:
+    def model(x: Tensor) -> None:
+        top = pyro.sample("top", dist.Uniform(x.new_tensor(0.0), 9.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Uniform(0.0, top, validate_args=False), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("top", dist.Uniform(x.new_tensor(1.0), 9.0))
+
+    x = torch.tensor([0.5, 1.5, 2.0]).double()
+    with pytest.raises(ValueError, match="2 of 3 observations are impossible under some draws"):
+        of(model, guide, x, 100).loo()
+
+
+def test_leave_one_out_without_observations() -> None:
+    def model(x: Tensor) -> None:
+        pyro.sample("mean", dist.Normal(x.new_tensor(0.0), 2.0))
+
+    with pytest.raises(ValueError, match="needs observations, but the model has none"):
+        of(model, conjugate_guide(data()), data(), 100).loo()
+
+
 def test_leave_one_out_needs_latents_that_are_shared() -> None:
     model = LinearGaussian(torch.ones(4, 2), torch.zeros(4), 1.0)
 
@@ -393,10 +493,49 @@ def test_a_point_has_no_density() -> None:
         assert posterior.point == ("mean", "z")
         assert (posterior.draws["mean"] == posterior.draws["mean"][0]).all()
     for call in (posterior.elbo, posterior.evidence, posterior.khat, posterior.ess, posterior.loo):
-        with pytest.raises(ValueError, match=r"holds \['mean', 'z'\] at a point: q has no density"):
+        with pytest.raises(ValueError, match=r"holds \['mean', 'z'\] at a point, or makes"):
             call()
     assert posterior.predictive()["x"].shape == (50, 8)
     assert posterior.log_likelihood["x"].shape == (50, 8)
+
+
+def test_latents_that_follow_from_others_have_no_density() -> None:
+    """Two numbers made of one: q lives on a curve."""
+
+    def model(x: Tensor) -> None:
+        a = pyro.sample("a", dist.Normal(x.new_tensor(0.0), 1.0))
+        b = pyro.sample("b", dist.LogNormal(x.new_tensor(0.0), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(a, b), obs=x)
+
+    kinds = {"a": "normal", "b": "delta"}
+    x = data().float()
+    guide = AutoStructured(model, conditionals=kinds, dependencies={"b": {"a": "linear"}})
+    guide(x)
+    guide.deps.b.a.weight.data.fill_(0.5)
+    posterior = of(model, guide, x, 50)
+    assert len(posterior.draws["b"].unique()) == 50
+    assert posterior.point == ("a", "b")
+    with pytest.raises(ValueError, match="or makes them of fewer numbers than they have"):
+        posterior.elbo()
+    for kind in ("normal", "mvn"):
+        both = dict.fromkeys("ab", kind)
+        whole = AutoStructured(model, conditionals=both, dependencies={"b": {"a": "linear"}})
+        whole(x)
+        assert of(model, whole, x, 50).point == ()
+
+
+def test_constrained_values_have_fewer_numbers_than_elements() -> None:
+    def model(x: Tensor) -> None:
+        probs = pyro.sample("probs", dist.Dirichlet(torch.ones(3)))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Categorical(probs), obs=x)
+
+    x = torch.tensor([0, 1, 1, 2])
+    for kind in (AutoNormal, AutoMultivariateNormal):
+        guide = kind(model)
+        guide(x)
+        assert of(model, guide, x, 50).point == ()
 
 
 def test_r_hat_compares_restarts() -> None:
