@@ -243,7 +243,8 @@ def learned_rows(x: Tensor) -> None:
 
 def test_a_parameter_for_each_row_gives_one_posterior_of_the_training_data() -> None:
     x = 4 * X
-    fitted = fit(local, learned_rows, x, optim=partial(torch.optim.Adam, lr=0.01), steps=800, progress=False)
+    adam = partial(torch.optim.Adam, lr=0.01)
+    fitted = fit(local, learned_rows, x, optim=adam, steps=800, progress=False)
     assert (fitted.amortized, fitted.local) == (False, False)
     posterior = fitted.posterior(x, 1_000)
     assert posterior.is_joint
