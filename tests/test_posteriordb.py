@@ -296,3 +296,18 @@ def test_from_a_folder_to_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert torch.get_default_dtype() == torch.float32
     with pytest.raises(SystemExit, match="none of the cases"):
         bench.main(["--data", str(tmp_path / "nowhere")])
+
+
+def test_the_evidence_of_eight_schools_is_exact() -> None:
+    """Against plain Monte Carlo over the prior of mu and tau, with theta integrated out."""
+    y, sigma = [28, 8, -3, 7, -1, 1, 18, 12], [15, 10, 16, 11, 9, 11, 10, 18]
+    data = bench.schools_data({"y": y, "sigma": sigma})
+    num = 1_000_000
+    mu = 5 * torch.randn(num, 1).double()
+    tau = dist.HalfCauchy(torch.tensor(5.0).double()).sample((num, 1))
+    scale = (data["sigma"].double() ** 2 + tau**2).sqrt()
+    weights = dist.Normal(mu, scale).log_prob(data["y"].double()).sum(1).exp()
+    se = float(weights.std() / weights.mean()) / math.sqrt(num)
+    assert se < 0.005
+    expected = math.log(float(weights.mean()))
+    assert bench.schools_evidence(data) == pytest.approx(expected, abs=5 * se)
