@@ -9,9 +9,9 @@ at a time, nor for other data. So rows are run again in other company.
 
 from __future__ import annotations
 
-__all__ = ["Rows"]
+__all__ = ["RowIndependence"]
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,17 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vi.batches import Arguments
+from pyro_vi.batches import Arguments, Key, parts_of, taken
 from pyro_vi.program import seeded
 from pyro_vi.scaling import Structure, is_autoguide, log_prob_rows
 from pyro_vi.sites import At, Layout, is_deterministic, is_noise
 
+_TF32 = 2.0**-11  # what products of float32 may be rounded to on a GPU
+_ROUNDING = 64  # times the rounding of one operation: results that differ by less are the same
+
 
 @dataclass(frozen=True)
-class Rows:
+class RowIndependence:
     """What programs make of the rows of a batch.
 
     Given the same draws, a row must have the same log probability at every site inside the plate
@@ -40,6 +43,7 @@ class Rows:
             has none for other data points.
         local: whether it is, some rows can be taken without the others, and all sites stand inside
             the plate: then each data point has a posterior of its own.
+        rows: the arguments that have a row for each data point, by position or keyword.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -55,13 +59,14 @@ class Rows:
         ...         pyro.sample("z", dist.Normal(torch.tensor([1.0, 2.0, 3.0])[index], 0.7))
         >>> batch = (torch.randn(3),), {}
         >>> for guide in by_row, by_place:
-        ...     Rows.of(Structure.of(model, guide, *batch), model, guide, batch)
-        Rows(amortized=True, local=True)
-        Rows(amortized=False, local=False)
+        ...     RowIndependence.of(Structure.of(model, guide, *batch), model, guide, batch)
+        RowIndependence(amortized=True, local=True, rows=(0,))
+        RowIndependence(amortized=False, local=False, rows=(0,))
     """
 
     amortized: bool
     local: bool
+    rows: tuple[Key, ...]
 
     @classmethod
     def of(
@@ -70,33 +75,48 @@ class Rows:
         model: Callable[..., Any],
         guide: Callable[..., Any],
         arguments: Arguments,
-    ) -> Rows:
-        """Runs the programs on the later half of a batch's rows, in place of all and by itself.
+    ) -> RowIndependence:
+        """Runs the programs on each half of a batch's rows, by itself and in place of all.
 
         Args:
             structure: what a run on these arguments showed.
             model, guide: the programs, in `eval()`: batch normalisation mixes rows in training.
-            arguments: of one batch. Of one row, or of tensors without a row for each element of
-                the plate, there is nothing to tell, and the plate is believed.
+            arguments: of one batch. Of one row, or where the programs do not repeat themselves
+                given their draws, there is nothing to tell, and the plate is believed.
         """
-        inside = structure.is_local and structure.plate in structure.plates
+        parts = parts_of(arguments)
+        plated = structure.plate in structure.plates
+        total = structure.batch if plated else _most_rows(parts)
+        rows = tuple(key for key, part in parts.items() if _length(part) == total)
+        inside = structure.is_local and plated and bool(rows)
         if is_autoguide(guide) and any(map(structure.inside_model, structure.latents)):
-            return cls(amortized=False, local=False)
-        rows = structure.batch
-        late = torch.arange(rows // 2, rows)
-        if rows < 2 or structure.plate not in structure.plates or not _has_rows(arguments, rows):
-            return cls(amortized=True, local=inside)
+            return cls(amortized=False, local=False, rows=rows)
+        believed = cls(amortized=True, local=inside, rows=rows)
+        if total < 2 or not rows:
+            return believed
         run = _Run(model, guide, arguments, structure.plate, rows)
-        exactly = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with seeded(0, _device(arguments)), torch.no_grad(), exactly:
+        device = next((p.device for p in parts.values() if isinstance(p, Tensor)), None)
+        with seeded(0, device), torch.no_grad():
             try:
-                whole = run.rows(torch.arange(rows))
+                terms = _Terms.of(run, torch.arange(total))
             except ValueError:  # such as NaN, where a fit broke off
-                return cls(amortized=True, local=inside)
-            twice = late.repeat(3)[:rows]  # in the place of others, among its like
-            moved, alone = run.agrees(whole, twice), run.agrees(whole, late)
-        amortized = moved is True and alone is not False
-        return cls(amortized=amortized, local=amortized and inside and alone is True)
+                return believed
+            if terms is None:
+                return believed
+            halves = torch.arange(total).split((total + 1) // 2)
+            moved = [terms.repeated(half.repeat_interleave(2)[:total]) for half in halves]
+            alone = [terms.repeated(half) for half in halves]
+        amortized = False not in moved + alone
+        local = amortized and inside and all(alone)  # None: they cannot be run without the others
+        return cls(amortized=amortized, local=local, rows=rows)
+
+
+def _length(part: Any) -> int:
+    return len(part) if isinstance(part, Tensor) and part.dim() > 0 else 0
+
+
+def _most_rows(parts: Mapping[Key, Any]) -> int:
+    return max(map(_length, parts.values()), default=0)
 
 
 @dataclass(frozen=True)
@@ -107,39 +127,16 @@ class _Run:
     guide: Callable[..., Any]
     arguments: Arguments
     plate: str
-    total: int
+    rows: tuple[Key, ...]
 
-    def rows(self, index: Tensor) -> Structure:
-        args, kwargs = self.arguments
-        some = tuple(self._taken(part, index) for part in args)
-        named = {name: self._taken(part, index) for name, part in kwargs.items()}
-        found = Structure.of(self.model, self.guide, some, named, plate=self.plate)
+    def __call__(self, index: Tensor) -> Structure:
+        args, kwargs = taken(self.arguments, self.rows, index)
+        found = Structure.of(self.model, self.guide, args, kwargs, plate=self.plate)
         found.guide_trace.compute_log_prob()
         found.model_trace.compute_log_prob()
         return found
 
-    def agrees(self, whole: Structure, index: Tensor) -> bool | None:
-        """Whether rows give what they gave among the whole; None if they cannot be run."""
-        noise = {
-            name: self._drawn(site, index)
-            for name, site in {**whole.model_trace.nodes, **whole.guide_trace.nodes}.items()
-            if is_noise(site)
-        }
-        try:
-            with At(noise):
-                found = dict(self._terms(self.rows(index)))
-        except Exception:  # whatever else the programs need the other rows for
-            return None
-        expected = dict(self._terms(whole))
-        return expected.keys() == found.keys() and all(
-            _close(value[index.to(value.device)] if value.dim() else value, found[name])
-            for name, value in expected.items()
-        )
-
-    def _taken(self, part: Any, index: Tensor) -> Any:
-        return part[index.to(part.device)] if _is_split(part, self.total) else part
-
-    def _drawn(self, site: Any, index: Tensor) -> Tensor:
+    def drawn(self, site: Any, index: Tensor) -> Tensor:
         """Some rows of a site's value."""
         value: Tensor = site["value"]
         for frame in site["cond_indep_stack"]:
@@ -149,13 +146,14 @@ class _Run:
                     return value.index_select(axis, index.to(value.device))
         return value
 
-    def _terms(self, structure: Structure) -> Iterator[tuple[str, Tensor]]:
+    def terms(self, structure: Structure) -> Iterator[tuple[str, Tensor]]:
         """What must be repeated: (rows, ...) inside the plate, scalars outside."""
         for side, trace in (("p", structure.model_trace), ("q", structure.guide_trace)):
             for name, site in trace.nodes.items():
                 if site["type"] != "sample" or site_is_subsample(site) or is_deterministic(site):
                     continue
-                inside = any(frame.name == self.plate for frame in site["cond_indep_stack"])
+                stack = site["cond_indep_stack"]
+                inside = any(f.name == self.plate and f.vectorized for f in stack)
                 if side == "q" and not is_noise(site) and not site["is_observed"]:
                     value = Layout.of(site, plate=self.plate).ordered(site["value"])
                     yield f"point {name}", value if inside else value.sum()
@@ -164,29 +162,83 @@ class _Run:
                     density = scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
                     site = {**site, "log_prob": density}
                     rows = log_prob_rows(site, self.plate) if inside else density.sum()
-                    yield f"{side} {name}", rows.to(density.dtype)  # which says how it is rounded
+                    yield f"{side} {name}", rows.to(density.dtype)  # says how it is rounded
 
 
-def _device(arguments: Arguments) -> torch.device | None:
-    args, kwargs = arguments
-    parts = (*args, *kwargs.values())
-    return next((part.device for part in parts if isinstance(part, Tensor)), None)
+@dataclass(frozen=True)
+class _Terms:
+    """The terms of all rows together, and by how much rounding may change them."""
+
+    run: _Run
+    whole: Structure
+    values: dict[str, Tensor]
+    changes: dict[str, float]
+
+    @classmethod
+    def of(cls, run: _Run, every: Tensor) -> _Terms | None:
+        """None if the programs draw what is no sample site, and so do not repeat themselves."""
+        whole = run(every)
+        found = cls(run, whole, dict(run.terms(whole)), {})
+        again = found._at(every)
+        if again is None or not found._agree(found.values, again):
+            return None
+        # By how much the last digits of the draws change a term, it may change in other company.
+        nudged = found._at(every, nudge=True) or {}
+        changes = {
+            name: float(change.max())
+            for name, value in found.values.items()
+            if name in nudged and (change := (nudged[name] - value).abs().nan_to_num(0.0)).numel()
+        }
+        return cls(run, whole, found.values, changes)
+
+    def repeated(self, index: Tensor) -> bool | None:
+        """Whether some rows give what they gave among the whole; None if they cannot be run."""
+        found = self._at(index)
+        if found is None:
+            return None
+        expected = {
+            name: value[index.to(value.device)] if value.dim() else value
+            for name, value in self.values.items()
+        }
+        return self._agree(expected, found)
+
+    def _at(self, index: Tensor, *, nudge: bool = False) -> dict[str, Tensor] | None:
+        """The terms of some rows at the draws of the whole."""
+        noise = {}
+        for name, site in {
+            **self.whole.model_trace.nodes,
+            **self.whole.guide_trace.nodes,
+        }.items():
+            if is_noise(site):
+                value = self.run.drawn(site, index)
+                shrink = nudge and value.is_floating_point()
+                noise[name] = value * (1 - 4 * _eps(value)) if shrink else value
+        try:
+            with At(noise):
+                found = self.run(index)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever else the programs need the other rows for
+            return None
+        plated = self.run.plate in self.whole.plates
+        if plated and found.batch != len(index):  # the plate is over another axis
+            return None
+        return dict(self.run.terms(found))
+
+    def _agree(self, expected: dict[str, Tensor], found: dict[str, Tensor]) -> bool:
+        return expected.keys() == found.keys() and all(
+            _close(value, found[name], _ROUNDING * self.changes.get(name, 0.0))
+            for name, value in expected.items()
+        )
 
 
-def _has_rows(arguments: Arguments, rows: int) -> bool:
-    args, kwargs = arguments
-    return any(_is_split(part, rows) for part in (*args, *kwargs.values()))
+def _eps(value: Tensor) -> float:
+    eps = torch.finfo(value.dtype).eps
+    return max(eps, _TF32) if value.is_cuda and value.dtype == torch.float32 else eps
 
 
-def _is_split(part: Any, rows: int) -> bool:
-    return isinstance(part, Tensor) and part.dim() > 0 and len(part) == rows
-
-
-def _close(value: Tensor, other: Tensor) -> bool:
-    """Whether two agree but for rounding, in sums as large as the largest."""
+def _close(value: Tensor, other: Tensor, change: float) -> bool:
     if not value.is_floating_point() or value.shape != other.shape:
         return torch.equal(value, other)
-    finite = value[value.isfinite()].abs()
-    largest = float(finite.max()) if finite.numel() else 0.0
-    tolerance = torch.finfo(value.dtype).eps ** 0.5 * (1 + largest)
-    return torch.allclose(value, other, rtol=0, atol=tolerance, equal_nan=True)
+    rounding = _ROUNDING * _eps(value)
+    return torch.allclose(other, value, rtol=rounding, atol=rounding + change, equal_nan=True)

@@ -5,10 +5,10 @@ A tensor becomes `model(tensor)`, a tuple `model(*tuple)`, a dict `model(**dict)
 
 from __future__ import annotations
 
-__all__ = ["Batches", "Data"]
+__all__ = ["Batches", "Data", "parts_of", "taken"]
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from pyro_vi.program import seeded
 
 Data = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Key = int | str  # of an argument: its position, or its keyword
 
 
 class Batches:
@@ -30,6 +31,7 @@ class Batches:
         transform: what to do to each batch, for example dynamic binarization; gets and gives what
             the data are: a tensor, a tuple or a dict.
         device: where the batches go; by default they stay where the data are.
+        rows: which parts have a row for each data point, by position or keyword; all by default.
 
     Raises:
         TypeError: data of another kind; with a batch size, parts that are not tensors.
@@ -51,6 +53,7 @@ class Batches:
         batch_size: int | None = None,
         transform: Callable[[Any], Any] | None = None,
         device: torch.device | None = None,
+        rows: Collection[Key] | None = None,
     ) -> None:
         if not isinstance(data, (Tensor, tuple, Mapping)):
             raise TypeError(
@@ -58,7 +61,8 @@ class Batches:
                 f" got {type(data).__name__}"
             )
         self._kind = data
-        self.parts: dict[Any, Any] = {
+        self._rows = rows
+        self.parts: dict[Key, Any] = {
             key: part.to(device) if isinstance(part, Tensor) and device is not None else part
             for key, part in _parts(data).items()
         }
@@ -73,7 +77,8 @@ class Batches:
             if isinstance(part, Tensor) and part.is_floating_point() and bool(part.isnan().any()):
                 raise ValueError(
                     f"expected data without NaN, got {int(part.isnan().sum())} NaN among the"
-                    f" {part.numel()} values of {_label(key)}"
+                    f" {part.numel()} values of {_label(key)}; for missing values, put any number"
+                    " in their place, and poutine.mask around the site that observes them"
                 )
         self.batch_size = batch_size
         self.total: int | None = None
@@ -89,7 +94,7 @@ class Batches:
 
     @property
     def length(self) -> int | None:
-        """Data points along the first axis of every part, or None if they cannot be split so."""
+        """Data points along the first axis of the parts, or None if they cannot be split so."""
         try:
             return self.count()
         except (TypeError, ValueError):
@@ -101,14 +106,11 @@ class Batches:
         return next((part.device for part in self.tensors().values()), None)
 
     def fingerprint(self) -> int:
-        """A checksum of the tensors, untransformed: other data have another one."""
-        found = 0
-        for part in self.tensors().values():
-            held = part.detach().cpu().contiguous()
-            if held.dtype == torch.bfloat16:
-                held = held.float()
-            found = zlib.crc32(held.numpy().tobytes(), found)
-        return found
+        """A checksum of the data, untransformed: other data have another one.
+
+        Of tensors, numbers and strings, in dicts, lists and tuples too; not of other objects.
+        """
+        return _checksum(self.parts, 0)
 
     def whole(self) -> Arguments:
         """The arguments made of all data."""
@@ -121,14 +123,16 @@ class Batches:
         return self.rows(torch.arange(self.batch_size, device=self.device))
 
     def count(self) -> int:
-        """Data points along the first axis of every part.
+        """Data points along the first axis of the parts that have rows.
 
         Raises:
-            TypeError: a part that is no tensor with a first axis.
-            ValueError: parts of different lengths, or none.
+            TypeError: one of them is no tensor with a first axis.
+            ValueError: they have different lengths, or there are none.
         """
         lengths = {}
         for key, part in self.parts.items():
+            if self._rows is not None and key not in self._rows:
+                continue
             if not isinstance(part, Tensor) or part.dim() == 0:
                 raise TypeError(
                     "to take data apart they must be tensors with data points along the first axis,"
@@ -160,7 +164,8 @@ class Batches:
 
     def rows(self, index: Tensor) -> Arguments:
         """The arguments made of some rows."""
-        return self._arguments({key: part[index] for key, part in self.parts.items()})
+        keys = self.parts if self._rows is None else self._rows
+        return self._arguments(_selected(self.parts, keys, index))
 
     def head(self, size: int) -> Data:
         """A copy of the first rows, or of all data where they are not split: transformed, as data.
@@ -198,6 +203,43 @@ def arguments(data: Data) -> Arguments:
     if isinstance(data, Mapping):
         return (), dict(data)
     return (tuple(data) if isinstance(data, tuple) else (data,)), {}
+
+
+def _checksum(part: Any, found: int) -> int:
+    if isinstance(part, Tensor):
+        held = part.detach().cpu().contiguous()
+        held = held.float() if held.dtype == torch.bfloat16 else held
+        found = zlib.crc32(repr(tuple(held.shape)).encode(), found)
+        return zlib.crc32(held.numpy().tobytes(), found)
+    if isinstance(part, Mapping):
+        part = list(part.items())
+    if isinstance(part, (list, tuple)):
+        for one in part:
+            found = _checksum(one, found)
+        return found
+    plain = isinstance(part, (str, bytes, bool, int, float, complex, type(None)))
+    return zlib.crc32(repr(part).encode(), found) if plain else found
+
+
+def parts_of(arguments: Arguments) -> dict[Key, Any]:
+    """Arguments by position and keyword."""
+    args, kwargs = arguments
+    parts: dict[Key, Any] = dict(enumerate(args))
+    parts.update(kwargs)
+    return parts
+
+
+def taken(arguments: Arguments, rows: Collection[Key], index: Tensor) -> Arguments:
+    """Arguments with some rows of the parts that have rows, and the others as they are."""
+    args, kwargs = arguments
+    parts = _selected(parts_of(arguments), rows, index)
+    return tuple(parts[i] for i in range(len(args))), {name: parts[name] for name in kwargs}
+
+
+def _selected(parts: Mapping[Key, Any], rows: Collection[Key], index: Tensor) -> dict[Key, Any]:
+    return {
+        key: part[index.to(part.device)] if key in rows else part for key, part in parts.items()
+    }
 
 
 def moved(data: Any, device: str | torch.device | None) -> Any:

@@ -236,6 +236,8 @@ def compare(
         raise TypeError(f"expected guides by name, a dict, got {type(guides).__name__}")
     if not guides:
         raise ValueError("expected at least one guide to compare, got none")
+    if strangers := [name for name in guides if not isinstance(name, str)]:
+        raise TypeError(f"expected guides by name, strings, got {strangers}")
     if isinstance(num_samples, bool) or not isinstance(num_samples, int):
         raise TypeError(f"expected a whole number of posterior draws, got {num_samples!r}")
     if num_samples < _MIN_DRAWS:
@@ -301,6 +303,8 @@ def _parts(data: Any) -> tuple[Any, Any]:
     """Training data, and test data or None."""
     if hasattr(data, "train") and hasattr(data, "test"):
         return data.train, data.test
+    if hasattr(data, "train") or hasattr(data, "test"):
+        raise TypeError("expected data with train and test, got one of them alone")
     Batches(data)  # raises TypeError for what are no data
     return data, None
 
@@ -469,7 +473,8 @@ def _bounds(name: str, posterior: Posterior, points: Mapping[str, PerPoint]) -> 
 
 
 def _over_points(values: Array) -> Estimate:
-    """Mean over data points, with the error that other data points would give it."""
+    """Mean over data points, with the error that other data points would give it; NaN left out."""
+    values = values[~np.isnan(values)]
     if values.size < 2:
         return Estimate(values.mean(), np.asarray(_NAN))
     return Estimate(values.mean(), values.std(ddof=1) / math.sqrt(values.size))

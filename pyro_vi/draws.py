@@ -103,7 +103,7 @@ def _repeats(
     drawn = {key: key.removeprefix(NOISE) for key in found if key.startswith(NOISE)}
     for key, name in drawn.items():
         values = found[key]
-        known = num == 1 or not values.numel() or not values.is_floating_point() or name in given
+        known = num == 1 or not values.numel() or name in given
         for part in () if known else values.split(at_once):
             if len(part) > 1 and bool((part == part[:1]).all()):
                 return False  # one draw of NumPy's or Python's, for all that were made at once

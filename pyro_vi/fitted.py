@@ -30,7 +30,7 @@ from pyro_vi.posterior import Posterior
 from pyro_vi.program import Program, State, check_count, checked_device, reachable, seeded
 from pyro_vi.scaling import Structure
 from pyro_vi.scoring import Programs
-from pyro_vi.sites import Unobserved, is_deterministic
+from pyro_vi.sites import Layout, Unobserved, is_deterministic
 
 Draws = dict[str, Tensor]
 
@@ -55,6 +55,7 @@ class Fit:
             (`pyro_vi.amortization`): then other data get latents and predictions too.
         local: whether they do, and every site stands inside the plate over data points: then each
             data point has a posterior of its own.
+        rows: the arguments that have a row for each data point, by position or keyword.
         model_is_trained: whether the model had parameters to train.
         fingerprint: a checksum of the training data where the posterior is theirs alone; None where
             it is not, or where a transform stood between data and programs.
@@ -76,6 +77,7 @@ class Fit:
     plates: dict[str, int]
     amortized: bool
     local: bool
+    rows: tuple[int | str, ...]
     model_is_trained: bool
     fingerprint: int | None
     template: Data
@@ -95,7 +97,8 @@ class Fit:
         posterior, of the data that the guide was fitted to.
 
         Args:
-            data: as `fit` takes them, N data points.
+            data: as `fit` takes them, N data points; transformed, if `fit` had a transform (then
+                other data than those of the fit are not told from them).
             num_samples: draws (S), for each data point or of all together; at least 1.
             seed: of the draws.
 
@@ -173,7 +176,7 @@ class Fit:
         return self._programs(data).log_predictive_density(num_samples, seed=seed)
 
     def _programs(self, data: Data) -> Programs:
-        return Programs(self.model, self.guide, data, self.plate)
+        return Programs(self.model, self.guide, data, self.plate, self.rows)
 
     def _check_fitted_to(self, data: Data) -> None:
         """Raises ValueError if there is one posterior, and it is not that of these data."""
@@ -217,7 +220,11 @@ class Fit:
         with seeded(seed), torch.no_grad():
             trace = poutine.trace(Unobserved()(self.model)).get_trace(*args, **kwargs)
         _check_local(trace, self.plate)
-        return {**_latent(trace), **_deterministic(trace), **_observed(trace, expected)}
+        ordered = {
+            name: Layout.of(trace.nodes[name], plate=self.plate).ordered(value)
+            for name, value in {**_latent(trace), **_deterministic(trace)}.items()
+        }
+        return {**ordered, **self._observed(trace, expected)}
 
     def reconstruct(self, data: Data, *, seed: int = 0) -> Draws:
         """Means of the observed sites, given one draw of each data point's latents.
@@ -288,7 +295,7 @@ class Fit:
         """
         check_count("points to interpolate", num, least=2)
         for name, data in (("start", start), ("end", end)):
-            if (total := Batches(data, batch_size=1).total) != 1:
+            if (total := Batches(data, rows=self.rows).count()) != 1:
                 raise ValueError(f"expected one data point as {name}, got {total}")
         ends = [self._encode(data, 256, seed) for data in (start, end)]
         line = {}
@@ -300,14 +307,17 @@ class Fit:
 
     def _template_rows(self, num: int) -> Arguments:
         """The first row of the training data, repeated."""
-        batches = Batches(self.template)
+        batches = Batches(self.template, rows=self.rows)
         batches.count()  # refuses what has no rows
         return batches.rows(torch.zeros(num, dtype=torch.long, device=batches.device))
 
     def _encode(self, data: Data, num_samples: int, seed: int) -> Draws:
         """Mean over `num_samples` draws of each data point's latents."""
         draws = self.posterior(data, num_samples, seed=seed).draws
-        return {name: value.mean(0) for name, value in draws.items()}
+        for name, value in draws.items():
+            if num_samples > 1 and not value.is_floating_point():
+                raise ValueError(f"latent site {name!r} is discrete: draws of it have no mean")
+        return {n: v[0] if num_samples == 1 else v.mean(0) for n, v in draws.items()}
 
     def _given(
         self, latents: Mapping[str, Tensor], rows: Arguments, *, expected: bool, seed: int
@@ -315,15 +325,33 @@ class Fit:
         args, kwargs = rows
         here = next(part.device for part in (*args, *kwargs.values()) if isinstance(part, Tensor))
         latents = moved(latents, here)  # posterior draws are on the CPU
-        program = poutine.condition(Unobserved()(self.model), data=dict(latents))
+        drawn = Unobserved()(self.model)
         with seeded(seed), torch.no_grad():
-            trace = poutine.trace(program).get_trace(*args, **kwargs)
-        _check_local(trace, self.plate)
-        if (names := _latent(trace).keys()) != latents.keys():
-            raise ValueError(
-                f"expected values of the latent sites {sorted(names)}, got {sorted(latents)}"
-            )
-        return _observed(trace, expected)
+            trace = poutine.trace(drawn).get_trace(*args, **kwargs)
+            _check_local(trace, self.plate)
+            if (names := _latent(trace).keys()) != latents.keys():
+                raise ValueError(
+                    f"expected values of the latent sites {sorted(names)}, got {sorted(latents)}"
+                )
+            values = {
+                name: Layout.of(trace.nodes[name], plate=self.plate).raw(value)
+                for name, value in latents.items()
+            }
+        with seeded(seed), torch.no_grad():
+            trace = poutine.trace(poutine.condition(drawn, data=values)).get_trace(*args, **kwargs)
+        return self._observed(trace, expected)
+
+    def _observed(self, trace: Trace, expected: bool) -> Draws:
+        """Values or means of the sites that the model observes (`Unobserved` marks them)."""
+        found = {}
+        for name, site in trace.nodes.items():
+            if site["type"] == "sample" and _is_data(site):
+                with self.model.state.installed():  # a mean may be a network's
+                    value = site["fn"].mean if expected else site["value"]
+                if expected and bool(value.isnan().any()):
+                    raise ValueError(f"site {name!r} has no mean: ask for draws (expected=False)")
+                found[name] = Layout.of(site, plate=self.plate).ordered(value)
+        return found
 
     def save(self, path: str | PathLike[str], *, recipe: Mapping[str, Any] | None = None) -> None:
         """Writes the fit to one file, atomically, without its restarts.
@@ -397,6 +425,7 @@ _PLAIN = (
     "plates",
     "amortized",
     "local",
+    "rows",
     "model_is_trained",
     "fingerprint",
     "template",
@@ -428,19 +457,6 @@ def _deterministic(trace: Trace) -> Draws:
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and is_deterministic(site)
     }
-
-
-def _observed(trace: Trace, expected: bool) -> Draws:
-    """Values or means of the sites that the program observes (`Unobserved` marks them)."""
-    found = {
-        name: site["fn"].mean if expected else site["value"]
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and _is_data(site)
-    }
-    for name, value in found.items():
-        if expected and bool(value.isnan().any()):
-            raise ValueError(f"site {name!r} has no mean: ask for draws (expected=False)")
-    return found
 
 
 def _is_data(site: Mapping[str, Any]) -> bool:

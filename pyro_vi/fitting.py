@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
-from pyro_vi.amortization import Rows
+from pyro_vi.amortization import RowIndependence
 from pyro_vi.batches import Batches, Data
 from pyro_vi.elbo import told
 from pyro_vi.engine import Engine, Scaling
@@ -399,6 +399,9 @@ def _inspect(
         batch.update(enumerate(args))
         structure.check_support(batch, batches.tensors())
     state.check_registered()
+    names = structure.plate_names
+    if plate != "data" and plate not in names:
+        raise ValueError(f"there is no plate {plate!r} in the programs, which have {sorted(names)}")
     return structure
 
 
@@ -413,7 +416,7 @@ def _result(
     trained = sum(tensor.numel() for tensor in state.parameters().values())
     trains_model = structure.trains_model  # asked before gradients are turned off
     state.freeze()
-    rows = Rows.of(structure, model, guide, batches.first())
+    rows = RowIndependence.of(structure, model, guide, batches.first())
     split = batches.batch_size is not None and batches.batch_size != batches.total
     if not rows.amortized and (split or history.heldout):
         warnings.warn(
@@ -439,6 +442,7 @@ def _result(
             for name, size in structure.plates.items()
         },
         local=rows.local,
+        rows=rows.rows,
         fingerprint=None if rows.local or batches.transform else batches.fingerprint(),
         template=batches.head(2),
     )

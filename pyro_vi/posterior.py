@@ -71,7 +71,8 @@ class Posterior:
         log_likelihood: log p(x | z) in nats by observed site, float64; (S, *plates). A site in no
             plate is told apart by element where its dimensions were declared by `to_event`. What
             is masked has a log-likelihood of 0.
-        masks: which observations count, by observed site that is masked; each (*plates).
+        counts: how many observed values each element of the log-likelihood stands for, by observed
+            site that is masked; each (*plates), 0 where all are masked.
         plates: sizes of the plates by name.
         dims: by latent, deterministic and observed site, the plates of its first axes.
         plate: the name of the plate over data points.
@@ -90,7 +91,7 @@ class Posterior:
     log_p: Tensor
     log_q: Tensor
     log_likelihood: Draws
-    masks: Draws
+    counts: Draws
     plates: dict[str, int]
     dims: dict[str, tuple[str, ...]]
     plate: str
@@ -261,6 +262,9 @@ class Posterior:
             log p(y_n | y_-n) ~ log ( sum_s v_s p(y_n | z_s) / sum_s v_s ),
             v_s = p(y, z_s) / q(z_s) / p(y_n | z_s),      Pareto-smoothed.
 
+        Latents of single data points are taken as they were drawn, with their own observations:
+        to leave one out takes more than weights can give, and its k-hat will say so.
+
         Returns:
             `Loo`; its k-hats say for which observations to believe it.
 
@@ -284,7 +288,7 @@ class Posterior:
             )
         if not self.log_likelihood:
             raise ValueError("leave-one-out needs observations, but the model has none")
-        counted = self._observed().numpy()
+        counted = self.observed_points().numpy()
         likelihood = self.pointwise_log_likelihood().numpy()[:, counted]
         if excluded := int(np.isneginf(likelihood).any(0).sum()):
             raise ValueError(
@@ -311,20 +315,20 @@ class Posterior:
             khat=khat,
         )
 
-    def _observed(self) -> Tensor:
-        """Which columns of the pointwise log-likelihood are not masked as a whole; (N,)."""
-        masks = {
-            name: self.masks.get(name, torch.ones(value.shape[1:], dtype=torch.bool))
+    def observed_points(self) -> Tensor:
+        """Which columns of the pointwise log-likelihood are not masked as a whole; (N,), bool."""
+        counts = {
+            name: self.counts.get(name, torch.ones(value.shape[1:])) > 0
             for name, value in self.log_likelihood.items()
         }
         inside = [
-            mask.reshape(len(mask), -1).any(1)
-            for name, mask in masks.items()
+            some.reshape(len(some), -1).any(1)
+            for name, some in counts.items()
             if self.dims[name][:1] == (self.plate,)
         ]
         if inside:
             return torch.stack(inside).any(0)
-        return torch.cat([mask.flatten() for mask in masks.values()])
+        return torch.cat([some.flatten() for some in counts.values()])
 
     def rhat(self) -> dict[str, Array]:
         """R-hat across restarts, by latent and deterministic site; each of the site's shape.
@@ -378,7 +382,11 @@ class Posterior:
         return datatree(self, **options)
 
     def to_arviz(self, **options: Any) -> Any:
-        """The same as the installed ArviZ has it: InferenceData before 1.0, DataTree since."""
+        """The same as the installed ArviZ has it: InferenceData before 1.0, DataTree since.
+
+        Where each data point has a posterior of its own, the draws are left out of it unless asked
+        for: `local=True`.
+        """
         from pyro_vi.inference_data import as_arviz
 
         return as_arviz(self.to_datatree(**options))

@@ -36,7 +36,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pyro_vi.reach import holds_module, reach
+from pyro_vi.reach import may_ask_modules, reach
 
 
 class State:
@@ -222,7 +222,8 @@ class State:
 class Program:
     """A Pyro callable bound to a state: calls like the original, on its own parameters.
 
-    The original's methods are there too: `fitted.guide.encode(x)`, an autoguide's `median()`. The
+    The original's methods are there too: `fitted.guide.encode(x)`, an autoguide's `median()`; and
+    so are its submodules, with the state's tensors. The
     densities of its sites belong to the state as well: a flow asks its networks whenever a density
     is computed, and that may be after the call, or inside another state.
 
@@ -244,6 +245,8 @@ class Program:
             raise AttributeError(name)
         method = getattr(type(self.function), name, None)
         if not callable(method):
+            if isinstance(part := getattr(self.state.twin(self.function), name, None), nn.Module):
+                return part
             raise AttributeError(f"a fitted {type(self.function).__name__} has no method {name!r}")
         # On a twin, since a distribution may ask its module again after the call.
         return Program(partial(method, self.state.twin(self.function)), self.state, self.name)
@@ -261,7 +264,7 @@ class _Bound(Messenger):
         self._state = state
 
     def _pyro_sample(self, msg: Any) -> None:
-        if holds_module(msg["fn"]):
+        if may_ask_modules(msg["fn"]):
             msg["fn"] = _bound(msg["fn"], self._state)
 
 

@@ -7,7 +7,7 @@ its code names. All of these are followed; library code is not.
 
 from __future__ import annotations
 
-__all__ = ["holds_module", "reach"]
+__all__ = ["may_ask_modules", "reach"]
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -15,6 +15,7 @@ from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributions import Distribution, Transform
 
 _DEPTH = 12  # how far to look for modules behind a program
 _LIBRARIES = set(
@@ -61,17 +62,20 @@ def reach(
     return {path: module for path, module in found.items() if id(module) not in below}
 
 
-def holds_module(value: Any) -> bool:
-    """Whether an object of any library, such as a distribution, leads to a module.
+def may_ask_modules(value: Any) -> bool:
+    """Whether a distribution may ask modules when it is sampled, or its density computed.
+
+    So it may if it holds one, or if it, or a transform in it, is of a class of neither torch nor
+    Pyro, since a method can name any.
 
     Example:
         >>> import torch
         >>> normal = torch.distributions.Normal(0.0, 1.0)
         >>> flow = torch.distributions.TransformedDistribution(normal, [])
-        >>> holds_module(flow)
+        >>> may_ask_modules(flow)
         False
         >>> flow.transforms.append(nn.Linear(1, 1))
-        >>> holds_module(flow)
+        >>> may_ask_modules(flow)
         True
     """
     visited: set[int] = set()
@@ -83,6 +87,8 @@ def holds_module(value: Any) -> bool:
         if id(value) in visited or isinstance(value, (Tensor, ModuleType, type)):
             continue
         visited.add(id(value))
+        if isinstance(value, (Distribution, Transform)) and _is_own(type(value)):
+            return True
         if isinstance(value, MethodType):
             found += [value.__self__, value.__func__]
         elif isinstance(value, FunctionType):
@@ -96,6 +102,10 @@ def holds_module(value: Any) -> bool:
         elif hasattr(value, "__dict__"):
             found += vars(value).values()
     return False
+
+
+def _is_own(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] not in ("torch", "pyro")
 
 
 def _held_by(value: Any) -> Iterator[tuple[str, Any]]:

@@ -95,6 +95,8 @@ class Structure:
                 f" model's latent sites are {sorted(latent)} (mark auxiliary guide sites with"
                 " infer={'is_auxiliary': True})"
             )
+        _check_observed(model_trace)
+        _check_masks(model_trace, guide_trace)
         frames = [f for f in _frames(model_trace, guide_trace) if f.name == plate]
         sizes = {(int(f.size), int(f.full_size or f.size)) for f in frames}
         if len(sizes) > 1:
@@ -198,6 +200,11 @@ class Structure:
         return {frame.name: int(frame.size) for frame in frames if frame.vectorized}
 
     @property
+    def plate_names(self) -> set[str]:
+        """The names of all plates that sites stand in, loops over a plate included."""
+        return {frame.name for frame in _frames(self.model_trace, self.guide_trace)}
+
+    @property
     def nesting(self) -> int:
         """Dimensions that the vectorized plates take up: Pyro's `max_plate_nesting`."""
         frames = _frames(self.model_trace, self.guide_trace)
@@ -289,6 +296,33 @@ def _observed(trace: Trace) -> list[str]:
         and not site_is_subsample(site)
         and not is_deterministic(site)
     ]
+
+
+def _check_observed(trace: Trace) -> None:
+    for name in _observed(trace):
+        value = trace.nodes[name]["value"]
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"observed site {name!r}: expected a tensor, got {type(value).__name__}"
+                f" {value!r:.60}"
+            )
+
+
+def _check_masks(model_trace: Trace, guide_trace: Trace) -> None:
+    """Raises ValueError where a part of a latent counts in the model or in the guide alone.
+
+    What is masked as a whole has a flat prior.
+    """
+    for name in _latents(model_trace):
+        if name in guide_trace:
+            masks = [trace.nodes[name]["mask"] for trace in (model_trace, guide_trace)]
+            mine, theirs = (torch.as_tensor(True if mask is None else mask) for mask in masks)
+            if bool(mine.any()) and not bool((mine == theirs.to(mine.device)).all()):
+                raise ValueError(
+                    f"latent site {name!r} is masked otherwise in the model than in the guide: what"
+                    " counts on one side alone has no bound. Mask it alike in both; for missing"
+                    " observations, put poutine.mask around the observed site instead of obs_mask"
+                )
 
 
 def _frames(*traces: Trace) -> list[Any]:

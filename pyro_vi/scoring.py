@@ -13,21 +13,26 @@ from __future__ import annotations
 __all__ = ["Programs"]
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
+from pyro.util import check_site_shape
 from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_vi import diagnostics
-from pyro_vi.amortization import Rows
-from pyro_vi.batches import Arguments, Batches, Data
+from pyro_vi.amortization import RowIndependence
+from pyro_vi.batches import Arguments, Batches, Data, Key
 from pyro_vi.diagnostics import Estimate
 from pyro_vi.draws import NOISE, over_draws
 from pyro_vi.posterior import Draws, Posterior
@@ -55,6 +60,8 @@ class Programs:
         model, guide: the programs.
         data: N data points, as `fit` takes them.
         plate: the name of the plate over data points.
+        rows: the arguments that have a row for each data point, by position or keyword; None to
+            see which they are when it matters.
 
     Example:
         >>> import pyro, torch
@@ -77,6 +84,11 @@ class Programs:
     guide: Callable[..., Any]
     data: Data
     plate: str = "data"
+    rows: tuple[Key, ...] | None = None
+
+    @cached_property
+    def _batches(self) -> Batches:
+        return Batches(self.data, rows=self.rows)
 
     def posterior(self, num_samples: int, *, seed: int = 0, local: bool | None = None) -> Posterior:
         """Draws from the guide and scores the draws.
@@ -84,23 +96,24 @@ class Programs:
         Args:
             num_samples: draws (S), for each data point or of all together; at least 1.
             seed: of the draws.
-            local: whether every site stands inside the plate, where that is known; else the
-                programs are run on all data once to see.
+            local: whether each data point has a posterior of its own, where that is known; else
+                the programs are run to see (`pyro_vi.amortization`).
 
         Raises:
             ValueError: fewer than one draw; a latent that the guide leaves to enumeration; a site
                 scaled by the program.
         """
         check_count("posterior draw", num_samples)
-        batches = Batches(self.data)
+        batches = self._batches
         with seeded(seed, batches.device), torch.no_grad():
             whole = batches.whole()
             if local is None:
-                structure = self._structure(whole)
-                local = Rows.of(structure, self.model, self.guide, whole).local
+                seen = RowIndependence.of(self._structure(whole), self.model, self.guide, whole)
+                source = replace(self, rows=seen.rows)
+                return source.posterior(num_samples, seed=seed, local=seen.local)
             if local and batches.length is not None:
                 return self._by_rows(batches, batches.length, num_samples)
-            structure = self._structure(whole)
+            structure = self._checked(whole)
             found = self._scores(whole, num_samples, size=_size(structure))
             return self._posterior(structure, found, local=local)
 
@@ -111,10 +124,10 @@ class Programs:
             ValueError: no latents inside the plate, or a guide that draws them jointly.
         """
         check_count("posterior draw", num_samples)
-        batches = Batches(self.data)
+        batches = self._batches
         with seeded(seed, batches.device), torch.no_grad():
             whole = batches.whole()
-            structure = self._structure(whole)
+            structure = self._checked(whole)
             trace = structure.guide_trace
             inside = [name for name in structure.latents if structure.inside_model(name)]
             if not inside:
@@ -137,22 +150,28 @@ class Programs:
     def log_predictive_density(self, num_samples: int, *, seed: int = 0) -> Estimate:
         """log p(x_n | training data) of data that the guide has not seen, in nats; (N,) each.
 
+        It is NaN for data points that are masked as a whole.
+
         Raises:
             ValueError: fewer than two draws; an autoguide with latents of single data points.
         """
         check_count("posterior draws", num_samples, least=2)
-        batches = Batches(self.data)
+        batches = self._batches
         with seeded(seed, batches.device), torch.no_grad():
             whole = batches.whole()
-            structure = self._structure(whole)
+            structure = self._checked(whole)
             structure.check_amortized(self.guide)
             self._check_rows(structure)
             found = self._scores(whole, num_samples, size=_size(structure))
+        posterior = self._posterior(structure, found, local=False)
         if "p inside" in found:
             log_w = found["p inside"] - found.get("q inside", torch.zeros(()))
-            return diagnostics.log_evidence(log_w.numpy())
-        posterior = self._posterior(structure, found, local=False)
-        return diagnostics.log_evidence(posterior.pointwise_log_likelihood().numpy())
+        else:
+            log_w = posterior.pointwise_log_likelihood()
+        estimate = diagnostics.log_evidence(log_w.numpy())
+        hidden = ~posterior.observed_points().numpy()
+        parts = (np.where(hidden, math.nan, part) for part in (estimate.value, estimate.se))
+        return Estimate(*parts)
 
     def _check_rows(self, structure: Structure) -> None:
         """Raises ValueError unless data points have densities of their own, or all are outside."""
@@ -163,6 +182,14 @@ class Programs:
                 f"a log predictive density of single data points needs every observed site inside"
                 f" plate {self.plate!r}, but {outside} stand outside it"
             )
+        if self.plate not in structure.plates:
+            for name in structure.latents:
+                if stack := structure.model_trace.nodes[name]["cond_indep_stack"]:
+                    raise ValueError(
+                        f"there is no vectorized plate {self.plate!r} over data points, and latent"
+                        f" site {name!r} stands inside plate {stack[0].name!r}: if that one is over"
+                        " data points, name it (plate=...)"
+                    )
         for name in structure.latents:
             if structure.inside_model(name) and not (
                 any(observed.values()) and structure.inside_guide(name)
@@ -198,7 +225,7 @@ class Programs:
             Latent and deterministic sites in the order of axes of `Posterior`; the samples as they
             are, if some of the model's latents are not among them.
         """
-        batches = Batches(self.data)
+        batches = self._batches
         with seeded(0, batches.device), torch.no_grad():
             structure = self._structure(batches.whole())
         if not samples.keys() >= set(structure.latents):
@@ -228,7 +255,7 @@ class Programs:
 
     def given_data(self) -> tuple[Draws, Draws]:
         """The data by observed site, and the other tensors among the arguments by name."""
-        batches = Batches(self.data)
+        batches = self._batches
         args, kwargs = batches.whole()
         with seeded(0, batches.device), torch.no_grad():
             structure = self._structure((args, kwargs))
@@ -248,6 +275,17 @@ class Programs:
             },
         )
 
+    def _checked(self, arguments: Arguments) -> Structure:
+        """One run, with Pyro's own check of shapes: a column would broadcast in silence."""
+        structure = self._structure(arguments)
+        if is_validation_enabled():
+            for trace in (structure.guide_trace, structure.model_trace):
+                trace.compute_log_prob()
+                for site in trace.nodes.values():
+                    if site["type"] == "sample" and not site_is_subsample(site):
+                        check_site_shape(site, math.inf)
+        return structure
+
     def _structure(self, arguments: Arguments) -> Structure:
         args, kwargs = arguments
         with reachable():
@@ -258,7 +296,7 @@ class Programs:
     def _by_rows(self, batches: Batches, total: int, num: int) -> Posterior:
         """The posterior of each data point by itself, some of them at a time."""
         index = torch.arange(total, device=batches.device)
-        first = self._structure(batches.rows(index[:2]))
+        first = self._checked(batches.rows(index[:2]))
         size = max(_WIDTH, _size(first) // first.batch)
         points = min(total, max(1, _VALUES // (num * size)))
         chunks = [
@@ -267,10 +305,11 @@ class Programs:
         ]
         split = {name for name, plates in self._plates(first).items() if self.plate in plates}
         whole = {}
-        for key, value in chunks[0].items():
+        for key in chunks[0]:
+            # What stands outside, a deterministic site, is of the rows that were run together.
             name = key.partition(" ")[2]
-            along = name in split or name == "inside"
-            whole[key] = torch.cat([chunk[key] for chunk in chunks], dim=1) if along else value
+            if name in split or name == "inside":
+                whole[key] = torch.cat([chunk[key] for chunk in chunks], dim=1)
         return self._posterior(first, whole, local=True)
 
     def _scores(
@@ -298,9 +337,9 @@ class Programs:
         found: Draws = {}
         for name in _observations(structure):
             found[f"likelihood {name}"] = self._elements(model.nodes[name]).double()
-            if (mask := _mask(model.nodes[name])) is not None:
+            if (count := _count(model.nodes[name])) is not None:
                 layout = Layout.of(model.nodes[name], plate=self.plate, density=True)
-                found[f"mask {name}"] = layout.ordered(mask)
+                found[f"count {name}"] = layout.ordered(count).double()
         for name in structure.proposed:
             if is_noise(guide.nodes[name]):
                 found[f"{NOISE}{name}"] = guide.nodes[name]["value"]
@@ -328,7 +367,7 @@ class Programs:
     def _elements(self, site: Any) -> Tensor:
         """The log likelihood of each observation at a site, plates in order."""
         fn = site["fn"]
-        alone = not site["cond_indep_stack"] and _mask(site) is None
+        alone = not site["cond_indep_stack"] and _count(site) is None
         if alone and isinstance(fn, torch.distributions.Independent):
             return fn.base_dist.log_prob(site["value"])
         return Layout.of(site, plate=self.plate, density=True).ordered(site["log_prob"])
@@ -343,7 +382,7 @@ class Programs:
         latents, dims = _named(found, "latent "), self._plates(structure)
         num = len(next(iter(found.values())))
         sites = {name: structure.model_trace.nodes[name] for name in structure.observed}
-        masks = {name: mask.any(0) for name, mask in _named(found, "mask ").items()}
+        counts = {name: count.amax(0) for name, count in _named(found, "count ").items()}
         inside = {side: found.get(f"{side} inside") for side in "pq"}
         rows = next((value.shape[1] for value in inside.values() if value is not None), 1)
         log = {
@@ -361,17 +400,16 @@ class Programs:
             log_p=log["p"],
             log_q=log["q"],
             log_likelihood=_named(found, "likelihood "),
-            masks=masks,
+            counts=counts,
             plates={**structure.plates, **({self.plate: rows} if inside["p"] is not None else {})},
             dims=dims,
             plate=self.plate,
-            num_observed=sum(site["value"].numel() for site in sites.values())
-            / (structure.batch if local else 1)
-            - sum(
-                int((~mask).sum()) * sites[name]["fn"].event_shape.numel()
-                for name, mask in masks.items()
-            )
-            / (rows if local else 1),
+            num_observed=sum(
+                float(counts[name].sum()) / (rows if local else 1)
+                if name in counts
+                else site["value"].numel() / (structure.batch if local else 1)
+                for name, site in sites.items()
+            ),
             discrete=bool(sites) and all(is_discrete(site["fn"]) for site in sites.values()),
             point=_points(
                 structure,
@@ -386,7 +424,7 @@ class Programs:
 
     def _simulated(self, num: int, draws: Mapping[str, Tensor], seed: int) -> Draws:
         """Runs of the model with observed sites drawn, and latent ones where none are given."""
-        batches = Batches(self.data)
+        batches = self._batches
         with seeded(seed, batches.device), torch.no_grad():
             structure = self._structure(batches.whole())
         given = {}
@@ -397,7 +435,7 @@ class Programs:
 
     def _runs(self, num: int, given: Draws, size: int, seed: int) -> Draws:
         """Runs of the model with some sites at given values, as Pyro has them, (S, ...) each."""
-        batches = Batches(self.data)
+        batches = self._batches
         args, kwargs = batches.whole()
 
         def run(fixed: Draws) -> Draws:
@@ -460,18 +498,33 @@ def _observations(structure: Structure) -> list[str]:
     return found or structure.observed
 
 
-def _mask(site: Any) -> Tensor | None:
-    """Which elements of a site's log probability count; None if all do."""
-    masks, fn = [site["mask"]], site["fn"]
-    while isinstance(fn, dist.MaskedDistribution):
-        masks.append(fn._mask)
-        fn = fn.base_dist
-    found = None
-    for mask in masks:
-        if mask is not None:
-            mask = torch.as_tensor(mask, device=site["log_prob"].device)
-            found = mask if found is None else found & mask
-    return None if found is None else found.expand(site["log_prob"].shape)
+def _count(site: Any) -> Tensor | None:
+    """How many values each element of a site's log probability stands for; None if no mask is."""
+    mask, shape = _mask(site["fn"]), site["log_prob"].shape
+    if mask is None and site["mask"] is None:
+        return None
+    if mask is None:
+        mask = torch.ones((), dtype=torch.int64, device=site["log_prob"].device)
+        mask = mask * site["fn"].event_shape.numel()
+    if site["mask"] is not None:
+        mask = mask * torch.as_tensor(site["mask"], device=mask.device)
+    return mask.expand(shape)
+
+
+def _mask(fn: Any) -> Tensor | None:
+    """The values that a distribution's own masks leave, counted by element of its batch shape."""
+    if isinstance(fn, dist.MaskedDistribution):
+        inner = _mask(fn.base_dist)
+        own = torch.as_tensor(fn._mask).long()
+        return own * (fn.event_shape.numel() if inner is None else inner)
+    if isinstance(fn, torch.distributions.Independent):
+        inner = _mask(fn.base_dist)
+        if inner is None:
+            return None
+        events = fn.reinterpreted_batch_ndims
+        inner = inner.expand(fn.base_dist.batch_shape)
+        return inner.flatten(-events).sum(-1) if events else inner
+    return None
 
 
 def _named(found: Draws, kind: str) -> Draws:
@@ -521,6 +574,8 @@ def _check_unscaled(trace: Trace) -> None:
         if site["type"] == "sample" and not site_is_subsample(site):
             if not bool((torch.as_tensor(site["scale"]) == 1).all()):
                 raise ValueError(
-                    f"site {name!r} is scaled by the program: scaled densities are no posterior;"
-                    " instead of a plate's subsample_size or poutine.scale, give fit a batch_size"
+                    f"site {name!r} is scaled by the program: scaled densities are no posterior."
+                    " A plate with a subsample_size scales (give fit a batch_size instead), so does"
+                    " poutine.scale, and an autoguide where a plate has another size than in the"
+                    " fit"
                 )

@@ -18,7 +18,7 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
 from pyro_vi import compare, fit
-from pyro_vi.amortization import Rows
+from pyro_vi.amortization import RowIndependence
 from pyro_vi.families import FullCovariance, LowRank, MeanField
 from pyro_vi.flows import Flow
 from pyro_vi.guides import Encoder
@@ -32,7 +32,8 @@ X = torch.randn(N, generator=torch.Generator().manual_seed(0))
 
 
 def rows(model: Callable[..., Any], guide: Callable[..., Any], *args: Any) -> tuple[bool, bool]:
-    found = Rows.of(Structure.of(model, guide, args, {}), model, guide, (args, {}))
+    structure = Structure.of(model, guide, args, {})
+    found = RowIndependence.of(structure, model, guide, (args, {}))
     return found.amortized, found.local
 
 
@@ -80,6 +81,21 @@ def in_order(x: Tensor) -> None:
         pyro.sample("z", dist.Normal(x.cumsum(0), 0.7))
 
 
+def by_extreme(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / x.max(), 0.7))
+
+
+def by_size(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.0, x.abs().max()))
+
+
+def by_last(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x - x[-1], 0.7))
+
+
 def of_that_many(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Normal(x / len(x), 0.7))
@@ -99,6 +115,13 @@ def auxiliary(x: Tensor) -> None:
         pyro.sample("z", dist.Normal(x / 2 + noise, 0.7))
 
 
+def with_parameter(guide: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    def run(x: Tensor) -> None:
+        guide(x + 0 * pyro.param("unused", torch.tensor(0.0)))
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("guide", "amortized"),
     [
@@ -109,12 +132,151 @@ def auxiliary(x: Tensor) -> None:
         (parameter_for_each_row, False),
         (normalised, False),
         (in_order, False),
+        (by_extreme, False),
+        (by_size, False),
+        (by_last, False),
         (of_that_many, False),
         (point(lambda x: torch.linspace(-1, 1, N)[: len(x)]), False),
     ],
 )
-def test_guides_of_single_data_points(guide: Callable[[Tensor], None], amortized: bool) -> None:
-    assert rows(local, guide, X) == (amortized, amortized)
+@pytest.mark.parametrize("order", [X, X.sort().values, X.flip(0)])
+def test_guides_of_single_data_points(
+    guide: Callable[[Tensor], None], amortized: bool, order: Tensor
+) -> None:
+    assert rows(local, guide, order) == (amortized, amortized)
+
+
+def test_rounding_of_means_far_from_zero_is_no_dependence() -> None:
+    """Their last digits, in units of a small standard deviation."""
+    net = nn.Sequential(nn.Linear(784, 256), nn.SiLU(), nn.Linear(256, 256), nn.Linear(256, 8))
+    with torch.no_grad():
+        net[-1].weight.mul_(40)
+        net[-1].bias.add_(30)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.full((8,), 30.0), 1.0).to_event(1))
+            pyro.sample(
+                "x", dist.Normal(z.sum(-1, True), 1.0).expand([len(x), 784]).to_event(1), obs=x
+            )
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(net(x), 0.01).to_event(1))
+
+    for num in (2, 3, 20):
+        assert rows(model, guide, torch.rand(num, 784)) == (True, True)
+
+
+def test_small_differences_of_large_densities_are_dependence() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            loc = z[:, None] + 2e-4 * x.mean()
+            pyro.sample("x", dist.Normal(loc, 0.03).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.mean(1), 0.1))
+
+    x = torch.arange(16)[:, None] / 16 + torch.rand(16, 3072)
+    assert rows(model, guide, x) == (False, False)
+
+
+def test_what_the_programs_draw_beside_their_sites_is_no_dependence() -> None:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.dropout(x, 0.5, True), 0.7))
+
+    assert rows(local, guide, X) == (True, True)
+
+
+def test_rows_in_the_order_that_a_recurrent_network_needs() -> None:
+    lengths = torch.tensor([5, 4, 4, 3, 2, 1, 1])
+    gru = nn.GRU(1, 4, batch_first=True).double()
+
+    def guide(x: Tensor, lengths: Tensor) -> None:
+        packed = nn.utils.rnn.pack_padded_sequence(x[..., None], lengths, batch_first=True)
+        _, last = gru(packed)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(last[0, :, 0], 0.7))
+
+    def model(x: Tensor, lengths: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z[:, None], 1.0).expand(x.shape).to_event(1), obs=x)
+
+    assert rows(model, guide, torch.randn(7, 5).double(), lengths) == (True, True)
+
+
+def test_a_plate_of_another_name_is_asked_for() -> None:
+    """Nothing says that its latents belong to data points: their prior would be left out."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + loc, 0.7))
+
+    def blind(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(loc, 0.7))
+
+    fitted = fit(model, guide, X, steps=1, progress=False)
+    assert not fitted.amortized
+    with pytest.raises(ValueError, match="it has none for other data"):
+        fitted.log_predictive_density(X + 1, 10)
+    with pytest.raises(ValueError, match=r"stands inside plate 'rows'.*name it \(plate=\.\.\.\)"):
+        fit(model, blind, X, steps=1, progress=False).log_predictive_density(X + 1, 10)
+    named = fit(model, guide, X, plate="rows", steps=1, progress=False)
+    assert (named.amortized, named.local) == (True, True)
+    with pytest.raises(ValueError, match=r"there is no plate 'row' in the programs, which have"):
+        fit(model, guide, X, plate="row", steps=1, progress=False)
+
+
+def test_arguments_are_rows_by_what_they_were_in_the_fit() -> None:
+    """Not by their length in data that come later."""
+
+    def model(x: Tensor, y: Tensor, knots: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("y", dist.Normal(z + knots.sum() * x, 1.0), obs=y)
+
+    def guide(x: Tensor, y: Tensor, knots: Tensor) -> None:
+        shift = pyro.param("shift", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((y - knots.sum() * x) / 2 + shift, 0.5**0.5))
+
+    still = partial(torch.optim.SGD, lr=0.0)
+    knots = torch.randn(20)
+    data = (torch.randn(50), torch.randn(50), knots)
+    fitted = fit(model, guide, data, optim=still, steps=1, progress=False)
+    assert fitted.local and fitted.rows == (0, 1)
+    for num in (19, 20, 21):
+        x, y = torch.randn(num), torch.randn(num)
+        evidence = fitted.posterior((x, y, knots), 4_000).evidence().value
+        expected = dist.Normal(knots.sum() * x, 2**0.5).log_prob(y)
+        torch.testing.assert_close(torch.from_numpy(evidence).float(), expected, atol=1e-4, rtol=0)
+
+
+def test_deterministic_sites_of_all_rows_are_no_part_of_a_local_posterior() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.deterministic("twice", 2 * z)
+        pyro.deterministic("total", z.sum())
+
+    fitted = fit(model, with_parameter(by_row), torch.randn(50), steps=1, progress=False)
+    posterior = fitted.posterior(torch.randn(50), 1_000)
+    assert {name: value.shape for name, value in posterior.deterministic.items()} == {
+        "twice": (1_000, 50)
+    }
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
@@ -196,7 +358,8 @@ def test_where_there_is_nothing_to_tell_the_plate_is_believed() -> None:
         by_row(x[0])
 
     assert rows(local, by_row, X[:1]) == (True, True)
-    assert rows(of_columns, by_column, torch.randn(3, N)) == (True, True)
+    assert rows(of_columns, by_column, torch.randn(3, N)) == (True, False)
+    assert rows(of_columns, by_column, torch.randn(N, N)) == (False, False)
 
 
 def test_what_a_plate_scales_and_masks_leave_out() -> None:
@@ -215,23 +378,11 @@ def test_nothing_outside_moves() -> None:
     before = torch.get_rng_state()
     structure = Structure.of(local, by_row, (X,), {})
     torch.set_rng_state(before)
-    Rows.of(structure, local, by_row, ((X,), {}))
+    RowIndependence.of(structure, local, by_row, ((X,), {}))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 # What follows from it
-
-
-def with_parameter(guide: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-    def run(x: Tensor) -> None:
-        pyro.sample(
-            "unused",
-            dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0),
-            infer={"is_auxiliary": True},
-        )
-        guide(x)
-
-    return run
 
 
 def learned_rows(x: Tensor) -> None:

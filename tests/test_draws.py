@@ -119,9 +119,10 @@ def constrained_model(x: Tensor) -> None:
 
 def masked_model(x: Tensor, seen: Tensor) -> None:
     mean = pyro.sample("mean", dist.Normal(zeros(), 1.0))
-    with pyro.plate("data", len(x)), poutine.mask(mask=seen):
+    with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(mean, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        with poutine.mask(mask=seen):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
 def missing_model(x: Tensor, seen: Tensor) -> None:
@@ -129,6 +130,12 @@ def missing_model(x: Tensor, seen: Tensor) -> None:
     mean = pyro.sample("mean", dist.Normal(zeros(), 1.0))
     with pyro.plate("data", len(x)):
         pyro.sample("x", dist.Normal(mean, 1.0), obs=x, obs_mask=seen)
+
+
+def missing_guide(x: Tensor, seen: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(x.mean(), 0.5))
+    with pyro.plate("data", len(x)), poutine.mask(mask=~seen):
+        pyro.sample("x_unobserved", dist.Normal(mean, 1.0))
 
 
 def factor_model(x: Tensor) -> None:
@@ -199,7 +206,7 @@ VECTORISED: dict[str, tuple[Callable[..., Any], Callable[..., Any], Any]] = {
     "Poisson": (gamma_poisson, gamma_poisson_guide, COUNTS),
     "Bernoulli": (beta_bernoulli, AutoNormal, COINS),
     "masked": (masked_model, AutoNormal, (X, X > 0)),
-    "missing": (missing_model, AutoNormal, (X, X > 0)),
+    "missing": (missing_model, missing_guide, (X, X > 0)),
     "factor": (factor_model, AutoNormal, X),
     "mixture": (mixture_model, AutoDiagonalNormal, X),
     "chain": (chain_model, AutoMultivariateNormal, X),

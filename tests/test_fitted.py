@@ -612,7 +612,7 @@ def test_a_joint_posterior_is_that_of_the_training_data() -> None:
         assert fitted.predict(other, 5)["x"].shape == (5, len(other))
 
 
-def test_data_that_have_no_rows_are_refused() -> None:
+def test_arguments_without_rows_are_passed_as_they_are() -> None:
     def model(x: Tensor, scale: float) -> None:
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
@@ -623,8 +623,59 @@ def test_data_that_have_no_rows_are_refused() -> None:
             pyro.sample("z", dist.Normal(pyro.param("slope", torch.tensor(0.5)) * x, 1.0))
 
     fitted = quick(model, guide, (torch.randn(5), 0.5))
-    with pytest.raises(TypeError, match=r"along the first axis, but argument 1 is 0.5"):
-        fitted.generate(3)
+    assert fitted.rows == (0,)
+    assert fitted.generate(3)["x"].shape == (3,)
+    assert fitted.posterior((torch.randn(40), 0.5), 30).log_p.shape == (30, 40)
+
+    def three(scale: float) -> None:
+        model(torch.zeros(3), scale)
+
+    def thrice(scale: float) -> None:
+        guide(torch.zeros(3), scale)
+
+    with pytest.raises(ValueError, match="expected data to take apart, but there are no"):
+        quick(three, thrice, (0.5,)).generate(3)
+
+
+@pytest.mark.parametrize("size", [4, 3])
+def test_reconstructions_and_data_have_the_order_of_axes_of_posteriors(size: int) -> None:
+    """Plates: data points from the right, parts to their left; Pyro's order is the other one."""
+    weights = torch.arange(1.0, size + 1)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1), pyro.plate("part", size, dim=-2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z * weights[:, None], 0.01), obs=x.T)
+
+    def guide(x: Tensor) -> None:
+        shift = pyro.param("shift", torch.tensor(0.0))
+        with pyro.plate("data", len(x), dim=-1), pyro.plate("part", size, dim=-2):
+            pyro.sample("z", dist.Normal(x.T / weights[:, None] + shift, 0.001))
+
+    x = torch.randn(4, size)
+    fitted = fit(model, guide, x, optim=partial(torch.optim.SGD, lr=0.0), steps=1)
+    torch.testing.assert_close(fitted.reconstruct(x)["x"], x, atol=0.02 * size, rtol=0)
+    assert fitted.generate(7)["z"].shape == fitted.generate(7)["x"].shape == (7, size)
+    middle = fitted.interpolate(x[:1], x[1:2], 3)["x"][1]
+    torch.testing.assert_close(middle, (x[0] + x[1]) / 2, atol=0.02, rtol=0)
+
+
+def test_discrete_latents_are_reconstructed_from_one_draw_and_have_no_line() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2)))
+            pyro.sample("x", dist.Normal(4.0 * z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        slope = pyro.param("slope", torch.tensor(4.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Categorical(logits=torch.stack([0 * x, slope * x - 8], -1)))
+
+    x = torch.tensor([-1.0, 5.0])
+    fitted = fit(model, guide, x, optim=partial(torch.optim.SGD, lr=0.0), steps=1)
+    assert fitted.reconstruct(x)["x"].tolist() == [0.0, 4.0]
+    with pytest.raises(ValueError, match="'z' is discrete: draws of it have no mean"):
+        fitted.interpolate(x[:1], x[1:])
 
 
 def test_a_fit_says_what_it_is() -> None:

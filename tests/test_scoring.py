@@ -403,6 +403,43 @@ def test_a_guide_that_an_earlier_fit_trained_too_is_scored_by_its_last_fit() -> 
         )
 
 
+NET = nn.Linear(1, 1)
+
+
+class Shift(torch.distributions.transforms.Transform):
+    """x + net(0), by a name of the script and no attribute."""
+
+    domain = codomain = constraints.real
+    bijective = True
+
+    def _call(self, x: Tensor) -> Tensor:
+        return x + NET(x.new_zeros(1)).squeeze()
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y - NET(y.new_zeros(1)).squeeze()
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def test_a_transform_that_names_its_network_is_scored_by_the_fits_own() -> None:
+    def model(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("net", NET)
+        pyro.sample("mean", dist.TransformedDistribution(dist.Normal(0.0, 0.4), [Shift()]))
+
+    x = 3 + torch.randn(6)
+    fitted = fit(model, guide, x, optim=partial(torch.optim.Adam, lr=0.05), steps=300)
+    posterior = fitted.posterior(x, 2_000)
+    covariance = torch.eye(6) + 1
+    exact = float(dist.MultivariateNormal(torch.zeros(6), covariance).log_prob(x))
+    assert float(posterior.evidence().value) == pytest.approx(exact, abs=0.05)
+
+
 @pytest.mark.parametrize("particles", [1, 2])
 def test_a_guide_is_trained_against_the_flow_prior_of_a_frozen_model(particles: int) -> None:
     """The flow asks its networks in the loss, after the frozen model has run."""
