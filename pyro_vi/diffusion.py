@@ -1,0 +1,385 @@
+r"""The forward process of diffusion, as distributions: what a model and its guide both speak of.
+
+A data point x_0 is flattened and mapped to coordinates y_0 in which the noise is isotropic. Then,
+with the levels of a schedule (:mod:`pyro_vi.schedules`) and s = t - 1,
+
+    q(y_t | y_0)       = N(signal_t y_0, noise_t^2 I)
+    q(y_t | y_s)       = N(signal_t / signal_s y_s, beta_t I)
+    q(y_s | y_t, y_0)  = N(c_t y_t + c_0 y_0, v_t I),    s >= 1
+
+    r_t    = e^(gamma_s - gamma_t) = SNR_t / SNR_s          (r_1 = 0)
+    beta_t = noise_t^2 (1 - r_t)        v_t = noise_s^2 (1 - r_t)
+    c_t    = r_t signal_s / signal_t    c_0 = signal_s (1 - r_t)
+
+Noise of a full covariance is isotropic noise in the eigenbasis of that covariance, with each axis
+in units of its own standard deviation: `Whitened` coordinates. The latents live in coordinates y;
+no bound on log p(x_0) depends on which, as long as the kernels move along.
+
+Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models (arXiv:2006.11239).
+"""
+
+__all__ = ["Affine", "Coordinates", "Diffusion", "StratifiedSteps", "Transition", "Whitened"]
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from pyro.distributions import Normal, TorchDistribution, constraints
+from torch import Size, Tensor, nn
+
+from pyro_vi.families import check_sizes
+from pyro_vi.schedules import Schedule
+
+
+class Coordinates(nn.Module):
+    """The base of all coordinates: an invertible map of flat data points, (..., dim)."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Data to coordinates, (..., dim) each."""
+        raise NotImplementedError
+
+    def decode(self, y: Tensor) -> Tensor:
+        """Coordinates to data, (..., dim) each."""
+        raise NotImplementedError
+
+
+class Affine(Coordinates):
+    """Coordinates y = (x - loc) / scale, the same for every number of a data point.
+
+    Args:
+        loc: What becomes zero.
+        scale: What becomes one, above 0.
+
+    Raises:
+        ValueError: The scale is not positive and finite.
+
+    Example:
+        >>> greys = Affine(0.5, 0.5)  # [0, 1] to [-1, 1]
+        >>> greys.encode(torch.tensor([0.0, 1.0]))
+        tensor([-1.,  1.])
+    """
+
+    def __init__(self, loc: float = 0.0, scale: float = 1.0) -> None:
+        super().__init__()
+        if not (0 < scale < math.inf and math.isfinite(loc)):
+            raise ValueError(f"expected a finite loc and a positive scale, got {loc} and {scale}")
+        self.loc, self.scale = float(loc), float(scale)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Data to coordinates, (..., dim) each."""
+        return (x - self.loc) / self.scale
+
+    def decode(self, y: Tensor) -> Tensor:
+        """Coordinates to data, (..., dim) each."""
+        return y * self.scale + self.loc
+
+
+class Whitened(Coordinates):
+    r"""Coordinates in which noise of a given covariance is isotropic.
+
+    .. math:: y = \Sigma^{-1/2} (x - \mu), \quad \Sigma^{1/2} = U \Lambda^{1/2} U^T
+
+    The root is the symmetric one, so that y is in the order of x, and images stay images.
+
+    Args:
+        mean: What becomes zero, shape (dim,).
+        covariance: The noise's covariance, shape (dim, dim).
+
+    Raises:
+        ValueError: The covariance is not symmetric and positive definite, or of another size; the
+            mean is not of finite floating point numbers.
+
+    Example:
+        >>> whitened = Whitened(torch.zeros(2), torch.tensor([[4.0, 1.0], [1.0, 1.0]]))
+        >>> x = torch.randn(5, 2)
+        >>> torch.allclose(whitened.decode(whitened.encode(x)), x, atol=1e-5)
+        True
+    """
+
+    mean: Tensor
+    root: Tensor
+    inverse: Tensor
+
+    def __init__(self, mean: Tensor, covariance: Tensor) -> None:
+        super().__init__()
+        dim = mean.numel()
+        if mean.dim() != 1 or covariance.shape != (dim, dim):
+            raise ValueError(
+                "expected a mean of shape (dim,) and a covariance of shape (dim, dim), got"
+                f" {tuple(mean.shape)} and {tuple(covariance.shape)}"
+            )
+        if not mean.is_floating_point() or not bool(mean.isfinite().all()):
+            raise ValueError(f"expected a mean of finite floating point numbers, got {mean}")
+        wide = covariance.double()
+        values, vectors = torch.linalg.eigh(wide)
+        symmetric = torch.allclose(wide, wide.T, rtol=1e-5, atol=0.0)
+        if not (symmetric and bool((values > 0).all())):
+            raise ValueError(
+                "expected a symmetric, positive definite covariance, got"
+                f" {f'a least eigenvalue of {float(values.min()):g}' if symmetric else 'another'}"
+            )
+        for name, power in (("root", 0.5), ("inverse", -0.5)):
+            matrix = vectors * values**power @ vectors.T
+            self.register_buffer(name, matrix.to(mean.dtype))
+        self.register_buffer("mean", mean.clone())
+
+    @classmethod
+    def of(cls, data: Tensor, *, ridge: float = 1e-3) -> "Whitened":
+        """The coordinates of a sample's mean and covariance.
+
+        Args:
+            data: Data points, shape (N, *shape).
+            ridge: Added to the variances, in units of their mean: a pixel that never changes has
+                none of its own.
+
+        Raises:
+            ValueError: There are fewer than two data points, they do not differ, or they are no
+                floating point numbers.
+        """
+        if data.dim() < 2 or not data.is_floating_point():
+            raise ValueError(
+                "expected data points of floating point numbers, (N, *shape), got"
+                f" {tuple(data.shape)} of {data.dtype}"
+            )
+        if not bool((data != data[:1]).any()):
+            raise ValueError(f"expected data points that differ, got {len(data)} alike")
+        flat = data.reshape(len(data), -1)
+        covariance = torch.cov(flat.T.double()).reshape(flat.shape[1], -1)
+        size = ridge * covariance.diagonal().mean()
+        covariance = covariance + size * torch.eye(len(covariance)).to(covariance)
+        return cls(flat.mean(0), covariance)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Data to coordinates, (..., dim) each."""
+        return (x - self.mean) @ self.inverse
+
+    def decode(self, y: Tensor) -> Tensor:
+        """Coordinates to data, (..., dim) each."""
+        return y @ self.root + self.mean
+
+
+class Transition(NamedTuple):
+    """The numbers of one step, each of the shape of t with one dimension more, for broadcasting.
+
+    Attributes:
+        signal, noise: The levels of q(y_t | y_0).
+        on_t, on_0: c_t and c_0, the weights of y_t and y_0 in the mean of q(y_s | y_t, y_0).
+        small: v_t, the variance of that posterior; at s = 0, where it is zero, the one at t = 2
+            (beta_1 if there is one step alone).
+        large: beta_t, the variance of q(y_t | y_s).
+    """
+
+    signal: Tensor
+    noise: Tensor
+    on_t: Tensor
+    on_0: Tensor
+    small: Tensor
+    large: Tensor
+
+
+class Diffusion(nn.Module):
+    """A forward process: a schedule, coordinates, and the distributions that follow.
+
+    Args:
+        shape: The shape of one data point.
+        schedule: The noise schedule (:mod:`pyro_vi.schedules`).
+        coordinates: `Affine()` by default.
+        draws: How many of the T steps the time-sub-sampled programs draw for each data point.
+
+    Raises:
+        ValueError: The schedule's signal-to-noise ratio does not fall, or leaves (0, 1); `draws` is
+            not from 1 to T; the shape is empty or holds a size below one.
+
+    Example:
+        >>> from pyro_vi.schedules import Cosine
+        >>> diffusion = Diffusion((2,), Cosine(100))
+        >>> y_0 = diffusion.encode(torch.randn(5, 2))
+        >>> diffusion.noised(y_0, torch.tensor(50)).batch_shape
+        torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        schedule: Schedule,
+        *,
+        coordinates: Coordinates | None = None,
+        draws: int = 1,
+    ) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        if not self.shape:
+            raise ValueError("expected the shape of a data point, got an empty one")
+        check_sizes(**{f"shape[{i}]": size for i, size in enumerate(self.shape)}, draws=draws)
+        self.dim = math.prod(self.shape)
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"expected a Schedule, such as Cosine(100), got {schedule!r}")
+        schedule.check()
+        self.schedule = schedule
+        self.steps = schedule.steps
+        if draws > self.steps:
+            raise ValueError(f"expected to draw at most the {self.steps} steps, got {draws}")
+        self.draws = draws
+        self.coordinates = Affine() if coordinates is None else coordinates
+
+    def encode(self, x_0: Tensor) -> Tensor:
+        """Data in coordinates: (N, *shape) to (N, dim).
+
+        Raises:
+            TypeError: The data are not floating point numbers.
+            ValueError: They have another shape.
+        """
+        if x_0.dim() == 0 or tuple(x_0.shape[1:]) != self.shape:
+            raise ValueError(f"expected data of shape (N, *{self.shape}), got {tuple(x_0.shape)}")
+        if not x_0.is_floating_point():
+            raise TypeError(f"expected data of a floating point dtype, got {x_0.dtype}")
+        return self.coordinates.encode(x_0.reshape(len(x_0), self.dim))
+
+    def decode(self, y: Tensor) -> Tensor:
+        """Coordinates as data: (..., dim) to (..., *shape)."""
+        return self.coordinates.decode(y).reshape(*y.shape[:-1], *self.shape)
+
+    def prior(self, like: Tensor) -> TorchDistribution:
+        """p(y_T), the standard normal: event_shape (dim,), and device and dtype of `like`."""
+        return Normal(like.new_zeros(self.dim), 1.0).to_event(1)
+
+    def noised(self, y_0: Tensor, t: Tensor) -> TorchDistribution:
+        """q(y_t | y_0).
+
+        Args:
+            y_0: Shape (..., dim).
+            t: Steps from 1 to T, broadcastable with (...).
+        """
+        signal, noise = (level.to(y_0.dtype).unsqueeze(-1) for level in self.schedule.levels(t))
+        return Normal(signal * y_0, noise).to_event(1)
+
+    def next(self, y_s: Tensor, t: Tensor) -> TorchDistribution:
+        """q(y_t | y_s) with s = t - 1, where y_s is (..., dim); y_0 at t = 1."""
+        step = self.transition(t, y_s.dtype)
+        return Normal((1 - step.large).sqrt() * y_s, step.large.sqrt()).to_event(1)
+
+    def before(self, y_t: Tensor, y_0: Tensor, t: Tensor) -> TorchDistribution:
+        """q(y_s | y_t, y_0) with s = t - 1.
+
+        Args:
+            y_t, y_0: Shape (..., dim) each.
+            t: Steps from 2 to T, broadcastable with (...). At t = 1 there is no such density: what
+                comes back has a variance of its own, for use under a mask.
+        """
+        step = self.transition(t, y_t.dtype)
+        return Normal(step.on_t * y_t + step.on_0 * y_0, step.small.sqrt()).to_event(1)
+
+    def transition(self, t: Tensor, dtype: torch.dtype, *, s: Tensor | None = None) -> Transition:
+        """The numbers of the step from t to s, in `dtype`; s = t - 1 if None.
+
+        Args:
+            t: Steps from 1 to T.
+            dtype: Of what comes back.
+            s: Earlier steps, from 0 to t - 1; 0 is the data.
+        """
+        s = t - 1 if s is None else s
+        first = s == 0
+        gamma_t = self.schedule.gamma(t)
+        gamma_s = self.schedule.gamma(torch.where(first, t, s))
+        zero, one = gamma_t.new_zeros(()), gamma_t.new_ones(())
+        ratio = torch.where(first, zero, (gamma_s - gamma_t).exp())
+        change = torch.where(first, one, -torch.expm1(gamma_s - gamma_t))  # 1 - ratio, in full
+        signal, noise = torch.sigmoid(-gamma_t).sqrt(), torch.sigmoid(gamma_t).sqrt()
+        signal_s = torch.where(first, one, torch.sigmoid(-gamma_s).sqrt())
+        large = noise.square() * change
+        small = torch.where(first, self._first(large), torch.sigmoid(gamma_s) * change)
+        numbers = (signal, noise, ratio * signal_s / signal, signal_s * change, small, large)
+        return Transition(*(number.to(dtype).unsqueeze(-1) for number in numbers))
+
+    def signature(self) -> Tensor:
+        """Numbers by which a model and its guide tell whether they speak of one forward process.
+
+        Sizes, the levels of all steps, and what the coordinates make of a point; float64, (k,).
+        They are those of the moment: a fitted model has another schedule than its untrained guide.
+        """
+        with torch.no_grad():
+            gamma = self.schedule.gamma(torch.arange(1, self.steps + 1, device=_device(self)))
+            like = next(self.coordinates.buffers(), gamma)
+            point = (1.7 * torch.arange(self.dim, device=like.device)).sin()
+            moved = self.coordinates.encode(point.to(like.dtype))
+            sizes = gamma.new_tensor([*self.shape, self.draws])
+            return torch.cat([part.double().to(gamma.device) for part in (sizes, gamma, moved)])
+
+    def _first(self, large: Tensor) -> Tensor:
+        """v_2, which stands in for v_1 = 0; beta_1 if there is no second step."""
+        if self.steps == 1:
+            return large
+        gamma_1, gamma_2 = self.schedule.gamma(torch.tensor([1, 2], device=large.device))
+        return -torch.sigmoid(gamma_1) * torch.expm1(gamma_1 - gamma_2)
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    return next((parameter.device for parameter in module.parameters()), None)
+
+
+class StratifiedSteps(TorchDistribution):
+    r"""Uniform over the steps 1, ..., T, spread evenly over the elements that are drawn together.
+
+    .. math:: t_i = 1 + \lfloor T \, ((u + i / n) \bmod 1) \rfloor, \quad u \sim U(0, 1)
+
+    for i = 0, ..., n - 1. Each is uniform by itself, and so an average over them of anything is
+    unbiased; it varies less than over independent steps. The log probability is that of one, -log
+    T. It has no parameters, and thus counts as reparametrized.
+
+    Args:
+        steps: T.
+        device: Where the steps are drawn; torch's default device if None.
+
+    References:
+        Variational Diffusion Models (arXiv:2107.00630), section I.1
+
+    Example:
+        >>> StratifiedSteps(100).expand([4]).sample().sort().values.diff()
+        tensor([25, 25, 25])
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
+    has_rsample = True
+
+    def __init__(
+        self,
+        steps: int,
+        *,
+        device: torch.device | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        check_sizes(steps=steps)
+        self.steps, self.device = steps, device
+        super().__init__(validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> constraints.Constraint:
+        """The whole numbers from 1 to T."""
+        return constraints.integer_interval(1, self.steps)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Steps of shape sample_shape + batch_shape, integers; spread over the batch shape."""
+        shape = Size(sample_shape)
+        num = self.batch_shape.numel()
+        start = torch.rand((*shape, 1), dtype=torch.float64, device=self.device)
+        share = (start + torch.arange(num, device=start.device) / max(num, 1)) % 1
+        steps = 1 + (share * self.steps).long().clamp(max=self.steps - 1)
+        return steps.reshape(shape + self.batch_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """-log T, of the shape of the value."""
+        if self._validate_args:
+            self._validate_sample(value)
+        shape = torch.broadcast_shapes(value.shape, self.batch_shape)
+        return torch.full(shape, -math.log(self.steps), device=value.device)
+
+    def expand(
+        self, batch_shape: Sequence[int], _instance: TorchDistribution | None = None
+    ) -> "StratifiedSteps":
+        """The same distribution over a larger batch."""
+        new = self._get_checked_instance(StratifiedSteps, _instance)
+        new.steps, new.device = self.steps, self.device
+        super(StratifiedSteps, new).__init__(Size(batch_shape), validate_args=False)
+        new._validate_args = self._validate_args
+        return new
