@@ -1,5 +1,6 @@
 """Variational programs: the guides of the models."""
 
-__all__ = ["Encoder"]
+__all__ = ["Encoder", "ForwardOrder", "ForwardProcess", "ReverseOrder"]
 
 from pyro_vi.guides.encoder import Encoder
+from pyro_vi.guides.forward_process import ForwardOrder, ForwardProcess, ReverseOrder

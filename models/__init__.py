@@ -1,23 +1,28 @@
 """Generative programs, and the likelihoods that they are made with."""
 
 __all__ = [
+    "DDPM",
     "VAE",
     "Bernoulli",
     "ContinuousBernoulli",
+    "DDPMChain",
     "DiscretizedLogistic",
     "DiscretizedLogisticDistribution",
     "Gaussian",
+    "LearnedDiscretizedLogistic",
     "LearnedGaussian",
     "LinearGaussian",
     "PixelGaussian",
 ]
 
+from pyro_vi.models.ddpm import DDPM, DDPMChain
 from pyro_vi.models.likelihoods import (
     Bernoulli,
     ContinuousBernoulli,
     DiscretizedLogistic,
     DiscretizedLogisticDistribution,
     Gaussian,
+    LearnedDiscretizedLogistic,
     LearnedGaussian,
     PixelGaussian,
 )

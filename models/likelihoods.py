@@ -13,10 +13,11 @@ Which one is right follows from the data:
     LearnedGaussian        real numbers, one scale for all, learned
     PixelGaussian          real numbers, a scale for every number
     DiscretizedLogistic    the grey levels 0, 1 / (levels - 1), ..., 1, with a probability each
+    LearnedDiscretizedLogistic  the same, one scale for all, learned
 
-Densities of real numbers and probabilities of grey levels are not comparable: only the last gives
-bits per dimension. Values outside a likelihood's support are refused, as long as the distributions'
-validation is on, as it is by default.
+Densities of real numbers and probabilities of grey levels are not comparable: only the last two
+give bits per dimension. Values outside a likelihood's support are refused, as long as the
+distributions' validation is on, as it is by default.
 """
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "DiscretizedLogistic",
     "DiscretizedLogisticDistribution",
     "Gaussian",
+    "LearnedDiscretizedLogistic",
     "LearnedGaussian",
     "PixelGaussian",
 ]
@@ -275,6 +277,52 @@ class DiscretizedLogistic(nn.Module):
         scale = F.softplus(raw_scale - 2) + 0.05 / (self.levels - 1)
         p = DiscretizedLogisticDistribution(0.5 + raw_loc, scale, self.levels)
         return p.to_event(event_dim)
+
+
+class LearnedDiscretizedLogistic(nn.Module):
+    r"""Grey levels around the decoder's output, with one scale for all that is learned.
+
+    To `DiscretizedLogistic` what `LearnedGaussian` is to `PixelGaussian`. The scale is that of the
+    logistic, plus a twentieth of a bin.
+
+    Args:
+        levels: The number of grey levels: 256 for 8 bits.
+        scale: The scale to start from; a bin by default.
+
+    Raises:
+        ValueError: There are fewer than two levels, or the scale is not positive and finite.
+
+    Example:
+        >>> likelihood = LearnedDiscretizedLogistic(256)
+        >>> p = likelihood(torch.full((10, 1, 1, 8, 8), 0.5))
+        >>> p.log_prob(torch.randint(256, (1, 8, 8)) / 255).shape
+        torch.Size([10])
+    """
+
+    outputs = 1
+
+    def __init__(self, levels: int, scale: float | None = None) -> None:
+        super().__init__()
+        self.levels = _checked_levels(levels)
+        start = _checked_scale(1 / (levels - 1) if scale is None else scale)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(start)))
+
+    def forward(self, raw: Tensor, event_dim: int = 3) -> TorchDistribution:
+        """The distribution of data points given their locations.
+
+        Args:
+            raw: The locations, shape (batch..., 1, *shape).
+            event_dim: The number of dimensions of one data point: three for images.
+
+        Returns:
+            A distribution of batch_shape (batch...) and event_shape `shape`.
+
+        Raises:
+            ValueError: `raw` has another number of outputs.
+        """
+        (loc,) = _split(raw, self.outputs, event_dim)
+        scale = self.log_scale.exp() + 0.05 / (self.levels - 1)
+        return DiscretizedLogisticDistribution(loc, scale, self.levels).to_event(event_dim)
 
 
 class DiscretizedLogisticDistribution(TorchDistribution):

@@ -16,7 +16,7 @@ ELBO), and every site's term, so that a NaN can be named. The mathematics stay P
 
 from __future__ import annotations
 
-__all__ = ["Told", "told"]
+__all__ = ["Told", "kl_rows", "told"]
 
 from typing import Any
 
@@ -138,6 +138,24 @@ def told(loss: ELBO) -> ELBO:
     ours.__dict__.update(vars(loss))  # the same settings
     ours.forget()
     return ours
+
+
+def kl_rows(q: Any, p: Any, value: Tensor) -> Tensor:
+    """KL(q || p) of each element of the batch shape, or log q - log p at a value if it has none.
+
+    As `told(TraceMeanField_ELBO())` evaluates a site: in closed form for normals of any covariance.
+
+    Args:
+        q, p: two distributions of one shape.
+        value: a draw from q.
+    """
+    mine, theirs = _with_kl(q, p)
+    if not isinstance(mine, _Sampled):
+        try:
+            return torch.distributions.kl_divergence(mine, theirs)
+        except NotImplementedError:
+            pass
+    return q.log_prob(value) - p.log_prob(value)
 
 
 def _check_order(model_trace: Trace, guide_trace: Trace) -> None:

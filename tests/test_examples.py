@@ -17,6 +17,8 @@ SHORT = {
     "vae_families": ("--steps", "12"),
     "linear_gaussian": ("--steps", "600"),
     "plain_pyro_svi": ("--steps", "25"),
+    "ddpm_gaussian": ("--steps", "120"),
+    "ddpm_digits": ("--steps", "40"),
     "eight_schools": ("--steps", "250", "--nuts", "100"),
     "regression_families": ("--steps", "300"),
 }
@@ -230,6 +232,28 @@ def test_regression_families_say_how_sure_they_are(printed: str) -> None:
     assert sds["Laplace"] == pytest.approx(sds["exact"], rel=0.15)
     inside = re.findall(r"^  [\w -]+? +(\d+), mean width", printed, re.M)
     assert len(inside) == 6 and all(75 < int(share) <= 99 for share in inside)
+
+
+@of("ddpm_gaussian")
+def test_ddpm_gaussian_meets_the_closed_forms(printed: str) -> None:
+    """Two steps are trained by then; sixteen are not, but no bound may be above the exact one."""
+    rows = [numbers(line) for line in printed.splitlines() if re.match(r"\s+\d+ ", line)]
+    assert [int(row[0]) for row in rows] == [2, 4, 16]
+    for steps, *cells in rows:
+        found, errors, exact = cells[::3], cells[1::3], cells[2::3]
+        assert len(found) == 3
+        assert exact[2] < exact[1] < exact[0]
+        for loss, error, known in zip(found, errors, exact, strict=True):
+            assert loss > known - 4.5 * error
+            assert steps > 2 or loss < known + 0.05 + 4.5 * error
+
+
+@of("ddpm_digits")
+def test_ddpm_digits_says_both_in_bits(printed: str) -> None:
+    lines = {line[:26].strip(): numbers(line[26:]) for line in printed.splitlines()[3:6]}
+    assert lines.keys() == {"diffusion, ELBO", "VAE, ELBO", "VAE, evidence"}
+    assert 1.8 < lines["diffusion, ELBO"][0] < 6
+    assert 1.8 < lines["VAE, evidence"][0] < lines["VAE, ELBO"][0] < 6
 
 
 @of("plain_pyro_svi")

@@ -20,7 +20,18 @@ SCRIPTS = sorted(
     path for folder in ("examples", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py")
 )
 
-BUILDING_BLOCKS = tuple(f"pyro_vi.{name}" for name in ("families", "flows", "networks"))
+BUILDING_BLOCKS = tuple(
+    f"pyro_vi.{name}"
+    for name in (
+        "denoisers",
+        "diffusion",
+        "families",
+        "flows",
+        "kernels",
+        "networks",
+        "schedules",
+    )
+)
 COMPOSITION_ROOT = ("cli.py", "__main__.py")
 
 

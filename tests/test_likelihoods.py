@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pyro
 import pytest
@@ -15,6 +16,7 @@ from pyro_vi.models import (
     DiscretizedLogistic,
     DiscretizedLogisticDistribution,
     Gaussian,
+    LearnedDiscretizedLogistic,
     LearnedGaussian,
     PixelGaussian,
 )
@@ -30,6 +32,9 @@ LIKELIHOODS: dict[str, Callable[[], nn.Module]] = {
     "pixel Gaussian": PixelGaussian,
     "discretized logistic, 2 levels": lambda: DiscretizedLogistic(2),
     "discretized logistic, 256 levels": lambda: DiscretizedLogistic(256),
+    "learned discretized logistic, 2 levels": lambda: LearnedDiscretizedLogistic(2),
+    "learned discretized logistic, 256 levels": lambda: LearnedDiscretizedLogistic(256),
+    "learned discretized logistic, wide": lambda: LearnedDiscretizedLogistic(256, 0.3),
 }
 every_likelihood = pytest.mark.parametrize("make", LIKELIHOODS.values(), ids=LIKELIHOODS)
 Make = Callable[[], nn.Module]
@@ -120,6 +125,9 @@ GREY, NEGATIVE, EIGHT_BIT, BINARY = [0.0, 0.3], [0.0, -1.0], [0.0, 200.0], [0.0,
         (lambda: DiscretizedLogistic(256), [256 / 255, 0.0]),
         (lambda: DiscretizedLogistic(256), EIGHT_BIT),
         (lambda: DiscretizedLogistic(2), GREY),
+        (lambda: LearnedDiscretizedLogistic(256), GREY),
+        (lambda: LearnedDiscretizedLogistic(256), EIGHT_BIT),
+        (lambda: LearnedDiscretizedLogistic(2), GREY),
         (lambda: Gaussian(1.0), [0.0, math.nan]),
         (lambda: DiscretizedLogistic(256), [0.0, math.nan]),
     ],
@@ -220,6 +228,57 @@ def test_learned_scale_is_learned() -> None:
     torch.testing.assert_close(likelihood.log_scale.detach().exp(), best, rtol=1e-5, atol=0)
 
 
+def test_the_learned_scale_of_grey_levels_is_learned() -> None:
+    """The best one is that of the draws, the twentieth of a bin included.
+
+    Within five standard errors: a draw has the information (3 + pi^2) / 9 on the log of its scale.
+    """
+    num, true = 10_000, 0.05
+    x = DiscretizedLogisticDistribution(
+        torch.tensor(0.5, dtype=torch.float64), torch.tensor(true).double(), 256
+    ).sample((num, 1))
+    likelihood = LearnedDiscretizedLogistic(256).double()
+    raw = torch.full((num, 1, 1), 0.5, dtype=torch.float64)
+    optimizer = torch.optim.LBFGS(likelihood.parameters(), line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = -likelihood(raw, event_dim=1).log_prob(x).mean()
+        value.backward()
+        return value
+
+    for _ in range(3):
+        optimizer.step(loss)
+    found = likelihood.log_scale.exp().item() + 0.05 / 255
+    error = 1 / math.sqrt(num * (3 + math.pi**2) / 9)
+    assert abs(math.log(found / true)) < 5 * error
+
+
+@pytest.mark.parametrize("levels", [2, 256])
+def test_a_learned_scale_of_grey_levels_starts_at_a_bin(levels: int) -> None:
+    """The location is the output as it is, in the units of the data."""
+    raw = torch.tensor([0.0, 0.25, 0.9]).reshape(1, 1, 3)
+    default, wide = LearnedDiscretizedLogistic(levels), LearnedDiscretizedLogistic(levels, 0.3)
+    for likelihood, scale in ((default, 1 / (levels - 1)), (wide, 0.3)):
+        p = likelihood(raw, event_dim=1).base_dist
+        assert torch.equal(p.loc, raw[0])
+        torch.testing.assert_close(p.scale, torch.full((1, 3), scale + 0.05 / (levels - 1)))
+        assert [name for name, _ in likelihood.named_parameters()] == ["log_scale"]
+        assert likelihood.log_scale.item() == pytest.approx(math.log(scale), abs=1e-6)
+
+
+def test_a_learned_scale_of_grey_levels_has_a_floor() -> None:
+    """At which all but 1e-4 of the probability is in one bin, and the density has no pole."""
+    likelihood = LearnedDiscretizedLogistic(256)
+    with torch.no_grad():
+        likelihood.log_scale.fill_(-1e3)
+    x = torch.tensor([51 / 255])
+    log_prob = likelihood(x.reshape(1, 1, 1), event_dim=1).log_prob(x)
+    assert -1e-3 < log_prob.item() < -1e-5
+    log_prob.sum().backward()
+    assert likelihood.log_scale.grad is not None and likelihood.log_scale.grad.isfinite()
+
+
 def test_starts() -> None:
     """Raw outputs of zero mean a scale that was asked for, or a sensible one."""
     raw = torch.zeros(1, 2, 1)
@@ -240,12 +299,16 @@ def test_outputs_of_another_number_are_refused(make: Make) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])
-@pytest.mark.parametrize("make", [Gaussian, LearnedGaussian])
-def test_impossible_scales_are_refused(make: type[nn.Module], scale: float) -> None:
+@pytest.mark.parametrize(
+    "make", [Gaussian, LearnedGaussian, partial(LearnedDiscretizedLogistic, 256)]
+)
+def test_impossible_scales_are_refused(make: Callable[[float], nn.Module], scale: float) -> None:
     with pytest.raises(ValueError, match="positive, finite scale"):
         make(scale)
 
 
-def test_impossible_levels_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least 2 levels, got 1"):
-        DiscretizedLogistic(1)
+@pytest.mark.parametrize("make", [DiscretizedLogistic, LearnedDiscretizedLogistic])
+@pytest.mark.parametrize("levels", [1, 0, -3])
+def test_impossible_levels_are_refused(make: Callable[[int], nn.Module], levels: int) -> None:
+    with pytest.raises(ValueError, match=f"at least 2 levels, got {levels}"):
+        make(levels)

@@ -18,7 +18,7 @@ def blocks() -> list[str]:
 def test_the_python_of_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, loading, _ = blocks()
+    code, loading, *_ = blocks()
     short = code.replace('"steps": 1_500', '"steps": 5, "progress": False')
     short = short.replace("num_samples=1_000", "num_samples=50")
     assert short.count("5, ") and short != code
@@ -52,6 +52,17 @@ def test_the_classical_model_of_the_readme_runs(
     assert {path.name for path in tmp_path.iterdir()} == {"schools.nc", "schools.html"}
     shown = capsys.readouterr().out
     assert "R-hat across restarts" in shown and "full covariance" in shown
+
+
+def test_the_diffusion_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    code = blocks()[3]
+    short = code.replace("steps=1_500", "steps=5, progress=False").replace("digits.test)", "X)")
+    assert "steps=5" in short
+    short = short.replace("bits_per_dim)", "bits_per_dim.value)").replace("X)", "digits.test[:20])")
+    names: dict[str, Any] = {}
+    exec(compile(short, str(README), "exec"), names)
+    assert names["images"].shape == (64, 1, 8, 8)
+    assert 2 < float(capsys.readouterr().out) < 100
 
 
 def test_every_file_that_the_readme_names_exists() -> None:

@@ -1,0 +1,346 @@
+r"""Denoising diffusion as Pyro programs: the reverse chain is the model.
+
+    y_T ~ N(0, I),    y_{t-1} | y_t ~ kernel(denoiser(y_t, t)),    x_0 | y_1 ~ likelihood,
+
+for every data point in plate "data". The other half is the forward process, a guide:
+:mod:`pyro_vi.guides.forward_process`. Pyro's ELBO of the two is the bound
+
+    log p(x_0) >= - KL(q(y_T | x_0) || p(y_T))
+                  - sum_{t > 1} E KL(q(y_{t-1} | y_t, x_0) || p(y_{t-1} | y_t))
+                  + E log p(x_0 | y_1)
+
+of Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models (arXiv:2006.11239). Two programs
+give it, from one set of parameters:
+
+    DDPMChain   all T steps one after the other: for few steps, and for posteriors
+    DDPM        some steps of each data point, at random: the same in expectation, at a cost that
+                does not grow with T. This is what trains.
+"""
+
+__all__ = ["DDPM", "DDPMChain"]
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, cast
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyro_vi.diffusion import Diffusion, StratifiedSteps
+from pyro_vi.families import check_sizes
+from pyro_vi.kernels import Noise, SmallVariance
+from pyro_vi.models.likelihoods import LearnedGaussian
+
+
+class DDPM(PyroModule):
+    r"""The time-sub-sampled program: a plate of steps inside the plate of data points.
+
+    For each data point it draws k = ``diffusion.draws`` of the T steps, and y_t as the forward
+    process does; both stand in the guide alike, and cancel. What is left is
+
+    .. math::
+        \log p(y_T) - \log q(y_T | x_0) + \frac{T}{k} \sum_{j=1}^k \left\{ \begin{array}{ll}
+        \log p(y_{t_j - 1} | y_{t_j}) - \log q(y_{t_j - 1} | y_{t_j}, x_0) & t_j > 1 \\
+        \log p(x_0 | y_1) & t_j = 1 \end{array} \right.
+
+    Sites: "x_T" (under T's own number, "x_1000"), and in plate "steps" of dimension -2 the drawn
+    steps "t", their "x_t" and the steps before, "x_s"; they are flat, (dim,), and in the
+    diffusion's coordinates. The observed "x_0" has the data's shape.
+
+    Args:
+        diffusion: The forward process, which the guide has too.
+        net: From y_t, (N, *shape), and t, (N,) integers from 1 to T, to an output of y_t's shape.
+        prediction: What the output means (:mod:`pyro_vi.kernels`); `Noise()` by default.
+        kernel: The covariance of p(y_{t-1} | y_t) (:mod:`pyro_vi.kernels`); `SmallVariance()` by
+            default.
+        likelihood: p(x_0 | y_1) given the mean of x_0, in the units of the data: a likelihood of
+            :mod:`pyro_vi.models.likelihoods` with one output; `LearnedGaussian()` by default.
+
+    Raises:
+        TypeError: The diffusion, or the likelihood, is none.
+
+    References:
+        Denoising Diffusion Probabilistic Models (arXiv:2006.11239)
+
+    Example:
+        >>> from pyro.infer import TraceMeanField_ELBO
+        >>> from pyro_vi.denoisers import MLPDenoiser
+        >>> from pyro_vi.guides import ForwardProcess
+        >>> from pyro_vi.schedules import Cosine
+        >>> diffusion = Diffusion((2,), Cosine(100))
+        >>> model = DDPM(diffusion, MLPDenoiser((2,), 100))
+        >>> loss = TraceMeanField_ELBO().loss(model, ForwardProcess(diffusion), torch.randn(8, 2))
+        >>> model.sample(5).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        diffusion: Diffusion,
+        net: nn.Module,
+        *,
+        prediction: nn.Module | None = None,
+        kernel: nn.Module | None = None,
+        likelihood: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(diffusion, Diffusion):
+            raise TypeError(f"expected a Diffusion, got {diffusion!r}")
+        likelihood = LearnedGaussian() if likelihood is None else likelihood
+        if getattr(likelihood, "outputs", None) != 1:
+            raise TypeError(
+                "expected a likelihood with one output, the mean, such as Gaussian(0.1) or"
+                f" LearnedDiscretizedLogistic(256), got {likelihood!r}"
+            )
+        self.diffusion = diffusion
+        self.net = net
+        self.prediction = Noise() if prediction is None else prediction
+        self.kernel = SmallVariance() if kernel is None else kernel
+        self.likelihood = likelihood
+
+    def forward(self, x_0: Tensor) -> None:
+        """The program.
+
+        Args:
+            x_0: The data, shape (N, *shape).
+
+        Raises:
+            TypeError: The data are not floating point numbers.
+            ValueError: The data have another shape, or values outside the likelihood's support; the
+                guide has another forward process; the network's output has another shape.
+        """
+        diffusion = self.diffusion
+        y_0 = diffusion.encode(x_0)
+        drawn = torch.arange(diffusion.draws)
+        with pyro.plate("data", len(x_0)):
+            pyro.sample(f"x_{diffusion.steps}", diffusion.prior(y_0))
+            with pyro.plate("steps", diffusion.steps, subsample=drawn):
+                with _Same(diffusion):
+                    t = pyro.sample("t", StratifiedSteps(diffusion.steps, device=y_0.device))
+                y_t = pyro.sample("x_t", diffusion.noised(y_0, t))
+                estimate = self.denoise(y_t, t)
+                with poutine.mask(mask=t > 1):
+                    pyro.sample("x_s", self.before(y_t, t, estimate))
+                with poutine.mask(mask=t == 1):
+                    pyro.sample("x_0", self.decode(estimate), obs=x_0)
+
+    def denoise(self, y_t: Tensor, t: Tensor) -> Tensor:
+        """The network's estimate of y_0.
+
+        Args:
+            y_t: Shape (..., dim).
+            t: Steps from 1 to T, broadcastable with (...).
+
+        Returns:
+            Shape (..., dim).
+
+        Raises:
+            ValueError: The network's output has another shape than its input.
+        """
+        diffusion = self.diffusion
+        flat = y_t.reshape(-1, *diffusion.shape)
+        out = self.net(flat, t.expand(y_t.shape[:-1]).reshape(-1))
+        if not isinstance(out, Tensor) or out.shape != flat.shape:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(
+                f"expected a network whose output has its input's shape, {tuple(flat.shape)}, got"
+                f" {got}"
+            )
+        step = diffusion.transition(t, y_t.dtype)
+        return cast(Tensor, self.prediction(out.reshape(y_t.shape), y_t, step))
+
+    def before(self, y_t: Tensor, t: Tensor, estimate: Tensor | None = None) -> TorchDistribution:
+        """The reverse kernel p(y_{t-1} | y_t), for t > 1.
+
+        Args:
+            y_t: Shape (..., dim).
+            t: Steps from 2 to T, broadcastable with (...).
+            estimate: What `denoise` gave for them, if that is known.
+
+        Returns:
+            A distribution of batch_shape (...) and event_shape (dim,).
+        """
+        estimate = self.denoise(y_t, t) if estimate is None else estimate
+        step = self.diffusion.transition(t, y_t.dtype)
+        mean = step.on_t * y_t + step.on_0 * estimate
+        return cast(TorchDistribution, self.kernel(mean, y_t, t, step))
+
+    def decode(self, estimate: Tensor) -> TorchDistribution:
+        """The likelihood p(x_0 | y_1), given the estimate of y_0 at t = 1, shape (..., dim)."""
+        shape = self.diffusion.shape
+        raw = self.diffusion.decode(estimate).unsqueeze(-1 - len(shape))
+        return cast(TorchDistribution, self.likelihood(raw, event_dim=len(shape)))
+
+    def sample(
+        self,
+        num: int,
+        *,
+        steps: int | None = None,
+        eta: float | None = None,
+        expected: bool = True,
+        progress: bool = False,
+    ) -> Tensor:
+        r"""New data points.
+
+        By itself it samples the chain, all T steps with their kernels. With fewer steps, evenly
+        spaced, or with an `eta`, it takes the generalised ones of DDIM,
+
+        .. math::
+            y_s = \mathrm{signal}_s \hat y_0
+                  + (\mathrm{noise}_s^2 - \eta^2 v)^{1/2} \hat\epsilon + \eta v^{1/2} e,
+
+        with v the variance of q(y_s | y_t, y_0): at eta = 1 those of the chain with small
+        variances, at eta = 0 a deterministic map of y_T.
+
+        Args:
+            num: How many.
+            steps: How many of the T steps to take; all if None.
+            eta: From 0 to 1, the share of fresh noise; 1 if None and there are fewer steps.
+            expected: Means of x_0 given y_1, instead of draws.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            Shape (num, *shape). The draws are torch's: seed them outside.
+
+        Raises:
+            ValueError: A number of data points below one, of steps not from 1 to T, an eta outside
+                [0, 1].
+
+        References:
+            Denoising Diffusion Implicit Models (arXiv:2010.02502)
+        """
+        *_, (t, y) = self._states(num, steps, eta, progress)
+        return self._drawn(t, y, expected)
+
+    def trajectory(
+        self, num: int, frames: int = 9, *, steps: int | None = None, eta: float | None = None
+    ) -> Tensor:
+        """New data points as they come about: from noise to data.
+
+        Args:
+            num: How many.
+            frames: How many states of each, evenly spaced, the noise first and the mean of x_0
+                last; at least 2.
+            steps, eta: As `sample` has them.
+
+        Returns:
+            Shape (frames, num, *shape), in the units of the data.
+
+        Raises:
+            ValueError: As `sample`; fewer than two frames.
+        """
+        check_sizes(frames=frames)
+        if frames < 2:
+            raise ValueError(f"expected at least 2 frames, got {frames}")
+        total = self.diffusion.steps if steps is None else steps
+        wanted = {round(i * total / (frames - 1)) for i in range(frames - 1)}
+        states = enumerate(self._states(num, steps, eta, False))
+        kept = {i: state for i, state in states if i in wanted or i == total - 1}
+        shown = [self.diffusion.decode(kept[i][1]) for i in sorted(wanted & kept.keys())]
+        return torch.stack([*shown, self._drawn(*kept[total - 1], True)])
+
+    def _states(
+        self, num: int, steps: int | None, eta: float | None, progress: bool
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(t, y_t) from t = T down to the step before the data."""
+        diffusion = self.diffusion
+        check_sizes(num=num)
+        if steps is not None:
+            check_sizes(steps=steps)
+            if steps > diffusion.steps:
+                raise ValueError(f"expected at most {diffusion.steps} steps, got {steps}")
+        if eta is not None and not 0 <= eta <= 1:
+            raise ValueError(f"expected an eta from 0 to 1, got {eta}")
+        taken = diffusion.steps if steps is None else steps
+        times = torch.linspace(1, diffusion.steps, taken).round().long().tolist()[::-1]
+        if taken == 1:
+            times = [diffusion.steps]
+        like = next((p for p in self.parameters() if p.is_floating_point()), torch.zeros(()))
+        chain = eta is None and taken == diffusion.steps
+        with torch.no_grad():
+            y = diffusion.prior(like).sample((num,))
+            yield times[0], y
+            pairs = tqdm(list(pairwise(times)), disable=not progress, desc="sampling", unit="step")
+            for now, then in pairs:
+                t, s = (torch.tensor(step, device=y.device) for step in (now, then))
+                y = self.before(y, t).sample() if chain else self._stride(y, t, s, eta)
+                yield then, y
+
+    def _stride(self, y: Tensor, t: Tensor, s: Tensor, eta: float | None) -> Tensor:
+        """A draw of y_s from y_t, by DDIM's kernel."""
+        share = 1.0 if eta is None else eta
+        step = self.diffusion.transition(t, y.dtype, s=s)
+        estimate = self.denoise(y, t)
+        eps = (y - step.signal * estimate) / step.noise
+        signal, noise = (a.to(y.dtype).unsqueeze(-1) for a in self.diffusion.schedule.levels(s))
+        fresh = share**2 * step.small
+        mean = signal * estimate + (noise.square() - fresh).clamp(min=0).sqrt() * eps
+        return mean + fresh.sqrt() * torch.randn_like(y)
+
+    def _drawn(self, t: int, y: Tensor, expected: bool) -> Tensor:
+        """x_0 given the last state."""
+        with torch.no_grad():
+            p = self.decode(self.denoise(y, torch.tensor(t, device=y.device)))
+            return cast(Tensor, p.mean if expected else p.sample())
+
+
+class _Same(Messenger):
+    """Holds the forward process that the guide names at a site against the model's own."""
+
+    def __init__(self, diffusion: Diffusion) -> None:
+        super().__init__()
+        self._diffusion = diffusion
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        theirs = msg["infer"].get("diffusion")
+        if theirs is None:
+            return
+        mine = self._diffusion.signature()
+        if mine.shape != theirs.shape or not torch.allclose(mine, theirs, rtol=1e-5, atol=1e-5):
+            raise ValueError(
+                "the guide has another forward process than the model (its steps, schedule, draws"
+                " or coordinates differ): give both the same Diffusion, and a fitted model the"
+                " guide of its fit if the schedule was learned"
+            )
+
+
+class DDPMChain(PyroModule):
+    """The whole chain: every step a sample site.
+
+    Sites: the latents "x_T" (under T's own number) down to "x_1", flat and in the diffusion's
+    coordinates, and the observed "x_0", of the data's shape.
+
+    Args:
+        ddpm: The model, trained or not; or a fitted one (`Fit.model`), which stays frozen.
+
+    Example:
+        >>> from pyro_vi.denoisers import MLPDenoiser
+        >>> from pyro_vi.schedules import Cosine
+        >>> chain = DDPMChain(DDPM(Diffusion((2,), Cosine(3)), MLPDenoiser((2,), 3)))
+        >>> trace = pyro.poutine.trace(chain).get_trace(torch.randn(8, 2))
+        >>> [name for name in trace.nodes if name.startswith("x_")]
+        ['x_3', 'x_2', 'x_1', 'x_0']
+    """
+
+    def __init__(self, ddpm: DDPM) -> None:
+        super().__init__()
+        self.ddpm = ddpm
+
+    def forward(self, x_0: Tensor) -> None:
+        """The program; arguments and errors as those of `DDPM`."""
+        diffusion = self.ddpm.diffusion
+        y_0 = diffusion.encode(x_0)
+        with pyro.plate("data", len(x_0)):
+            with _Same(diffusion):
+                y = pyro.sample(f"x_{diffusion.steps}", diffusion.prior(y_0))
+            for step in range(diffusion.steps, 1, -1):
+                t = torch.tensor(step, device=y_0.device)
+                y = pyro.sample(f"x_{step - 1}", self.ddpm.before(y, t))
+            first = torch.tensor(1, device=y_0.device)
+            pyro.sample("x_0", self.ddpm.decode(self.ddpm.denoise(y, first)), obs=x_0)
