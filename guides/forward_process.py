@@ -48,9 +48,10 @@ class ForwardProcess(PyroModule):
             with pyro.plate("steps", diffusion.steps, subsample=drawn):
                 steps = StratifiedSteps(diffusion.steps, device=y_0.device)
                 t = pyro.sample("t", steps, infer={"diffusion": diffusion.signature()})
-                y_t = pyro.sample("x_t", diffusion.noised(y_0, t))
+                step = diffusion.transition(t, y_0.dtype)
+                y_t = pyro.sample("x_t", diffusion.noised(y_0, t, step=step))
                 with pyro.poutine.mask(mask=t > 1):
-                    pyro.sample("x_s", diffusion.before(y_t, y_0, t))
+                    pyro.sample("x_s", diffusion.before(y_t, y_0, t, step=step))
 
 
 class ReverseOrder(PyroModule):

@@ -32,7 +32,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_vi.diffusion import Diffusion, StratifiedSteps
+from pyro_vi.diffusion import Diffusion, StratifiedSteps, Transition
 from pyro_vi.families import check_sizes
 from pyro_vi.kernels import Noise, SmallVariance
 from pyro_vi.models.likelihoods import LearnedGaussian
@@ -123,12 +123,13 @@ class DDPM(PyroModule):
             with pyro.plate("steps", diffusion.steps, subsample=drawn):
                 with _Same(diffusion):
                     t = pyro.sample("t", StratifiedSteps(diffusion.steps, device=y_0.device))
-                y_t = pyro.sample("x_t", diffusion.noised(y_0, t))
-                estimate = self.denoise(y_t, t)
+                step = diffusion.transition(t, y_0.dtype)
+                y_t = pyro.sample("x_t", diffusion.noised(y_0, t, step=step))
+                estimate = self._estimate(diffusion, y_t, t, step)
                 with poutine.mask(mask=t > 1):
-                    pyro.sample("x_s", self.before(y_t, t, estimate))
+                    pyro.sample("x_s", self._kernel(y_t, t, step, estimate))
                 with poutine.mask(mask=t == 1):
-                    pyro.sample("x_0", self.decode(estimate), obs=x_0)
+                    pyro.sample("x_0", self._likelihood(diffusion, estimate), obs=x_0)
 
     def denoise(self, y_t: Tensor, t: Tensor) -> Tensor:
         """The network's estimate of y_0.
@@ -144,6 +145,30 @@ class DDPM(PyroModule):
             ValueError: The network's output has another shape than its input.
         """
         diffusion = self.diffusion
+        return self._estimate(diffusion, y_t, t, diffusion.transition(t, y_t.dtype))
+
+    def before(self, y_t: Tensor, t: Tensor) -> TorchDistribution:
+        """The reverse kernel p(y_{t-1} | y_t), for t > 1.
+
+        Args:
+            y_t: Shape (..., dim).
+            t: Steps from 2 to T, broadcastable with (...).
+
+        Returns:
+            A distribution of batch_shape (...) and event_shape (dim,).
+        """
+        diffusion = self.diffusion
+        step = diffusion.transition(t, y_t.dtype)
+        return self._kernel(y_t, t, step, self._estimate(diffusion, y_t, t, step))
+
+    def decode(self, estimate: Tensor) -> TorchDistribution:
+        """The likelihood p(x_0 | y_1), given the estimate of y_0 at t = 1, shape (..., dim)."""
+        return self._likelihood(self.diffusion, estimate)
+
+    # A PyroModule's attribute that is a module says so to Pyro, parameter by parameter, whenever it
+    # is asked for: these ask for each once.
+
+    def _estimate(self, diffusion: Diffusion, y_t: Tensor, t: Tensor, step: Transition) -> Tensor:
         flat = y_t.reshape(-1, *diffusion.shape)
         out = self.net(flat, t.expand(y_t.shape[:-1]).reshape(-1))
         if not isinstance(out, Tensor) or out.shape != flat.shape:
@@ -152,30 +177,18 @@ class DDPM(PyroModule):
                 f"expected a network whose output has its input's shape, {tuple(flat.shape)}, got"
                 f" {got}"
             )
-        step = diffusion.transition(t, y_t.dtype)
         return cast(Tensor, self.prediction(out.reshape(y_t.shape), y_t, step))
 
-    def before(self, y_t: Tensor, t: Tensor, estimate: Tensor | None = None) -> TorchDistribution:
-        """The reverse kernel p(y_{t-1} | y_t), for t > 1.
-
-        Args:
-            y_t: Shape (..., dim).
-            t: Steps from 2 to T, broadcastable with (...).
-            estimate: What `denoise` gave for them, if that is known.
-
-        Returns:
-            A distribution of batch_shape (...) and event_shape (dim,).
-        """
-        estimate = self.denoise(y_t, t) if estimate is None else estimate
-        step = self.diffusion.transition(t, y_t.dtype)
+    def _kernel(
+        self, y_t: Tensor, t: Tensor, step: Transition, estimate: Tensor
+    ) -> TorchDistribution:
         mean = step.on_t * y_t + step.on_0 * estimate
         return cast(TorchDistribution, self.kernel(mean, y_t, t, step))
 
-    def decode(self, estimate: Tensor) -> TorchDistribution:
-        """The likelihood p(x_0 | y_1), given the estimate of y_0 at t = 1, shape (..., dim)."""
-        shape = self.diffusion.shape
-        raw = self.diffusion.decode(estimate).unsqueeze(-1 - len(shape))
-        return cast(TorchDistribution, self.likelihood(raw, event_dim=len(shape)))
+    def _likelihood(self, diffusion: Diffusion, estimate: Tensor) -> TorchDistribution:
+        events = len(diffusion.shape)
+        raw = diffusion.decode(estimate).unsqueeze(-1 - events)
+        return cast(TorchDistribution, self.likelihood(raw, event_dim=events))
 
     def sample(
         self,

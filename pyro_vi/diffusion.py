@@ -165,8 +165,7 @@ class Transition(NamedTuple):
     Attributes:
         signal, noise: The levels of q(y_t | y_0).
         on_t, on_0: c_t and c_0, the weights of y_t and y_0 in the mean of q(y_s | y_t, y_0).
-        small: v_t, the variance of that posterior; at s = 0, where it is zero, the one at t = 2
-            (beta_1 if there is one step alone).
+        small: v_t, the variance of that posterior; beta_1 at t = 1, where it is zero.
         large: beta_t, the variance of q(y_t | y_s).
     """
 
@@ -244,14 +243,20 @@ class Diffusion(nn.Module):
         """p(y_T), the standard normal: event_shape (dim,), and device and dtype of `like`."""
         return Normal(like.new_zeros(self.dim), 1.0).to_event(1)
 
-    def noised(self, y_0: Tensor, t: Tensor) -> TorchDistribution:
+    def noised(
+        self, y_0: Tensor, t: Tensor, *, step: Transition | None = None
+    ) -> TorchDistribution:
         """q(y_t | y_0).
 
         Args:
             y_0: Shape (..., dim).
             t: Steps from 1 to T, broadcastable with (...).
+            step: What `transition` gave for them, if that is known.
         """
-        signal, noise = (level.to(y_0.dtype).unsqueeze(-1) for level in self.schedule.levels(t))
+        if step is None:
+            signal, noise = (level.to(y_0.dtype).unsqueeze(-1) for level in self.schedule.levels(t))
+        else:
+            signal, noise = step.signal, step.noise
         return Normal(signal * y_0, noise).to_event(1)
 
     def next(self, y_s: Tensor, t: Tensor) -> TorchDistribution:
@@ -259,15 +264,18 @@ class Diffusion(nn.Module):
         step = self.transition(t, y_s.dtype)
         return Normal((1 - step.large).sqrt() * y_s, step.large.sqrt()).to_event(1)
 
-    def before(self, y_t: Tensor, y_0: Tensor, t: Tensor) -> TorchDistribution:
+    def before(
+        self, y_t: Tensor, y_0: Tensor, t: Tensor, *, step: Transition | None = None
+    ) -> TorchDistribution:
         """q(y_s | y_t, y_0) with s = t - 1.
 
         Args:
             y_t, y_0: Shape (..., dim) each.
             t: Steps from 2 to T, broadcastable with (...). At t = 1 there is no such density: what
                 comes back has a variance of its own, for use under a mask.
+            step: What `transition` gave for them, if that is known.
         """
-        step = self.transition(t, y_t.dtype)
+        step = self.transition(t, y_t.dtype) if step is None else step
         return Normal(step.on_t * y_t + step.on_0 * y_0, step.small.sqrt()).to_event(1)
 
     def transition(self, t: Tensor, dtype: torch.dtype, *, s: Tensor | None = None) -> Transition:
@@ -288,34 +296,23 @@ class Diffusion(nn.Module):
         signal, noise = torch.sigmoid(-gamma_t).sqrt(), torch.sigmoid(gamma_t).sqrt()
         signal_s = torch.where(first, one, torch.sigmoid(-gamma_s).sqrt())
         large = noise.square() * change
-        small = torch.where(first, self._first(large), torch.sigmoid(gamma_s) * change)
+        small = torch.where(first, large, torch.sigmoid(gamma_s) * change)
         numbers = (signal, noise, ratio * signal_s / signal, signal_s * change, small, large)
         return Transition(*(number.to(dtype).unsqueeze(-1) for number in numbers))
 
     def signature(self) -> Tensor:
         """Numbers by which a model and its guide tell whether they speak of one forward process.
 
-        Sizes, the levels of all steps, and what the coordinates make of a point; float64, (k,).
+        Sizes, the schedule's own, and what the coordinates make of a point; float64, (k,).
         They are those of the moment: a fitted model has another schedule than its untrained guide.
         """
         with torch.no_grad():
-            gamma = self.schedule.gamma(torch.arange(1, self.steps + 1, device=_device(self)))
-            like = next(self.coordinates.buffers(), gamma)
+            levels = self.schedule.signature()
+            like = next(self.coordinates.buffers(), levels)
             point = (1.7 * torch.arange(self.dim, device=like.device)).sin()
             moved = self.coordinates.encode(point.to(like.dtype))
-            sizes = gamma.new_tensor([*self.shape, self.draws])
-            return torch.cat([part.double().to(gamma.device) for part in (sizes, gamma, moved)])
-
-    def _first(self, large: Tensor) -> Tensor:
-        """v_2, which stands in for v_1 = 0; beta_1 if there is no second step."""
-        if self.steps == 1:
-            return large
-        gamma_1, gamma_2 = self.schedule.gamma(torch.tensor([1, 2], device=large.device))
-        return -torch.sigmoid(gamma_1) * torch.expm1(gamma_1 - gamma_2)
-
-
-def _device(module: nn.Module) -> torch.device | None:
-    return next((parameter.device for parameter in module.parameters()), None)
+            sizes = levels.new_tensor([*self.shape, self.steps, self.draws])
+            return torch.cat([part.double().to(levels.device) for part in (sizes, levels, moved)])
 
 
 class StratifiedSteps(TorchDistribution):

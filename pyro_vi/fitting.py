@@ -17,6 +17,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from copy import copy
 from functools import partial
 from typing import Any
@@ -32,6 +33,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from pyro_vi.amortization import RowIndependence
+from pyro_vi.averaging import Average, check_decay
 from pyro_vi.batches import Batches, Data
 from pyro_vi.elbo import told
 from pyro_vi.engine import Engine, Scaling
@@ -82,6 +84,7 @@ def fit(
     kl_weight: float | Callable[[int], float] = 1.0,
     schedule: Callable[[Optimizer], LRScheduler] | None = None,
     clip_norm: float | None = None,
+    average: float | None = None,
     heldout: Data | None = None,
     heldout_every: int = 100,
     patience: int | None = None,
@@ -112,6 +115,9 @@ def fit(
             such as `pyro_vi.scaling.warmup(1_000)`.
         schedule: torch optimizer -> learning-rate scheduler, stepped after every step.
         clip_norm: the largest global norm of the gradient.
+        average: the decay of an exponential moving average of the parameters, such as 0.999, which
+            is what the held-out bounds are of and the fit ends with (`pyro_vi.averaging`); None for
+            the parameters themselves.
         heldout: data for the bound on held-out data while training, every `heldout_every` steps
             and at the end, with `eval()` modules and a KL weight of 1. Latents must be local.
         heldout_every: steps between evaluations.
@@ -166,6 +172,7 @@ def fit(
         kl_weight=kl_weight,
         schedule=schedule,
         clip_norm=clip_norm,
+        average=average,
         heldout=heldout,
         heldout_every=heldout_every,
         patience=patience,
@@ -206,6 +213,7 @@ def _fit_once(
     kl_weight: float | Callable[[int], float],
     schedule: Callable[[Optimizer], LRScheduler] | None,
     clip_norm: float | None,
+    average: float | None,
     heldout: Data | None,
     heldout_every: int,
     patience: int | None,
@@ -220,6 +228,7 @@ def _fit_once(
     for name, program in (("model", model), ("guide", guide)):
         if not callable(program):
             raise TypeError(f"expected a callable as {name}, got {program!r}")
+    check_decay(average)
     _check_arguments(loss, steps, heldout, heldout_every, patience, clip_norm, seed)
     where = checked_device(device)
     batches = Batches(data, batch_size=batch_size, transform=transform, device=where)
@@ -240,6 +249,7 @@ def _fit_once(
         evaluate = _Heldout(model, guide, loss, heldout, batches, structure, state, seed)
         scaling = Scaling(model, guide, loss, structure, kl_weight)
         engine = Engine(scaling, optimizer, loss)
+        mean = Average(state.parameters(), decay=average) if average is not None else None
         history = _History()
         result = partial(_result, model, guide, state, history, structure, batches)
         best, waited = math.inf, 0
@@ -262,22 +272,27 @@ def _fit_once(
                         raise
                     message = f"step {step}, after {engine.last_site}: {error}"
                     raise NonFiniteError(message, step=step, fit=result()) from error
+                if mean is not None:
+                    mean.update()
                 history.add(value, engine, kl_now, time.perf_counter() - started)
                 bar.update()
                 bar.set_postfix_str(f"bound {history.recent:.2f} nats", refresh=False)
                 if evaluate.wanted and ((step + 1) % heldout_every == 0 or step + 1 == steps):
-                    bound = evaluate()
-                    history.heldout.append((step + 1, bound))
-                    if -bound < best:
-                        best, waited = -bound, 0
-                        kept = state.snapshot() if patience is not None else None
-                    else:
-                        waited += 1
+                    with mean.installed() if mean is not None else nullcontext():
+                        bound = evaluate()
+                        history.heldout.append((step + 1, bound))
+                        if -bound < best:
+                            best, waited = -bound, 0
+                            kept = state.snapshot() if patience is not None else None
+                        else:
+                            waited += 1
                     if patience is not None and waited >= patience:
                         log.info("stopped at step %d: no better held-out bound", step + 1)
                         break
         if kept is not None:
             state.restore(kept)
+        elif mean is not None:
+            mean.install()
         fitted = result()
         if isinstance(guide, AutoLaplaceApproximation):
             args, kwargs = Batches(data, transform=transform, device=where).whole()

@@ -62,7 +62,10 @@ class Velocity(nn.Module):
 
 
 class SmallVariance(nn.Module):
-    """v_t I, the variance of q(y_s | y_t, y_0): exact as the data shrink to one point."""
+    """v_t I, the variance of q(y_s | y_t, y_0): exact as the data shrink to one point.
+
+    There is none at t = 1, where the likelihood of x_0 takes the kernel's place.
+    """
 
     def forward(self, mean: Tensor, y_t: Tensor, t: Tensor, step: Transition) -> TorchDistribution:
         """p(y_s | y_t), of event_shape (dim,)."""

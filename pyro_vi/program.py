@@ -32,6 +32,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.nn.module import _Context
+from pyro.poutine import unwrap
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -243,13 +244,14 @@ class Program:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or "function" not in self.__dict__:
             raise AttributeError(name)
-        method = getattr(type(self.function), name, None)
+        function = unwrap(self.function)  # behind effect handlers
+        method = getattr(type(function), name, None)
         if not callable(method):
-            if isinstance(part := getattr(self.state.twin(self.function), name, None), nn.Module):
+            if isinstance(part := getattr(self.state.twin(function), name, None), nn.Module):
                 return part
-            raise AttributeError(f"a fitted {type(self.function).__name__} has no method {name!r}")
+            raise AttributeError(f"a fitted {type(function).__name__} has no method {name!r}")
         # On a twin, since a distribution may ask its module again after the call.
-        return Program(partial(method, self.state.twin(self.function)), self.state, self.name)
+        return Program(partial(method, self.state.twin(function)), self.state, self.name)
 
     def __repr__(self) -> str:
         kind = getattr(self.function, "__name__", type(self.function).__name__)

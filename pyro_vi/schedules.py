@@ -38,6 +38,7 @@ class Schedule(nn.Module):
         super().__init__()
         check_sizes(steps=steps)
         self.steps = steps
+        self._levels: Tensor | None = None  # of a schedule without parameters, which stays
 
     def gamma(self, t: Tensor) -> Tensor:
         """Minus the log signal-to-noise ratio.
@@ -54,6 +55,16 @@ class Schedule(nn.Module):
         """The standard deviations' two parts: (signal_t, noise_t), each of the shape of t."""
         gamma = self.gamma(t)
         return torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
+
+    def signature(self) -> Tensor:
+        """Numbers that tell it from others: its parameters, or its levels if it has none; (k,)."""
+        with torch.no_grad():
+            own = [parameter.reshape(-1) for parameter in self.parameters()]
+            if own:
+                return torch.cat(own)
+            if self._levels is None:
+                self._levels = self.gamma(torch.arange(1, self.steps + 1))
+            return self._levels
 
     def check(self) -> None:
         """Raises ValueError unless gamma is finite and rises from every step to the next."""

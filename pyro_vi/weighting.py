@@ -1,0 +1,122 @@
+r"""Weights of a diffusion bound's steps, as effect handlers.
+
+The bound itself weighs every step by one: it is what compresses. Pictures look better when the
+steps of little noise, which it spends most on, weigh less. Such an objective is no bound, but a
+weighted sum of the bound's own terms; so it is the same program and the same ELBO under a handler
+that scales the sites of the steps,
+
+    weighted = StepWeight(Simple(diffusion))
+    fit(weighted(model), StepWeight(Simple(diffusion))(guide), ...)
+
+in model and guide alike. `pyro_vi.stepwise.step_bound` of a program under it is the bound still.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Simple", "StepWeight", "Truncated"]
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_vi.diffusion import Diffusion
+
+
+class StepWeight(Messenger):
+    """Multiplies the terms of a time-sub-sampled bound by a weight of their step.
+
+    The sites are those of `pyro_vi.models.DDPM` and `pyro_vi.guides.ForwardProcess`: "x_s" and
+    "x_0", after "t". The prior's term keeps its weight of one.
+
+    Args:
+        weight: steps from 1 to T, any shape, to weights of that shape, at least 0.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def program():
+        ...     pyro.sample("t", dist.Delta(torch.tensor(3)))
+        ...     pyro.sample("x_s", dist.Normal(0.0, 1.0))
+        >>> weighted = StepWeight(lambda t: 1.0 / t)(program)
+        >>> float(pyro.poutine.trace(weighted).get_trace().nodes["x_s"]["scale"])
+        0.3333333432674408
+    """
+
+    def __init__(self, weight: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._weight = weight
+        self._t: Tensor | None = None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in ("x_s", "x_0"):
+            if self._t is None:
+                raise ValueError(
+                    f"expected a time-sub-sampled program, such as DDPM: site {msg['name']!r} comes"
+                    " before any site 't'"
+                )
+            weight = torch.as_tensor(self._weight(self._t))
+            if not bool((weight >= 0).all()):
+                raise ValueError(f"expected weights of at least 0, got {float(weight.min()):g}")
+            msg["scale"] = msg["scale"] * weight
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] == "t":
+            self._t = msg["value"]
+
+    def __exit__(self, *exception: Any) -> None:
+        self._t = None
+        super().__exit__(*exception)
+
+
+class Simple:
+    r"""DDPM's simple loss: every step's squared error of the noise alike.
+
+    .. math:: w_t = \frac{1}{T} \frac{\mathrm{SNR}_t}{\mathrm{SNR}_{t-1} - \mathrm{SNR}_t}
+
+    Under `SmallVariance` the terms of t > 1 are then an average over steps of
+    :math:`\frac12 |\epsilon - \hat\epsilon|^2`. The reconstruction, at t = 1, where the ratio is
+    0, has the weight of t = 2; one if there is one step alone.
+
+    Args:
+        diffusion: The forward process of model and guide. A learned schedule is not trained by the
+            weights.
+
+    References:
+        Denoising Diffusion Probabilistic Models (arXiv:2006.11239), section 3.4
+
+    Example:
+        >>> from pyro_vi.schedules import Cosine
+        >>> Simple(Diffusion((2,), Cosine(4)))(torch.tensor([1, 2, 3, 4]))
+        tensor([0.0535, 0.0535, 0.0522, 0.0002])
+    """
+
+    def __init__(self, diffusion: Diffusion) -> None:
+        self._diffusion = diffusion
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """Weights of steps from 1 to T, of the shape of t."""
+        return self._weight(t.clamp(min=2)) if self._diffusion.steps > 1 else torch.ones(t.shape)
+
+    def _weight(self, t: Tensor) -> Tensor:
+        schedule = self._diffusion.schedule
+        with torch.no_grad():
+            rise = schedule.gamma(t).double() - schedule.gamma(t - 1).double()
+            return (1 / (self._diffusion.steps * torch.expm1(rise))).to(torch.get_default_dtype())
+
+
+class Truncated(Simple):
+    r"""The simple loss, with the squared error of x_0 where that weighs more: max(SNR, 1).
+
+    .. math:: w_t = \frac{1}{T} \frac{\max(\mathrm{SNR}_t, 1)}{\mathrm{SNR}_{t-1} - \mathrm{SNR}_t}
+
+    References:
+        Progressive Distillation for Fast Sampling of Diffusion Models (arXiv:2202.00512)
+    """
+
+    def _weight(self, t: Tensor) -> Tensor:
+        simple = super()._weight(t)
+        with torch.no_grad():
+            noise = self._diffusion.schedule.gamma(t).exp().clamp(min=1.0)
+        return simple * noise.to(simple.dtype)
