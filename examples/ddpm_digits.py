@@ -9,7 +9,7 @@ The U-Net has 85,000 parameters, and the noise schedule is learned with it: on s
 the fixed ones spend most of their steps on noise that is finer than a level. The VAE may train for
 as long as the diffusion did, on the same threads; it overfits before that, and stops at its best
 bound on a tenth of the training images, which it does not see. Its evidence by importance sampling,
-from 1,000 draws, is printed too: a tighter bound than its ELBO, and what the diffusion's has to beat.
+from 1,000 draws, is printed too: a tighter bound than its ELBO, for the diffusion's to beat.
 
 It prints both, and the diffusion's bound by what it is made of: the prior's term, the steps, and
 the reconstruction. The figure shows digits as they come out of noise.
@@ -41,7 +41,7 @@ from pyro_vi.stepwise import step_bound
 STEPS = 100  # of the chain
 
 parser = argparse.ArgumentParser(description="Diffusion and VAE in bits per dimension.")
-parser.add_argument("--steps", type=int, default=1_200, help="gradient steps of the diffusion")
+parser.add_argument("--steps", type=int, default=1_000, help="gradient steps of the diffusion")
 parser.add_argument("--out", type=Path, default=Path("runs/ddpm_digits.png"), help="the figure")
 options = parser.parse_args()
 
