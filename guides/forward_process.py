@@ -19,7 +19,15 @@ from torch import Tensor
 from pyro_vi.diffusion import Diffusion, StratifiedSteps
 
 
-class ForwardProcess(PyroModule):
+class _Guide(PyroModule):
+    def __init__(self, diffusion: Diffusion) -> None:
+        super().__init__()
+        if not isinstance(diffusion, Diffusion):
+            raise TypeError(f"expected the model's Diffusion, got {diffusion!r}")
+        self.diffusion = diffusion
+
+
+class ForwardProcess(_Guide):
     """The guide of :class:`pyro_vi.models.DDPM`, site by site.
 
     Args:
@@ -32,10 +40,6 @@ class ForwardProcess(PyroModule):
         >>> trace.nodes["x_t"]["value"].shape
         torch.Size([3, 8, 2])
     """
-
-    def __init__(self, diffusion: Diffusion) -> None:
-        super().__init__()
-        self.diffusion = diffusion
 
     def forward(self, x_0: Tensor) -> None:
         """The program, for data of shape (N, *shape)."""
@@ -54,16 +58,12 @@ class ForwardProcess(PyroModule):
                     pyro.sample("x_s", diffusion.before(y_t, y_0, t, step=step))
 
 
-class ReverseOrder(PyroModule):
+class ReverseOrder(_Guide):
     """The guide of :class:`pyro_vi.models.DDPMChain` in the model's order, from x_T to x_1.
 
     Args:
         diffusion: The model's own.
     """
-
-    def __init__(self, diffusion: Diffusion) -> None:
-        super().__init__()
-        self.diffusion = diffusion
 
     def forward(self, x_0: Tensor) -> None:
         """The program, for data of shape (N, *shape)."""
@@ -78,16 +78,12 @@ class ReverseOrder(PyroModule):
                 y = pyro.sample(f"x_{step - 1}", diffusion.before(y, y_0, t))
 
 
-class ForwardOrder(PyroModule):
+class ForwardOrder(_Guide):
     """The guide of :class:`pyro_vi.models.DDPMChain` as data are noised, from x_1 to x_T.
 
     Args:
         diffusion: The model's own.
     """
-
-    def __init__(self, diffusion: Diffusion) -> None:
-        super().__init__()
-        self.diffusion = diffusion
 
     def forward(self, x_0: Tensor) -> None:
         """The program, for data of shape (N, *shape)."""

@@ -575,7 +575,7 @@ def _check_unscaled(trace: Trace) -> None:
             if not bool((torch.as_tensor(site["scale"]) == 1).all()):
                 raise ValueError(
                     f"site {name!r} is scaled by the program: scaled densities are no posterior."
-                    " A plate with a subsample_size scales (give fit a batch_size instead), so does"
-                    " poutine.scale, and an autoguide where a plate has another size than in the"
-                    " fit"
+                    " A plate with a subsample_size scales (give fit a batch_size instead; DDPM"
+                    " draws some of its steps, DDPMChain all), so does poutine.scale, and an"
+                    " autoguide where a plate has another size than in the fit"
                 )

@@ -362,3 +362,9 @@ def test_a_learned_schedule_is_learned() -> None:
     state = poutine.trace(fitted.guide).get_trace(x_0)
     moved = state.nodes["t"]["infer"]["diffusion"]
     assert not torch.allclose(moved, diffusion.signature())
+
+
+@pytest.mark.parametrize("guide", [ForwardProcess, ReverseOrder, ForwardOrder])
+def test_guides_need_a_diffusion(guide: Any) -> None:
+    with pytest.raises(TypeError, match="expected the model's Diffusion, got"):
+        guide(Cosine(4))
