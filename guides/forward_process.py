@@ -51,7 +51,8 @@ class ForwardProcess(_Guide):
             pyro.sample(f"x_{diffusion.steps}", diffusion.noised(y_0, last))
             with pyro.plate("steps", diffusion.steps, subsample=drawn):
                 steps = StratifiedSteps(diffusion.steps, device=y_0.device)
-                t = pyro.sample("t", steps, infer={"diffusion": diffusion.signature()})
+                told = {"diffusion": diffusion.signature(), "subsampled": diffusion.steps > 1}
+                t = pyro.sample("t", steps, infer=told)
                 step = diffusion.transition(t, y_0.dtype)
                 y_t = pyro.sample("x_t", diffusion.noised(y_0, t, step=step))
                 with pyro.poutine.mask(mask=t > 1):

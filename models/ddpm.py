@@ -32,10 +32,11 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pyro_vi.denoisers import TimeEmbedding
 from pyro_vi.diffusion import Diffusion, StratifiedSteps, Transition
 from pyro_vi.families import check_sizes
 from pyro_vi.kernels import Noise, SmallVariance
-from pyro_vi.models.likelihoods import LearnedGaussian
+from pyro_vi.models.likelihoods import Bernoulli, ContinuousBernoulli, LearnedGaussian
 
 
 class DDPM(PyroModule):
@@ -64,6 +65,7 @@ class DDPM(PyroModule):
 
     Raises:
         TypeError: The diffusion, or the likelihood, is none.
+        ValueError: The network or the kernel was made for another number of steps.
 
     References:
         Denoising Diffusion Probabilistic Models (arXiv:2006.11239)
@@ -93,15 +95,24 @@ class DDPM(PyroModule):
         if not isinstance(diffusion, Diffusion):
             raise TypeError(f"expected a Diffusion, got {diffusion!r}")
         likelihood = LearnedGaussian() if likelihood is None else likelihood
-        if getattr(likelihood, "outputs", None) != 1:
+        logits = isinstance(likelihood, (Bernoulli, ContinuousBernoulli))
+        if getattr(likelihood, "outputs", None) != 1 or logits:
             raise TypeError(
                 "expected a likelihood with one output, the mean, such as Gaussian(0.1) or"
                 f" LearnedDiscretizedLogistic(256), got {likelihood!r}"
             )
+        kernel = SmallVariance() if kernel is None else kernel
+        for name, module in (("network", net), ("kernel", kernel)):
+            for part in module.modules():
+                if isinstance(part, TimeEmbedding) and part.steps != diffusion.steps:
+                    raise ValueError(
+                        f"expected a {name} of {diffusion.steps} steps, as the diffusion has, got"
+                        f" one of {part.steps}"
+                    )
         self.diffusion = diffusion
         self.net = net
         self.prediction = Noise() if prediction is None else prediction
-        self.kernel = SmallVariance() if kernel is None else kernel
+        self.kernel = kernel
         self.likelihood = likelihood
 
     def forward(self, x_0: Tensor) -> None:
@@ -122,11 +133,12 @@ class DDPM(PyroModule):
             pyro.sample(f"x_{diffusion.steps}", diffusion.prior(y_0))
             with pyro.plate("steps", diffusion.steps, subsample=drawn):
                 with _Same(diffusion):
-                    t = pyro.sample("t", StratifiedSteps(diffusion.steps, device=y_0.device))
+                    steps = StratifiedSteps(diffusion.steps, device=y_0.device)
+                    t = pyro.sample("t", steps, infer={"subsampled": diffusion.steps > 1})
                 step = diffusion.transition(t, y_0.dtype)
                 y_t = pyro.sample("x_t", diffusion.noised(y_0, t, step=step))
                 estimate = self._estimate(diffusion, y_t, t, step)
-                with poutine.mask(mask=t > 1):
+                with poutine.mask(mask=t > 1), _Same(diffusion):
                     pyro.sample("x_s", self._kernel(y_t, t, step, estimate))
                 with poutine.mask(mask=t == 1):
                     pyro.sample("x_0", self._likelihood(diffusion, estimate), obs=x_0)
@@ -223,12 +235,13 @@ class DDPM(PyroModule):
 
         Raises:
             ValueError: A number of data points below one, of steps not from 1 to T, an eta outside
-                [0, 1].
+                [0, 1]; a `Learned` kernel of a flow with any but all steps.
 
         References:
             Denoising Diffusion Implicit Models (arXiv:2010.02502)
         """
-        *_, (t, y) = self._states(num, steps, eta, progress)
+        for t, y in self._states(num, steps, eta, progress):  # noqa: B007  # the last one counts
+            pass
         return self._drawn(t, y, expected)
 
     def trajectory(
@@ -246,12 +259,14 @@ class DDPM(PyroModule):
             Shape (frames, num, *shape), in the units of the data.
 
         Raises:
-            ValueError: As `sample`; fewer than two frames.
+            ValueError: As `sample`; fewer than two frames, or more than there are states.
         """
         check_sizes(frames=frames)
         if frames < 2:
             raise ValueError(f"expected at least 2 frames, got {frames}")
         total = self.diffusion.steps if steps is None else steps
+        if frames > total + 1:
+            raise ValueError(f"expected at most {total + 1} frames of {total} steps, got {frames}")
         wanted = {round(i * total / (frames - 1)) for i in range(frames - 1)}
         states = enumerate(self._states(num, steps, eta, False))
         kept = {i: state for i, state in states if i in wanted or i == total - 1}
@@ -274,8 +289,14 @@ class DDPM(PyroModule):
         times = torch.linspace(1, diffusion.steps, taken).round().long().tolist()[::-1]
         if taken == 1:
             times = [diffusion.steps]
-        like = next((p for p in self.parameters() if p.is_floating_point()), torch.zeros(()))
+        held = (*self.parameters(), *diffusion.coordinates.buffers())
+        like = next((part for part in held if part.is_floating_point()), torch.zeros(()))
         chain = eta is None and taken == diffusion.steps
+        if not chain and not getattr(self.kernel, "centred", True):
+            raise ValueError(
+                "fewer steps, and an eta, need kernels around the estimate of y_0, and that of a"
+                " flow is not: sample all steps"
+            )
         with torch.no_grad():
             y = diffusion.prior(like).sample((num,))
             yield times[0], y
@@ -311,6 +332,10 @@ class _Same(Messenger):
         self._diffusion = diffusion
 
     def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["infer"].get("weighted") and not msg.get("weighted"):
+            raise ValueError(
+                "the guide's steps are weighted and the model's are not: StepWeight both"
+            )
         theirs = msg["infer"].get("diffusion")
         if theirs is None:
             return

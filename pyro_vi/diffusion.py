@@ -308,7 +308,8 @@ class Diffusion(nn.Module):
         """
         with torch.no_grad():
             levels = self.schedule.signature()
-            like = next(self.coordinates.buffers(), levels)
+            held = (*self.coordinates.buffers(), *self.coordinates.parameters())
+            like = next((part for part in held if part.is_floating_point()), levels)
             point = (1.7 * torch.arange(self.dim, device=like.device)).sin()
             moved = self.coordinates.encode(point.to(like.dtype))
             sizes = levels.new_tensor([*self.shape, self.steps, self.draws])

@@ -97,6 +97,11 @@ class _ImportanceWeighted(Told, RenyiELBO):
         model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
         for trace in (model_trace, guide_trace):
             for name, site in trace.nodes.items():
+                if site["type"] == "sample" and site["infer"].get("subsampled"):
+                    raise ValueError(
+                        f"site {name!r} draws some of the program's terms: an importance-weighted"
+                        " bound of some bounds nothing; use Trace_ELBO, or all of them (DDPMChain)"
+                    )
                 if site["type"] == "sample" and not _is_one(site["scale"]):
                     raise ValueError(
                         f"site {name!r} is scaled by {float(torch.as_tensor(site['scale'])):g}, and"

@@ -472,7 +472,8 @@ def _check_local(trace: Trace, plate: str) -> None:
                 f"data points are generated one by one, from sites inside plate {plate!r}, but"
                 f" {name!r} stands outside it"
             )
-        if not bool((torch.as_tensor(site["scale"]) == 1).all()):
+        scaled = not bool((torch.as_tensor(site["scale"]) == 1).all())
+        if scaled or site["infer"].get("subsampled"):
             raise ValueError(
                 f"site {name!r} is scaled by the program, which so draws some of its sites alone:"
                 " it generates no data points (a DDPM has a method for it, `fitted.model.sample`)"

@@ -116,8 +116,8 @@ def fit(
         schedule: torch optimizer -> learning-rate scheduler, stepped after every step.
         clip_norm: the largest global norm of the gradient.
         average: the decay of an exponential moving average of the parameters, such as 0.999, which
-            is what the held-out bounds are of and the fit ends with (`pyro_vi.averaging`); None for
-            the parameters themselves.
+            is what the held-out bounds are of and the fit ends with (`pyro_vi.averaging`), unless
+            it breaks off; None for the parameters themselves.
         heldout: data for the bound on held-out data while training, every `heldout_every` steps
             and at the end, with `eval()` modules and a KL weight of 1. Latents must be local.
         heldout_every: steps between evaluations.

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from pyro_vi.denoisers import TimeEmbedding
 from pyro_vi.diffusion import Transition
+from pyro_vi.families import FullCovariance, LowRank, MeanField
 
 
 class Noise(nn.Module):
@@ -85,6 +86,8 @@ class Learned(nn.Module):
 
     .. math:: y_s = m(y_t, t) + \beta_t^{1/2} u, \quad u \sim \mathrm{family}(\mathrm{context})
 
+    A normal family is centred: its own mean is left out, since the network's estimate has one.
+
     The context is an embedding of t, with what a network of its own sees in y_t, if there is one.
 
     Args:
@@ -111,6 +114,7 @@ class Learned(nn.Module):
                 f" FullCovariance(8, context_dim=32), got {family!r}"
             )
         self.family = family
+        self.centred = isinstance(family, (MeanField, LowRank, FullCovariance))
         self.embedding = TimeEmbedding(cast(int, family.context_dim), steps)
         self.network = network
 
@@ -128,16 +132,16 @@ class Learned(nn.Module):
 
 
 def _affine(fn: TorchDistribution, loc: Tensor, scale: Tensor) -> TorchDistribution:
-    """The distribution of loc + scale u for u ~ fn: a normal where fn is one; scale is (..., 1)."""
+    """The distribution of loc + scale u for u ~ fn, a normal's mean left out; scale is (..., 1)."""
     if isinstance(fn, Independent) and isinstance(fn.base_dist, Normal):
         base = fn.base_dist
-        return Normal(loc + scale * base.loc, scale * base.scale).to_event(1)
+        return Normal(loc, scale * base.scale).to_event(1)
     if isinstance(fn, LowRankMultivariateNormal):
         factor, diagonal = scale.unsqueeze(-1) * fn.cov_factor, scale.square() * fn.cov_diag
-        return LowRankMultivariateNormal(loc + scale * fn.loc, factor, diagonal)
+        return LowRankMultivariateNormal(loc, factor, diagonal)
     if isinstance(fn, MultivariateNormal):
         tril = scale.unsqueeze(-1) * fn.scale_tril
-        return MultivariateNormal(loc + scale * fn.loc, scale_tril=tril)
+        return MultivariateNormal(loc, scale_tril=tril)
     return TransformedDistribution(
         fn, [transforms.AffineTransform(loc, scale.expand_as(loc), event_dim=1)]
     )

@@ -572,7 +572,8 @@ def _check_scored(structure: Structure) -> None:
 def _check_unscaled(trace: Trace) -> None:
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and not site_is_subsample(site):
-            if not bool((torch.as_tensor(site["scale"]) == 1).all()):
+            scaled = not bool((torch.as_tensor(site["scale"]) == 1).all())
+            if scaled or site["infer"].get("subsampled"):
                 raise ValueError(
                     f"site {name!r} is scaled by the program: scaled densities are no posterior."
                     " A plate with a subsample_size scales (give fit a batch_size instead; DDPM"

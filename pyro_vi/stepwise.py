@@ -16,7 +16,8 @@ from __future__ import annotations
 __all__ = ["StepBound", "step_bound"]
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +127,7 @@ def step_bound(
     check_count("draw", draws)
     check_count("data point in a batch", batch_size)
     check_seed(seed)
-    with seeded(seed, data.device), torch.no_grad():
+    with seeded(seed, data.device), torch.no_grad(), _evaluating(model, guide):
         trace = _traces(model, guide, data[:1], None)[1]
         total = _steps(trace)
         drawn = trace.nodes["t"]["value"].shape[0]
@@ -153,6 +154,20 @@ def step_bound(
         dims=data[0].numel(),
         discrete=is_discrete(site["fn"]),
     )
+
+
+@contextmanager
+def _evaluating(*programs: Any) -> Iterator[None]:
+    """The modules among raw programs in `eval()`; fitted ones are already."""
+    roots = [root for p in programs if isinstance(root := poutine.unwrap(p), torch.nn.Module)]
+    modes = {module: module.training for root in roots for module in root.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _traces(

@@ -8,7 +8,8 @@ that scales the sites of the steps,
     weighted = StepWeight(Simple(diffusion))
     fit(weighted(model), StepWeight(Simple(diffusion))(guide), ...)
 
-in model and guide alike. `pyro_vi.stepwise.step_bound` of a program under it is the bound still.
+in model and guide alike. What `fit` then reports, on held-out data too, is that objective;
+`pyro_vi.stepwise.step_bound` of a program under it is the bound still.
 """
 
 from __future__ import annotations
@@ -60,10 +61,20 @@ class StepWeight(Messenger):
             if not bool((weight >= 0).all()):
                 raise ValueError(f"expected weights of at least 0, got {float(weight.min()):g}")
             msg["scale"] = msg["scale"] * weight
+            msg["weighted"] = True
+            if not msg["is_observed"]:
+                msg["infer"] = {**msg["infer"], "weighted": True}
 
     def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] == "x_s" and not msg["infer"].get("weighted"):  # replay brings the guide's
+            raise ValueError(
+                "the model's steps are weighted and the guide's are not: StepWeight both"
+            )
         if msg["name"] == "t":
             self._t = msg["value"]
+            theirs = msg["infer"].get("diffusion")
+            if isinstance(self._weight, Simple) and theirs is not None:
+                self._weight.check(theirs)
 
     def __exit__(self, *exception: Any) -> None:
         self._t = None
@@ -80,8 +91,10 @@ class Simple:
     0, has the weight of t = 2; one if there is one step alone.
 
     Args:
-        diffusion: The forward process of model and guide. A learned schedule is not trained by the
-            weights.
+        diffusion: The forward process of model and guide.
+
+    Raises:
+        ValueError: Its schedule is trained: weighted, the bound's terms are no objective for it.
 
     References:
         Denoising Diffusion Probabilistic Models (arXiv:2006.11239), section 3.4
@@ -93,11 +106,24 @@ class Simple:
     """
 
     def __init__(self, diffusion: Diffusion) -> None:
+        if any(parameter.requires_grad for parameter in diffusion.schedule.parameters()):
+            raise ValueError(
+                "weighted, the bound's terms are no objective for a schedule: take a fixed one, or"
+                " freeze it (schedule.requires_grad_(False))"
+            )
         self._diffusion = diffusion
+
+    def check(self, signature: Tensor) -> None:
+        """Raises ValueError unless a program's forward process is the weights' own."""
+        mine = self._diffusion.signature()
+        if mine.shape != signature.shape or not torch.allclose(mine, signature, atol=1e-5):
+            raise ValueError("the weights are of another forward process than the program")
 
     def __call__(self, t: Tensor) -> Tensor:
         """Weights of steps from 1 to T, of the shape of t."""
-        return self._weight(t.clamp(min=2)) if self._diffusion.steps > 1 else torch.ones(t.shape)
+        if self._diffusion.steps == 1:
+            return torch.ones(t.shape, device=t.device)
+        return self._weight(t.clamp(min=2))
 
     def _weight(self, t: Tensor) -> Tensor:
         schedule = self._diffusion.schedule

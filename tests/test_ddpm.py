@@ -17,16 +17,20 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import Predictive, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import Predictive, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from pyro_vi import fit
+from pyro_vi.denoisers import MLPDenoiser
 from pyro_vi.diffusion import Affine, Diffusion, Transition
 from pyro_vi.elbo import told
+from pyro_vi.families import FullCovariance
+from pyro_vi.flows import Flow
 from pyro_vi.guides import ForwardOrder, ForwardProcess, ReverseOrder
-from pyro_vi.kernels import Clean, LargeVariance, Noise, SmallVariance, Velocity
+from pyro_vi.kernels import Clean, LargeVariance, Learned, Noise, SmallVariance, Velocity
 from pyro_vi.models import (
     DDPM,
+    Bernoulli,
     DDPMChain,
     DiscretizedLogistic,
     Gaussian,
@@ -434,7 +438,7 @@ def test_without_fresh_noise_the_sampler_is_a_map_of_the_first_draw() -> None:
     assert torch.equal(first, again) and first.shape == (5, 1)
 
 
-@pytest.mark.parametrize("steps", [None, 1, 2, 7])
+@pytest.mark.parametrize("steps", [None, 8, 13])
 @pytest.mark.parametrize("frames", [2, 5, 9])
 def test_trajectories_end_with_the_sample(steps: int | None, frames: int) -> None:
     model = gaussian(20)
@@ -442,8 +446,7 @@ def test_trajectories_end_with_the_sample(steps: int | None, frames: int) -> Non
     sample = model.sample(4, steps=steps)
     torch.manual_seed(3)
     shown = model.trajectory(4, frames, steps=steps)
-    taken = 20 if steps is None else steps
-    assert shown.shape == (min(frames, taken + 1), 4, 1)
+    assert shown.shape == (frames, 4, 1)
     assert torch.equal(shown[-1], sample)
 
 
@@ -461,6 +464,10 @@ def test_impossible_samples(options: dict[str, Any], message: str) -> None:
         gaussian(20).sample(**options)
     with pytest.raises(ValueError, match="at least 2 frames, got 1"):
         gaussian(20).trajectory(3, 1)
+    with pytest.raises(ValueError, match="at most 4 frames of 3 steps, got 9"):
+        gaussian(20).trajectory(3, 9, steps=3)
+    for steps in (1, 2):
+        assert gaussian(20).sample(3, steps=steps).shape == (3, 1)
 
 
 def test_a_fitted_model_samples_and_its_program_is_no_generator() -> None:
@@ -470,6 +477,51 @@ def test_a_fitted_model_samples_and_its_program_is_no_generator() -> None:
     for call in (partial(fitted.generate, 5), partial(fitted.reconstruct, x)):
         with pytest.raises(ValueError, match="scaled by the program"):
             call()
+
+
+@pytest.mark.parametrize("draws", [2, 4])
+def test_some_of_the_steps_are_no_posterior(draws: int) -> None:
+    """With as many draws as steps nothing is scaled, and the steps are drawn still."""
+    diffusion = Diffusion((3,), Cosine(4), draws=draws)
+    model, x = trio()
+    model = DDPM(diffusion, model.net, likelihood=Gaussian(0.7))
+    guide = ForwardProcess(diffusion)
+    fitted = fit(model, guide, x, steps=1, progress=False)
+    for call in (
+        partial(fitted.posterior, x),
+        partial(fitted.log_predictive_density, x),
+        partial(fitted.predict, x),
+        partial(fitted.generate, 5),
+        partial(fitted.reconstruct, x),
+    ):
+        with pytest.raises(ValueError, match="scaled by the program"):
+            call()
+    with pytest.raises(ValueError, match=r"bound of some|of scaled sites bounds nothing"):
+        fit(model, guide, x, loss=RenyiELBO(), steps=1, progress=False)
+
+
+def test_one_step_in_all_is_a_posterior() -> None:
+    model = gaussian(1)
+    x = MEAN + VARIANCE**0.5 * torch.randn(5, 1)
+    posterior = Programs(model, ForwardProcess(model.diffusion), x).posterior(50)
+    assert posterior.log_p.shape == (50, 5)
+
+
+def test_kernels_off_centre_take_all_steps() -> None:
+    diffusion = Diffusion((2,), Cosine(4))
+    model = DDPM(diffusion, nn.Identity(), kernel=Learned(Flow(2, 8), 4))
+    model.net = Zero()
+    assert model.sample(3).shape == (3, 2)
+    for options in ({"steps": 2}, {"eta": 0.0}):
+        with pytest.raises(ValueError, match="that of a flow is not: sample all steps"):
+            model.sample(3, **options)
+    centred = DDPM(diffusion, Zero(), kernel=Learned(FullCovariance(2, 8), 4))
+    assert centred.sample(3, steps=2).shape == (3, 2)
+
+
+class Zero(nn.Module):
+    def forward(self, y_t: Tensor, t: Tensor) -> Tensor:
+        return torch.zeros_like(y_t)
 
 
 # Bad input
@@ -490,8 +542,13 @@ def test_programs_of_other_kinds_are_refused() -> None:
     diffusion = Diffusion((3,), Cosine(4))
     with pytest.raises(TypeError, match="expected a Diffusion, got"):
         DDPM(Cosine(4), nn.Identity())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="expected a likelihood with one output"):
-        DDPM(diffusion, nn.Identity(), likelihood=DiscretizedLogistic(16))
+    for likelihood in (DiscretizedLogistic(16), Bernoulli()):
+        with pytest.raises(TypeError, match="expected a likelihood with one output, the mean"):
+            DDPM(diffusion, nn.Identity(), likelihood=likelihood)
+    with pytest.raises(ValueError, match=r"expected a network of 4 steps.*got one of 1000"):
+        DDPM(diffusion, MLPDenoiser((3,), 1_000))
+    with pytest.raises(ValueError, match=r"expected a kernel of 4 steps.*got one of 5"):
+        DDPM(diffusion, nn.Identity(), kernel=Learned(FullCovariance(3, 8), 5))
 
 
 def test_data_outside_the_grid_of_the_decoder_are_refused() -> None:

@@ -14,6 +14,7 @@ from pyro.infer import TraceMeanField_ELBO
 from test_ddpm import Exact, exact_terms, levels, trio
 from torch import Tensor
 
+from pyro_vi.denoisers import UNet
 from pyro_vi.diffusion import Affine, Diffusion
 from pyro_vi.elbo import told
 from pyro_vi.families import MeanField
@@ -118,6 +119,18 @@ def test_programs_without_steps_are_refused() -> None:
     model, x = trio()
     with pytest.raises(ValueError, match="at least one draw, got 0"):
         step_bound(model, ForwardProcess(model.diffusion), x, draws=0)
+
+
+def test_raw_programs_are_evaluated_and_left_in_training() -> None:
+    """Dropout would make another model of it."""
+    diffusion = Diffusion((1, 8, 8), Cosine(2))
+    model = DDPM(diffusion, UNet((1, 8, 8), 2, channels=(8,), attention=(), dropout=0.9))
+    torch.nn.init.normal_(list(model.net.parameters())[-2])
+    x = torch.randn(4, 1, 8, 8)
+    found = step_bound(model, ForwardProcess(diffusion), x).elbo.value
+    assert model.net.training
+    model.eval()
+    assert step_bound(model, ForwardProcess(diffusion), x).elbo.value == found
 
 
 def test_nothing_outside_moves() -> None:

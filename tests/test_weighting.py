@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from test_ddpm import trio
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from pyro_vi import fit
 from pyro_vi.diffusion import Diffusion
 from pyro_vi.elbo import told
 from pyro_vi.guides import ForwardProcess
-from pyro_vi.schedules import Cosine, Linear
+from pyro_vi.schedules import Cosine, Learned, Linear
 from pyro_vi.sites import At
 from pyro_vi.stepwise import step_bound
 from pyro_vi.weighting import Simple, StepWeight, Truncated
@@ -102,6 +102,29 @@ def test_a_weighted_fit_is_a_fit_and_its_bound_the_bound() -> None:
     assert float(bound.value) == pytest.approx(float(step_bound(model, guide, x).elbo.value))
     prior = float(step_bound(model, guide, x).prior.mean())
     assert float(fitted.losses[0]) - prior < -float(bound.value) - prior - 1
+
+
+def test_weights_on_one_side_alone_are_refused() -> None:
+    model, x = trio()
+    guide = ForwardProcess(model.diffusion)
+    weight = partial(StepWeight, Simple(model.diffusion))
+    for loss in (TraceMeanField_ELBO(), Trace_ELBO()):
+        with pytest.raises(ValueError, match="the model's steps are weighted and the guide's are"):
+            told(loss).loss(weight()(model), guide, x)
+        with pytest.raises(ValueError, match="the guide's steps are weighted and the model's are"):
+            told(loss).loss(model, weight()(guide), x)
+
+
+def test_weights_of_other_processes_and_learned_schedules_are_refused() -> None:
+    model, x = trio()
+    other = StepWeight(Simple(Diffusion((3,), Cosine(1_000))))
+    with pytest.raises(ValueError, match="the weights are of another forward process"):
+        other(ForwardProcess(model.diffusion))(x)
+    learned = Diffusion((3,), Learned(8))
+    with pytest.raises(ValueError, match="no objective for a schedule"):
+        Simple(learned)
+    learned.schedule.requires_grad_(False)
+    assert bool((Truncated(learned)(torch.arange(1, 9)) > 0).all())
 
 
 def test_weights_below_zero_and_programs_without_steps_are_refused() -> None:
