@@ -286,9 +286,7 @@ class DDPM(PyroModule):
         if eta is not None and not 0 <= eta <= 1:
             raise ValueError(f"expected an eta from 0 to 1, got {eta}")
         taken = diffusion.steps if steps is None else steps
-        times = torch.linspace(1, diffusion.steps, taken).round().long().tolist()[::-1]
-        if taken == 1:
-            times = [diffusion.steps]
+        times = torch.linspace(diffusion.steps, 1, taken).round().long().tolist()
         held = (*self.parameters(), *diffusion.coordinates.buffers())
         like = next((part for part in held if part.is_floating_point()), torch.zeros(()))
         chain = eta is None and taken == diffusion.steps

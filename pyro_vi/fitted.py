@@ -30,7 +30,7 @@ from pyro_vi.posterior import Posterior
 from pyro_vi.program import Program, State, check_count, checked_device, reachable, seeded
 from pyro_vi.scaling import Structure
 from pyro_vi.scoring import Programs
-from pyro_vi.sites import Layout, Unobserved, is_deterministic
+from pyro_vi.sites import Layout, Unobserved, is_deterministic, is_partial
 
 Draws = dict[str, Tensor]
 
@@ -472,8 +472,7 @@ def _check_local(trace: Trace, plate: str) -> None:
                 f"data points are generated one by one, from sites inside plate {plate!r}, but"
                 f" {name!r} stands outside it"
             )
-        scaled = not bool((torch.as_tensor(site["scale"]) == 1).all())
-        if scaled or site["infer"].get("subsampled"):
+        if is_partial(site):
             raise ValueError(
                 f"site {name!r} is scaled by the program, which so draws some of its sites alone:"
                 " it generates no data points (a DDPM has a method for it, `fitted.model.sample`)"

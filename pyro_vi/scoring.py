@@ -46,6 +46,7 @@ from pyro_vi.sites import (
     is_deterministic,
     is_discrete,
     is_noise,
+    is_partial,
 )
 
 _VALUES = 2**22  # numbers that all sites hold, over the draws evaluated at once
@@ -572,8 +573,7 @@ def _check_scored(structure: Structure) -> None:
 def _check_unscaled(trace: Trace) -> None:
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and not site_is_subsample(site):
-            scaled = not bool((torch.as_tensor(site["scale"]) == 1).all())
-            if scaled or site["infer"].get("subsampled"):
+            if is_partial(site):
                 raise ValueError(
                     f"site {name!r} is scaled by the program: scaled densities are no posterior."
                     " A plate with a subsample_size scales (give fit a batch_size instead; DDPM"

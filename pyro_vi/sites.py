@@ -7,7 +7,16 @@ left, the plate over data points first, then what is one draw's shape.
 
 from __future__ import annotations
 
-__all__ = ["At", "Layout", "Unobserved", "is_delta", "is_deterministic", "is_discrete", "is_noise"]
+__all__ = [
+    "At",
+    "Layout",
+    "Unobserved",
+    "is_delta",
+    "is_deterministic",
+    "is_discrete",
+    "is_noise",
+    "is_partial",
+]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,6 +59,12 @@ def is_noise(site: Site) -> bool:
         and not site_is_subsample(site)
         and not is_delta(site["fn"])
     )
+
+
+def is_partial(site: Site) -> bool:
+    """Whether a site's density is scaled, or it says which of a program's terms are drawn."""
+    scaled = not bool((torch.as_tensor(site["scale"]) == 1).all())
+    return scaled or bool(site["infer"].get("subsampled"))
 
 
 class At(Messenger):

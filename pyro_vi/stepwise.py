@@ -16,8 +16,7 @@ from __future__ import annotations
 __all__ = ["StepBound", "step_bound"]
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,7 @@ from tqdm.auto import tqdm
 
 from pyro_vi.diagnostics import Estimate
 from pyro_vi.elbo import kl_rows
-from pyro_vi.program import check_count, check_seed, seeded
+from pyro_vi.program import State, check_count, check_seed, seeded
 from pyro_vi.sites import At, is_discrete
 
 Array = npt.NDArray[np.float64]
@@ -127,7 +126,8 @@ def step_bound(
     check_count("draw", draws)
     check_count("data point in a batch", batch_size)
     check_seed(seed)
-    with seeded(seed, data.device), torch.no_grad(), _evaluating(model, guide):
+    state = State({"model": model, "guide": guide})
+    with seeded(seed, data.device), torch.no_grad(), state.evaluating():
         trace = _traces(model, guide, data[:1], None)[1]
         total = _steps(trace)
         drawn = trace.nodes["t"]["value"].shape[0]
@@ -154,20 +154,6 @@ def step_bound(
         dims=data[0].numel(),
         discrete=is_discrete(site["fn"]),
     )
-
-
-@contextmanager
-def _evaluating(*programs: Any) -> Iterator[None]:
-    """The modules among raw programs in `eval()`; fitted ones are already."""
-    roots = [root for p in programs if isinstance(root := poutine.unwrap(p), torch.nn.Module)]
-    modes = {module: module.training for root in roots for module in root.modules()}
-    try:
-        for module in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _traces(
