@@ -10,13 +10,17 @@ Two of them live here,
     MLPDenoiser    linear layers         vectors and small images
     UNet           convolutions          images (C, H, W) of any height and width
 
-and :class:`TimeEmbedding` is how both of them read `t`. None keeps statistics of a batch: a data
-point's result never depends on its neighbours. None branches on the values of a tensor, so that
-``torch.func.vmap`` and ``torch.compile`` take them as they are; hence `t` is checked for its shape
-and not for its range.
+and :class:`TimeEmbedding` is how both of them read `t`. Two more are another network's:
+
+    FromDiffusers  a `UNet2DModel` of diffusers, whose steps count from 0
+    Autocast       a denoiser that computes in bfloat16
+
+None of ours keeps statistics of a batch: a data point's result never depends on its neighbours.
+None branches on the values of a tensor, so that ``torch.func.vmap`` and ``torch.compile`` take them
+as they are; hence `t` is checked for its shape and not for its range.
 """
 
-__all__ = ["MLPDenoiser", "TimeEmbedding", "UNet"]
+__all__ = ["Autocast", "FromDiffusers", "MLPDenoiser", "TimeEmbedding", "UNet"]
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -285,6 +289,111 @@ class UNet(nn.Module):
         return out
 
 
+class FromDiffusers(nn.Module):
+    """A `UNet2DModel` of Hugging Face diffusers, as a denoiser.
+
+    Our steps run from 1 to T and theirs from 0 to T - 1, so that ours is given as t - 1: pretrained
+    weights see the noise that they were trained on, if the diffusion has their schedule, which is
+    ``Given(scheduler.alphas_cumprod)``, and images in their units. Their time embedding is one of
+    t, not of t / T: it has no number of steps to be held against the diffusion's.
+
+    diffusers comes with ``pip install 'pyro_vi[diffusers]'``; nothing here imports it.
+
+    Args:
+        unet: The network, called as ``unet(x, t).sample``: without classes, and with the positional
+            time embedding that is its default (a Fourier one takes the logarithm of the step).
+
+    Raises:
+        TypeError: It is no network.
+        ValueError: Its configuration has other channels out than in, as with learned variances.
+
+    References:
+        diffusers: State-of-the-art diffusion models (https://github.com/huggingface/diffusers)
+
+    Example:
+        >>> from diffusers import UNet2DModel
+        >>> unet = UNet2DModel(
+        ...     in_channels=1,
+        ...     out_channels=1,
+        ...     block_out_channels=(32, 64),
+        ...     down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        ...     up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        ... )
+        >>> denoiser = FromDiffusers(unet)  # or one of UNet2DModel.from_pretrained
+        >>> denoiser(torch.randn(10, 1, 28, 28), torch.randint(1, 1001, (10,))).shape
+        torch.Size([10, 1, 28, 28])
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        _check_module(unet)
+        config = getattr(unet, "config", None)
+        inputs, outputs = (getattr(config, f"{way}_channels", None) for way in ("in", "out"))
+        if None not in (inputs, outputs) and inputs != outputs:
+            raise ValueError(
+                f"expected a network with as many channels out as in, got {inputs} in and {outputs}"
+                " out; learned variances are a kernel's (pyro_vi.kernels)"
+            )
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """The results for noisy images.
+
+        Args:
+            x: Shape (N, C, H, W).
+            t: Their times, shape (N,), from 1.
+
+        Returns:
+            Shape (N, C, H, W).
+        """
+        out: Tensor = self.unet(x, t - 1).sample
+        return out
+
+
+class Autocast(nn.Module):
+    """A denoiser that computes in bfloat16, under ``torch.autocast``, and is cast back.
+
+    The network is what a diffusion costs, and a GPU's matrix units are made for bfloat16.
+    Parameters and gradients keep their precision, and so does all that follows the network: the
+    result has x's dtype, and every density is one of full precision. torch leaves float64 as it is.
+    (In float16 gradients would need a loss scaler, which a bound of Pyro's does not have.)
+
+    Args:
+        net: The denoiser.
+
+    Raises:
+        TypeError: The denoiser is no network.
+
+    References:
+        Mixed Precision Training (arXiv:1710.03740);
+        A Study of BFLOAT16 for Deep Learning Training (arXiv:1905.12322)
+
+    Example:
+        >>> denoiser = Autocast(UNet((1, 28, 28), steps=1000))
+        >>> denoiser(torch.randn(10, 1, 28, 28), torch.randint(1, 1001, (10,))).dtype
+        torch.float32
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        _check_module(net)
+        self.net = net
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """The denoiser's results.
+
+        Args:
+            x: What the denoiser takes.
+            t: Their times.
+
+        Returns:
+            Its result, of x's dtype.
+        """
+        with torch.autocast(x.device.type, torch.bfloat16):
+            out: Tensor = self.net(x, t)
+        return out.to(x.dtype)
+
+
 class _TimedLinear(nn.Module):
     """A linear layer told the time: (N, inputs), (N, time_dim) to (N, outputs)."""
 
@@ -369,6 +478,12 @@ def _zero(layer: nn.Conv2d) -> nn.Conv2d:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
+
+
+def _check_module(net: nn.Module) -> None:
+    """TypeError unless it is a module: of anything else the parameters would not be found."""
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"expected a network, an nn.Module, got {net!r}")
 
 
 def _sizes(name: str, sizes: Iterable[int]) -> tuple[int, ...]:

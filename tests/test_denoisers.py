@@ -2,12 +2,20 @@
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from pyro_vi.denoisers import MLPDenoiser, TimeEmbedding, UNet
+from pyro_vi import Fit, fit
+from pyro_vi.denoisers import Autocast, FromDiffusers, MLPDenoiser, TimeEmbedding, UNet
+from pyro_vi.diffusion import Diffusion
+from pyro_vi.guides import ForwardProcess
+from pyro_vi.models import DDPM
+from pyro_vi.schedules import Cosine, Given
 
 torch.set_num_threads(1)
 
@@ -278,3 +286,147 @@ def test_sizes_that_are_no_whole_numbers_are_errors(
 ) -> None:
     with pytest.raises(TypeError, match=next(iter(sizes))):
         make((1, 8, 8), **{"steps": STEPS, **sizes})
+
+
+def fitted(net: nn.Module, x: Tensor, steps: int) -> Fit:
+    diffusion = Diffusion(tuple(x.shape[1:]), Cosine(STEPS))
+    guide, loss = ForwardProcess(diffusion), TraceMeanField_ELBO()
+    return fit(DDPM(diffusion, net), guide, x, loss=loss, steps=steps, progress=False)
+
+
+# ------------------------------------------------------------------------------- diffusers
+
+
+class Told(nn.Module):
+    """Stands for diffusers' network: keeps the step that it is told."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(**config)
+        self.step = torch.tensor(0)
+
+    def forward(self, x: Tensor, t: Tensor) -> SimpleNamespace:
+        self.step = t
+        return SimpleNamespace(sample=2 * x)
+
+
+def theirs(**sizes: Any) -> nn.Module:
+    """A small network of diffusers."""
+    return pytest.importorskip("diffusers").UNet2DModel(
+        **{"in_channels": 1, "out_channels": 1, **sizes},
+        sample_size=8,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+
+
+@pytest.mark.parametrize("config", [{}, {"in_channels": 1}, {"in_channels": 1, "out_channels": 1}])
+def test_diffusers_is_told_the_step_less_one(config: dict) -> None:
+    net = Told(**config)
+    x, t = noisy(3, (1, 8, 8))
+    assert torch.equal(FromDiffusers(net)(x, t), 2 * x)
+    assert torch.equal(net.step, t - 1)
+
+
+def test_step_of_diffusers_less_one_has_the_same_noise() -> None:
+    scheduler = pytest.importorskip("diffusers").DDPMScheduler(num_train_timesteps=STEPS)
+    diffusion = Diffusion((1, 8, 8), Given(scheduler.alphas_cumprod))
+    x, t = torch.randn(STEPS, 1, 8, 8), torch.arange(1, STEPS + 1)
+    eps = torch.randn_like(x)
+    q = diffusion.noised(diffusion.encode(x), t)
+    ours = q.mean + q.stddev * eps.flatten(1)
+    torch.testing.assert_close(ours, scheduler.add_noise(x, eps, t - 1).flatten(1))
+
+
+def test_network_of_diffusers_is_fitted_and_sampled() -> None:
+    net = theirs()
+    x, t = noisy(4, (1, 8, 8))
+    before = FromDiffusers(net)(x, t)
+    assert torch.equal(before, net(x, t - 1).sample)
+    result = fitted(FromDiffusers(net), x, steps=3)
+    assert result.model.sample(2).shape == (2, 1, 8, 8)
+    assert torch.equal(FromDiffusers(net)(x, t), before)  # the fit has weights of its own
+    assert not torch.equal(result.model.net(x, t), before)
+
+
+def test_network_of_diffusers_with_variances_is_an_error() -> None:
+    with pytest.raises(ValueError, match="got 1 in and 2 out"):
+        FromDiffusers(theirs(out_channels=2))
+
+
+# ------------------------------------------------------------------------------- bfloat16
+
+
+@makers
+@dtypes
+def test_autocast_keeps_the_dtype_of_its_input(
+    make: Make, dtype: torch.dtype, tolerance: float, device: torch.device
+) -> None:
+    net = stirred(make((1, 7, 5))).to(device, dtype)
+    x, t = (a.to(device) for a in noisy(3, (1, 7, 5), dtype))
+    result = Autocast(net)(x, t)
+    assert result.dtype == dtype
+    full = dtype == torch.float64  # autocast leaves doubles alone
+    tolerance = tolerance if full else 10 * torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(result, net(x, t), rtol=tolerance, atol=tolerance)
+    assert torch.equal(result, net(x, t)) == full
+
+
+@makers
+def test_autocast_computes_in_bfloat16_and_keeps_float32_parameters(make: Make) -> None:
+    net = Autocast(stirred(make((1, 7, 5))))
+    layers = [part for part in net.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+    computed: list[torch.dtype] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda _, inputs, out: computed.append(out.dtype))
+    net(*noisy(3, (1, 7, 5))).square().sum().backward()
+    assert computed == [torch.bfloat16] * len(layers)
+    for name, parameter in net.named_parameters():
+        assert parameter.dtype == torch.float32, name
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@makers
+def test_autocast_bounds_as_the_network_does(make: Make) -> None:
+    net = stirred(make((1, 8, 8)))
+    x, _ = noisy(16, (1, 8, 8))
+    plain, low = (fitted(part, x, steps=2) for part in (net, Autocast(net)))
+    # Seeds and weights are the same. A rounding to bfloat16 moves a number by up to 2^-8 of itself,
+    # and a loss by less, since it averages over data points and pixels: by up to 0.15% here.
+    torch.testing.assert_close(low.losses, plain.losses, rtol=2**-8, atol=0)
+    assert not torch.equal(low.losses, plain.losses)
+    assert low.model.sample(2, steps=2).dtype == torch.float32
+
+
+@makers
+def test_autocast_shows_the_steps_that_its_network_was_made_for(make: Make) -> None:
+    with pytest.raises(ValueError, match=f"network of 7 steps.*got one of {STEPS}"):
+        DDPM(Diffusion((1, 8, 8), Cosine(7)), Autocast(make((1, 8, 8))))
+
+
+def test_autocast_takes_diffusers() -> None:
+    x, t = noisy(2, (1, 8, 8))
+    net = FromDiffusers(theirs())
+    result = Autocast(net)(x, t)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, net(x, t), rtol=0.1, atol=0.1)
+
+
+@makers
+def test_autocast_under_vmap_and_compiled(make: Make) -> None:
+    net = Autocast(stirred(make((1, 7, 5))))
+    x, t = noisy(6, (1, 7, 5))
+    at_once = torch.func.vmap(net)(x.unflatten(0, (3, 2)), t.unflatten(0, (3, 2)))
+    torch.testing.assert_close(at_once.flatten(0, 1), net(x, t), rtol=0.1, atol=0.1)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, t), net(x, t))
+
+
+@pytest.mark.parametrize("wrap", [Autocast, FromDiffusers])
+def test_what_is_no_module_is_an_error(wrap: Callable[..., nn.Module]) -> None:
+    with pytest.raises(TypeError, match=r"expected a network, an nn\.Module, got <function"):
+        wrap(lambda x, t: x)
