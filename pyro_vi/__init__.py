@@ -7,11 +7,12 @@ Families are in `pyro_vi.families` and `pyro_vi.flows`, programs in `pyro_vi.mod
 """
 
 from pyro_vi._version import __version__
-from pyro_vi.comparison import Comparison, Row, compare
+from pyro_vi.comparison import Comparison, compare, judge
 from pyro_vi.fitted import Fit
 from pyro_vi.fitting import NonFiniteError, fit
 from pyro_vi.posterior import Posterior
 from pyro_vi.reporting import report
+from pyro_vi.rows import Row
 from pyro_vi.scaling import warmup
 from pyro_vi.svi import SVI
 
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "compare",
     "fit",
+    "judge",
     "report",
     "warmup",
 ]

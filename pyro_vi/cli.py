@@ -11,6 +11,7 @@ __all__ = ["main"]
 import argparse
 import difflib
 import logging
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,24 +27,31 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyro_vi import __version__, checkpoint, data, networks
-from pyro_vi.comparison import Comparison, compare
+from pyro_vi.comparison import Comparison, compare, judge
 from pyro_vi.data import ImageData
+from pyro_vi.denoisers import UNet
+from pyro_vi.diffusion import Affine, Diffusion
 from pyro_vi.families import FullCovariance, LowRank, MeanField
 from pyro_vi.fitted import Fit
+from pyro_vi.fitting import fit
 from pyro_vi.flows import Flow
-from pyro_vi.guides import Encoder
+from pyro_vi.guides import Encoder, ForwardProcess
+from pyro_vi.kernels import Velocity
 from pyro_vi.models import (
+    DDPM,
     VAE,
     Bernoulli,
     ContinuousBernoulli,
     DiscretizedLogistic,
     Gaussian,
+    LearnedDiscretizedLogistic,
     LearnedGaussian,
     PixelGaussian,
 )
 from pyro_vi.program import check_seed, checked_device
 from pyro_vi.reporting import report
 from pyro_vi.scaling import warmup
+from pyro_vi.schedules import Cosine, Learned, Linear, Schedule
 
 _CONTEXT = 128  # width of the encoder's output, the families' context
 
@@ -68,6 +76,12 @@ _LIKELIHOODS: dict[str, Callable[[int], nn.Module]] = {
 _NETWORKS: dict[str, tuple[Any, Any]] = {
     "mlp": (networks.MLPEncoder, networks.MLPDecoder),
     "conv": (networks.ConvEncoder, networks.ConvDecoder),
+}
+_MODELS = {"vae": VAE, "ddpm": DDPM}
+_SCHEDULES: dict[str, Callable[[int, float], Schedule]] = {
+    "learned": lambda steps, first: Learned(steps, first=first),
+    "cosine": lambda steps, first: Cosine(steps),
+    "linear": lambda steps, first: Linear(steps),
 }
 
 
@@ -96,11 +110,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "compare",
-        help="fit one VAE under several variational families and judge them",
+        help="fit one VAE under several variational families, and diffusions, and judge them",
         description="Fits one VAE under several variational families, each with its own copy of"
-        " the model, then once more with the best model frozen, so that inference alone differs."
-        " Prints both tables; leaves them, plots, a report, every fit, and netCDF files of the"
-        " posteriors under the frozen model in the output folder.",
+        " the model, then once more with the best model frozen, so that inference alone differs;"
+        " and diffusions, whose bounds stand in the first table. Prints the tables; leaves them,"
+        " plots, a report, every fit, and netCDF files of the posteriors under the frozen model in"
+        " the output folder.",
         formatter_class=formatter,
     )
     command.set_defaults(run=_compare)
@@ -111,25 +126,33 @@ def _parser() -> argparse.ArgumentParser:
         help="digits (8x8, from scikit-learn), fashion-mnist (Debian's dataset-fashion-mnist), a"
         " folder of IDX files, or an .npz file with arrays train and test",
     )
+    add("--models", default="vae", help=f"comma-separated: {', '.join(_MODELS)}")
     add(
         "--families",
         default=",".join(_FAMILIES),
-        help="comma-separated; differences are to the first",
+        help="of the VAE, comma-separated; differences are to the first",
     )
-    add("--latent-dim", type=int, default=6, help="dimensions of the latent z")
+    add("--latent-dim", type=int, default=6, help="dimensions of the VAE's latent z")
+    add(
+        "--schedules",
+        default="learned",
+        help=f"noise schedules of the diffusions, comma-separated: {', '.join(_SCHEDULES)}",
+    )
+    add("--chain", type=int, default=100, help="steps T of a diffusion's chain")
     add(
         "--likelihood",
         default="auto",
-        help=f"of a pixel: {', '.join(_LIKELIHOODS)}, or auto: bernoulli with --binarize,"
-        " discretized-logistic where the data have grey levels, else gaussian",
+        help=f"of a pixel in the VAE: {', '.join(_LIKELIHOODS)}, or auto: bernoulli with"
+        " --binarize, discretized-logistic where the data have grey levels, else gaussian. A"
+        " diffusion's has the same levels, or is a density too",
     )
     add("--binarize", action="store_true", help="draw each pixel as 0 or 1, anew in every batch")
-    add("--network", default="mlp", help=f"encoder and decoder: {', '.join(_NETWORKS)}")
+    add("--network", default="mlp", help=f"the VAE's two: {', '.join(_NETWORKS)}")
     add(
         "--steps",
         type=int,
         default=1_500,
-        help="gradient steps for each fit; the KL is warmed up over the first fifth",
+        help="gradient steps for each fit; a VAE's KL is warmed up over the first fifth",
     )
     add("--batch-size", type=int, default=128, help="images in a step")
     add("--learning-rate", type=float, default=2e-3, help="of Adam; falls to 0 along a cosine")
@@ -173,9 +196,9 @@ def _summary() -> str:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    names = [_known("family", name.strip(), _FAMILIES) for name in options.families.split(",")]
-    if len(set(names)) != len(names):
-        raise ValueError(f"expected each family once, got {options.families}")
+    models = _names("model", options.models, _MODELS)
+    families = _names("family", options.families, _FAMILIES) if "vae" in models else []
+    schedules = _names("schedule", options.schedules, _SCHEDULES) if "ddpm" in models else []
     if not options.learning_rate > 0:
         raise ValueError(f"expected a positive learning rate, got {options.learning_rate}")
     if options.test_images < 2:
@@ -185,6 +208,8 @@ def _compare(options: argparse.Namespace) -> None:
             "expected at least two latent dimensions, since families differ in how they relate"
             f" them, got {options.latent_dim}"
         )
+    if options.draws < 21:
+        raise ValueError(f"expected at least 21 posterior draws for a k-hat, got {options.draws}")
     check_seed(options.seed)
     if options.threads < 1:
         raise ValueError(f"expected at least one thread, got {options.threads}")
@@ -201,85 +226,111 @@ def _compare(options: argparse.Namespace) -> None:
             "expected at least two test images, of one channel or three, got"
             f" {len(images.test)} of shape {images.shape}"
         )
-    recipe = {
-        "shape": list(images.shape),
-        "levels": images.levels or 0,
-        "latent_dim": options.latent_dim,
-        "likelihood": _likelihood(options, images),
-        "network": _known("network", options.network, _NETWORKS),
-        "data": images.name,
-    }
+    recipes = _recipes(options, images, families, schedules)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        model = _model(recipe)
-        guides = {name: _guide({**recipe, "family": name}) for name in names}
-    options_of_fit: dict[str, Any] = {
+        programs = _programs(recipes)
+    every: dict[str, Any] = {
         "loss": TraceMeanField_ELBO(),
         "optim": partial(torch.optim.Adam, lr=options.learning_rate),
         "schedule": partial(CosineAnnealingLR, T_max=max(1, options.steps)),
-        # Without it the families collapse to different numbers of active units by chance.
-        "kl_weight": warmup(max(1, options.steps // 5)),
         "steps": options.steps,
         "batch_size": min(options.batch_size, len(images.train)),
         "transform": data.binarize if options.binarize else None,
-        "num_samples": options.draws,
         "seed": options.seed,
         "device": device,
-        "progress": not options.quiet,
     }
+    # Without a warm-up the families collapse to different numbers of active units by chance.
+    vae = {**every, "kl_weight": warmup(max(1, options.steps // 5))}
+    ddpm = {**every, "clip_norm": 1.0}
+    said = []
+    if families:
+        likelihood = recipes[families[0]]["likelihood"]
+        said.append(f"{likelihood} likelihood, {options.latent_dim} latent dimensions")
+    if schedules:
+        said.append(f"diffusions of {options.chain:,} steps")
     print(
         f"{images.name}: {len(images.train):,} training images, {len(images.test):,} test images,"
-        f" shape {images.shape}; {recipe['likelihood']} likelihood, {options.latent_dim} latent"
-        f" dimensions, on {device}"
+        f" shape {images.shape}; {'; '.join(said)}, on {device}",
+        flush=True,
     )
-    print("Every family trains its own copy of the model:", flush=True)
-    joint = compare(model, guides, images, **options_of_fit)
-    print(joint, flush=True)
-    best = joint.best.family
-    print(f"\nInference alone, with the model of {best} frozen:", flush=True)
-    alone = compare(joint.fits[best].model, guides, images, **options_of_fit)
-    print(alone, flush=True)
+    fits = {
+        name: fit(
+            *programs[name],
+            images.train,
+            progress=False if options.quiet else name,
+            **(vae if name in families else ddpm),
+        )
+        for name in recipes
+    }
+    joint = judge(
+        fits,
+        images,
+        num_samples=options.draws,
+        transform=every["transform"],
+        seed=options.seed,
+        progress=not options.quiet,
+    )
+    heading = "Each with a model of its own"
+    results = {heading: joint}
+    print(f"{heading}:\n{joint}", flush=True)
+    if families:
+        best = max((row for row in joint.rows if row.family in families), key=lambda row: row.elbo)
+        alone = compare(
+            fits[best.family].model,
+            {name: programs[name][1] for name in families},
+            images,
+            num_samples=options.draws,
+            progress=not options.quiet,
+            **vae,
+        )
+        heading = f"Inference alone, with the model of {best.family} frozen"
+        results[heading] = alone
+        print(f"\n{heading}:\n{alone}", flush=True)
+    text = "\n\n".join(f"{heading}:\n{result}" for heading, result in results.items())
     with _replacing(options.out) as folder:
-        _write(folder, joint, alone, recipe)
+        (folder / "comparison.txt").write_text(f"{text}\n", encoding="utf-8")
+        _write(folder, joint, recipes)
+        if families:
+            _write_inference(folder, alone, recipes)
         if options.report:
-            report(
-                {
-                    "Every family with its own copy of the model": joint,
-                    f"Inference alone, with the model of {best} frozen": alone,
-                },
-                folder / "report.html",
-            )
+            report(results, folder / "report.html")
     print(f"\nTables, plots and fits are in {options.out}")
     if options.report:
         print(f"All of it on one page: {options.out / 'report.html'}")
 
 
-def _write(folder: Path, joint: Comparison, alone: Comparison, recipe: Mapping[str, Any]) -> None:
+def _write(folder: Path, joint: Comparison, recipes: Mapping[str, Mapping[str, Any]]) -> None:
     from pyro_vi import plots
 
     joint.to_csv(folder / "comparison.csv")
-    alone.to_csv(folder / "inference.csv")
-    (folder / "comparison.txt").write_text(
-        f"Every family with its own copy of the model:\n{joint}\n\nInference alone, one model"
-        f" frozen:\n{alone}\n",
-        encoding="utf-8",
-    )
     for name, fitted in joint.fits.items():
-        fitted.save(folder / f"{name}.pt", recipe={**recipe, "family": name})
+        fitted.save(folder / f"{name}.pt", recipe=recipes[name])
+    assert isinstance(joint.data, torch.Tensor)
+    figures = {"losses": plots.losses, "samples": plots.samples}
+    if joint.posteriors:
+        figures["reconstructions"] = partial(plots.reconstructions, images=joint.data[:10])
+    if joint.step_bounds:
+        figures |= {"strips": plots.strips, "schedules": plots.schedules}
+        if any(len(bound.steps) > 1 for bound in joint.step_bounds.values()):
+            figures["bits"] = plots.bits
+    for name, draw in figures.items():
+        draw(joint).savefig(folder / f"{name}.png", dpi=120)
+
+
+def _write_inference(
+    folder: Path, alone: Comparison, recipes: Mapping[str, Mapping[str, Any]]
+) -> None:
+    from pyro_vi import plots
+
+    alone.to_csv(folder / "inference.csv")
     (folder / "inference").mkdir()
     for name, fitted in alone.fits.items():
-        fitted.save(folder / "inference" / f"{name}.pt", recipe={**recipe, "family": name})
+        fitted.save(folder / "inference" / f"{name}.pt", recipe=recipes[name])
         alone.posteriors[name].to_netcdf(folder / "inference" / f"{name}.nc")
-    assert isinstance(joint.data, torch.Tensor)
-    few = joint.data[:10]
-    for name, figure in {
-        "losses": plots.losses(joint),
-        "reconstructions": plots.reconstructions(joint, few),
-        "samples": plots.samples(joint),
-        "posteriors": plots.posteriors(alone, few[:4]),
-        "khat": plots.khats(alone),
-    }.items():
-        figure.savefig(folder / f"{name}.png", dpi=120)
+    assert isinstance(alone.data, torch.Tensor)
+    plots.posteriors(alone, alone.data[:4]).savefig(folder / "posteriors.png", dpi=120)
+    plots.khats(alone).savefig(folder / "khat.png", dpi=120)
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -290,16 +341,17 @@ def _sample(options: argparse.Namespace) -> None:
     if options.out.exists() and not options.overwrite:
         raise ValueError(f"{options.out} exists; --overwrite replaces it")
     recipe = checkpoint.load(options.fit)["recipe"]
-    if "family" not in recipe:
+    if not {"family", "schedule"} & recipe.keys():
         raise ValueError(f"{options.fit} was not saved by `pyro-vi compare`: load it from Python")
     try:
-        model, guide = _model(recipe), _guide(recipe)
+        model, guide = _programs({"": recipe})[""]
     except KeyError as error:
         raise ValueError(
             f"{options.fit} was saved by another release: its recipe has or lacks {error}"
         ) from error
     fitted = Fit.load(options.fit, model, guide)
-    images = fitted.generate(options.num, expected=True, seed=options.seed)["x"]
+    drawn = fitted.generate(options.num, expected=True, seed=options.seed)
+    images = drawn["x" if "family" in recipe else "x_0"]
     form = options.out.suffix.lstrip(".") or "png"
     with tempfile.TemporaryDirectory(dir=_folder(options.out.parent)) as folder:
         picture = Path(folder) / "picture"
@@ -308,7 +360,47 @@ def _sample(options: argparse.Namespace) -> None:
     print(f"{options.num} samples of {options.fit} are in {options.out}")
 
 
-def _model(recipe: Mapping[str, Any]) -> VAE:
+def _recipes(
+    options: argparse.Namespace,
+    images: ImageData,
+    families: Sequence[str],
+    schedules: Sequence[str],
+) -> dict[str, dict[str, Any]]:
+    """What it takes to build each program again, in plain values, by name."""
+    likelihood = _likelihood(options, images)
+    common = {"data": images.name, "shape": list(images.shape)}
+    vae = {
+        "latent_dim": options.latent_dim,
+        "likelihood": likelihood,
+        "levels": images.levels or 0,
+        "network": _known("network", options.network, _NETWORKS),
+    }
+    discrete = {"bernoulli": 2, "discretized-logistic": images.levels}
+    ddpm = {"chain": options.chain, "levels": discrete.get(likelihood) or 0}
+    recipes = {name: {**common, **vae, "family": name} for name in families}
+    recipes |= {f"ddpm-{name}": {**common, **ddpm, "schedule": name} for name in schedules}
+    return recipes
+
+
+def _programs(recipes: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Any, Any]]:
+    """Model and guide of each; the families share one VAE, and so its first weights."""
+    found: dict[str, tuple[Any, Any]] = {}
+    vae = None
+    for name, recipe in recipes.items():
+        if "schedule" in recipe:
+            found[name] = _diffusion(recipe)
+            continue
+        vae = _vae(recipe) if vae is None else vae
+        encoder = Encoder(
+            recipe["shape"],
+            _FAMILIES[recipe["family"]](recipe["latent_dim"], _CONTEXT),
+            network=_NETWORKS[recipe["network"]][0],
+        )
+        found[name] = vae, encoder
+    return found
+
+
+def _vae(recipe: Mapping[str, Any]) -> VAE:
     return VAE(
         recipe["shape"],
         recipe["latent_dim"],
@@ -317,12 +409,22 @@ def _model(recipe: Mapping[str, Any]) -> VAE:
     )
 
 
-def _guide(recipe: Mapping[str, Any]) -> Encoder:
-    return Encoder(
-        recipe["shape"],
-        _FAMILIES[recipe["family"]](recipe["latent_dim"], _CONTEXT),
-        network=_NETWORKS[recipe["network"]][0],
+def _diffusion(recipe: Mapping[str, Any]) -> tuple[DDPM, ForwardProcess]:
+    shape, chain, levels = recipe["shape"], recipe["chain"], recipe["levels"]
+    # The first step's noise is about a grey level wide (values are from -1 to 1), or fine.
+    first = min(-1.0, 2 * math.log(2 / (levels - 1)) + 1.2) if levels else -8.0
+    diffusion = Diffusion(
+        shape, _SCHEDULES[recipe["schedule"]](chain, first), coordinates=Affine(0.5, 0.5)
     )
+    depth = max(1, int(math.log2(min(shape[1:]) / 4))) if min(shape[1:]) >= 8 else 0
+    channels = [16 * 2**level for level in range(min(depth, 3) + 1)]
+    model = DDPM(
+        diffusion,
+        UNet(shape, chain, channels=channels, attention=(len(channels) - 1,)),
+        prediction=Velocity(),
+        likelihood=LearnedDiscretizedLogistic(levels) if levels else LearnedGaussian(0.1),
+    )
+    return model, ForwardProcess(diffusion)
 
 
 def _load(name: str) -> ImageData:
@@ -359,6 +461,14 @@ def _likelihood(options: argparse.Namespace, images: ImageData) -> str:
     return name
 
 
+def _names(what: str, names: str, known: Mapping[str, Any]) -> list[str]:
+    """Names that are separated by commas, each of them known, and there once."""
+    found = [_known(what, name.strip(), known) for name in names.split(",")]
+    if len(set(found)) != len(found):
+        raise ValueError(f"expected each {what} once, got {names}")
+    return found
+
+
 def _known(what: str, name: str, known: Mapping[str, Any]) -> str:
     if name in known:
         return name
@@ -376,7 +486,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
             raise ValueError(f"output folder {out} exists; --overwrite replaces it")
         if not out.is_dir():
             raise ValueError(f"{out} is a file, not a folder")
-        ours = {"comparison.csv", "inference.csv"}
+        ours = {"comparison.csv", "comparison.txt"}
         if any(out.iterdir()) and not ours <= {path.name for path in out.iterdir()}:
             raise ValueError(
                 f"{out} is not replaced: pyro-vi compare did not write it (it holds no"

@@ -1,4 +1,4 @@
-"""compare(): {name: guide} -> one row per variational family, and a verdict.
+"""compare(): {name: guide} -> one row per variational family, and a verdict; judge(): {name: fit}.
 
 Two questions, by what is passed as the model:
 
@@ -7,43 +7,51 @@ Two questions, by what is passed as the model:
 - a fitted model (`Fit.model`), or one without parameters: the guides alone are trained. What
   differs is inference: the evidence is one number, and the gap to it belongs to the family alone.
 
+Models may differ too, a VAE's and a diffusion's, as long as they observe the same thing: then the
+bounds stand side by side, in nats and in bits per dimension.
+
 And two kinds of posterior. Where every latent belongs to one data point, the rows are means over
 test data, which each guide can take. With latents that data points share, or autoguides, there is
 one posterior, of the training data: bounds and k-hat are of all of them together, and test data
-are judged by their log predictive density.
+are judged by their log predictive density. A program that draws some of its steps alone, as a
+diffusion does, has no posterior here, but a bound: that of all its steps (`pyro_vi.stepwise`).
 """
 
 from __future__ import annotations
 
-__all__ = ["Comparison", "PerPoint", "Row", "Split", "compare"]
+__all__ = ["Comparison", "Split", "compare", "judge"]
 
 import csv
 import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyro.poutine as poutine
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
-from pyro_vi import checkpoint, diagnostics, tables, verdict
-from pyro_vi.batches import Batches, Data, moved
-from pyro_vi.diagnostics import Estimate, khat_threshold
+from pyro_vi import checkpoint, tables, verdict
+from pyro_vi.batches import Batches, Data, arguments, moved
+from pyro_vi.diagnostics import khat_threshold
 from pyro_vi.fitted import Fit
 from pyro_vi.fitting import fit
 from pyro_vi.marginals import MarginalErrors, marginal_errors, noise_floor
 from pyro_vi.posterior import Posterior
-from pyro_vi.program import checked_device, seeded
+from pyro_vi.program import check_seed, checked_device, seeded
+from pyro_vi.rows import PerPoint, Row, largest_errors, make_rows, with_one_evidence
+from pyro_vi.sites import is_discrete
+from pyro_vi.stepwise import StepBound, has_steps, step_bound
 
 _MIN_DRAWS = 21  # fewer have no tail to fit a k-hat to
 
 Array = npt.NDArray[np.float64]
-_NAN = math.nan
 
 
 class Split(Protocol):
@@ -56,57 +64,6 @@ class Split(Protocol):
     def test(self) -> Any: ...
 
 
-@dataclass(frozen=True)
-class Row:
-    """One family. NaN, or None, is what means nothing for the programs at hand.
-
-    Bounds are in nats: per data point, mean over the data, where each has a posterior of its own;
-    of all data together where the posterior is joint. `_se` are Monte Carlo standard errors.
-    Differences are to the first family; paired over the data points where there are bounds of
-    single ones, so that their `_se` says whether other data points would rank the families alike.
-    """
-
-    family: str
-    elbo: float = _NAN
-    elbo_se: float = _NAN
-    elbo_difference: float = _NAN
-    elbo_difference_se: float = _NAN
-    evidence: float = _NAN  # importance-weighted, a lower bound on log p(x) in expectation
-    evidence_se: float = _NAN
-    evidence_difference: float = _NAN  # NaN if all families share one model, and so one evidence
-    evidence_difference_se: float = _NAN
-    gap: float = _NAN  # evidence - ELBO, an estimate of KL(q || posterior); one model: one evidence
-    gap_se: float = _NAN
-    reconstruction: float = _NAN
-    kl: float = _NAN
-    bits_per_dim: float = _NAN  # -evidence in bits per observed value; for discrete data
-    khat_median: float = _NAN  # the k-hat itself, where the posterior is joint
-    khat_bad: float = _NAN  # share of data points whose k-hat exceeds `khat_threshold(S)`
-    ess: float = _NAN  # of the number of draws; median over data points
-    predictive: float = _NAN  # log predictive density of a test data point; shared latents
-    predictive_se: float = _NAN  # over test data points
-    predictive_difference: float = _NAN
-    predictive_difference_se: float = _NAN
-    mean_error: float = _NAN  # the largest of all marginals, in the reference's standard deviations
-    sd_error: float = _NAN  # sd / reference sd - 1, the largest in size
-    wasserstein: float = _NAN  # the largest W1 distance of a marginal, in reference sd
-    rhat: float = _NAN  # the largest over marginals, across restarts
-    active_units: int | None = None
-    latent_units: int | None = None
-    parameters: int | None = None
-    seconds_per_step: float = _NAN
-
-
-@dataclass(frozen=True)
-class PerPoint:
-    """What stands behind a row, for each data point, (N,); or for all together, (1,)."""
-
-    elbo: Array
-    evidence: Array
-    khat: Array
-    ess: Array
-
-
 @dataclass(frozen=True, repr=False)
 class Comparison:
     """What `compare` returns; print it for the table.
@@ -115,6 +72,8 @@ class Comparison:
         rows: one per family, in the order given.
         fits: the fits by family.
         posteriors: the draws that the rows are made of, by family.
+        step_bounds: the bounds of programs that draw some of their steps alone, such as diffusions,
+            which have no posterior: theirs are in its place.
         points: the diagnostics of each data point by family; families without a density lack.
         data: the data that the posteriors are about, transformed.
         on_test: whether they are the test data.
@@ -128,6 +87,7 @@ class Comparison:
     rows: tuple[Row, ...]
     fits: dict[str, Fit]
     posteriors: dict[str, Posterior]
+    step_bounds: dict[str, StepBound]
     points: dict[str, PerPoint]
     data: Data
     on_test: bool
@@ -144,6 +104,19 @@ class Comparison:
     def is_joint(self) -> bool:
         """Whether bounds and k-hat are of all data together."""
         return any(posterior.is_joint for posterior in self.posteriors.values())
+
+    @property
+    def elbos(self) -> dict[str, Array]:
+        """The bound of each data point, (N,), or of all together, (1,), by family."""
+        return {
+            row.family: (
+                self.points[row.family].elbo
+                if row.family in self.points
+                else self.step_bounds[row.family].pointwise_elbo
+            )
+            for row in self.rows
+            if row.family in self.points or row.family in self.step_bounds
+        }
 
     @property
     def best(self) -> Row:
@@ -187,7 +160,7 @@ class Comparison:
 
 
 def compare(
-    model: Callable[..., Any],
+    model: Callable[..., Any] | Mapping[str, Callable[..., Any]],
     guides: Mapping[str, Callable[..., Any]],
     data: Split | Data,
     *,
@@ -201,7 +174,7 @@ def compare(
 
     Args:
         model: a Pyro program, of which each guide gets its own copy to train; or a fitted model
-            (`Fit.model`), which stays as it is.
+            (`Fit.model`), which stays as it is; or one for each guide, by the guides' names.
         guides: guides by name, autoguides among them; differences are to the first.
         data: has `train` and `test`, each as `fit` takes data; or data as `fit` takes them, which
             are then judged too.
@@ -211,10 +184,12 @@ def compare(
         seed: of the fits and of the draws.
         progress: whether to show progress bars.
         **options: as `fit` takes them: loss, optim, steps, batch_size, transform, restarts, ...; a
-            transform is applied to the judged data too, once.
+            transform is applied to the judged data too, once. They are the same for all: fits that
+            need options of their own are made by `fit`, and compared by `judge`.
 
     Raises:
-        ValueError: no guides, too few draws, a reference of other sites, or what `fit` refuses.
+        ValueError: no guides, too few draws, models that do not observe the same thing, a reference
+            of other sites, or what `fit` refuses.
 
     Example:
         >>> import torch
@@ -232,70 +207,213 @@ def compare(
         >>> [row.family for row in result.rows]
         ['mean-field', 'full covariance']
     """
-    if not isinstance(guides, Mapping):
-        raise TypeError(f"expected guides by name, a dict, got {type(guides).__name__}")
-    if not guides:
-        raise ValueError("expected at least one guide to compare, got none")
-    if strangers := [name for name in guides if not isinstance(name, str)]:
-        raise TypeError(f"expected guides by name, strings, got {strangers}")
+    _check_names("guides", guides)
+    models = model if isinstance(model, Mapping) else dict.fromkeys(guides, model)
+    if models.keys() != guides.keys():
+        raise ValueError(
+            f"expected a model for each guide, {sorted(guides)}, got models {sorted(models)}"
+        )
+    _check_draws(num_samples)
+    _samples(reference)
+    train, _ = _parts(data)
+    checked_device(options.get("device"))
+    fits = {
+        name: fit(
+            models[name], guide, train, seed=seed, progress=name if progress else False, **options
+        )
+        for name, guide in guides.items()
+    }
+    return judge(
+        fits,
+        data,
+        num_samples=num_samples,
+        reference=reference,
+        transform=options.get("transform"),
+        seed=seed,
+        progress=progress,
+    )
+
+
+def judge(
+    fits: Mapping[str, Fit],
+    data: Split | Data,
+    *,
+    num_samples: int = 1_000,
+    reference: Any = None,
+    transform: Callable[[Any], Any] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Comparison:
+    """Compares fits that are there already: what `compare` does after training.
+
+    Args:
+        fits: fits by name; differences are to the first. Those of one frozen model, or of one
+            without parameters, share its evidence. Of several models each has to observe the same
+            thing: as many numbers in a data point, of the same levels if they are discrete.
+        data: as `compare` takes them.
+        num_samples: posterior draws, for each data point or of all together; at least 21.
+        reference: as `compare` takes it.
+        transform: applied to the data before, once.
+        seed: of the transform and of the draws.
+        progress: whether to show a progress bar over the steps of a diffusion.
+
+    Raises:
+        TypeError: something else than fits by name.
+        ValueError: no fits, too few draws, models that do not observe the same thing, a diffusion
+            beside a posterior of all data together, or a reference of other sites.
+
+    Example:
+        >>> import torch
+        >>> from pyro_vi.denoisers import MLPDenoiser
+        >>> from pyro_vi.diffusion import Diffusion
+        >>> from pyro_vi.families import MeanField
+        >>> from pyro_vi.guides import Encoder, ForwardProcess
+        >>> from pyro_vi.models import DDPM, LinearGaussian
+        >>> from pyro_vi.schedules import Cosine
+        >>> x = torch.randn(40, 2)
+        >>> diffusion = Diffusion((2,), Cosine(10))
+        >>> ddpm = DDPM(diffusion, MLPDenoiser((2,), 10))
+        >>> linear = LinearGaussian(torch.ones(2, 2), torch.zeros(2), 1.0)
+        >>> few = {"steps": 5, "progress": False}
+        >>> fits = {
+        ...     "linear": fit(linear, Encoder((2,), MeanField(2, context_dim=8)), x, **few),
+        ...     "diffusion": fit(ddpm, ForwardProcess(diffusion), x, **few),
+        ... }
+        >>> result = judge(fits, x, num_samples=50)
+        >>> list(result.posteriors), list(result.step_bounds)
+        (['linear'], ['diffusion'])
+    """
+    _check_names("fits", fits)
+    if strangers := [name for name, one in fits.items() if not isinstance(one, Fit)]:
+        raise TypeError(f"expected fits, as `fit` returns them, got others as {strangers}")
+    _check_draws(num_samples)
+    check_seed(seed)
+    samples = _samples(reference)
+    train, test = _parts(data)
+    by_step = [name for name, one in fits.items() if has_steps(one.model, arguments(one.template))]
+    joint = not all(one.local for one in fits.values())
+    if joint and by_step:
+        raise ValueError(
+            f"{by_step} have a bound for each data point, and others here one of all data together"
+            " (latents that data points share, or an autoguide): these do not compare"
+        )
+    with seeded(seed):
+        judged = {
+            name: transform(part) if transform else part
+            for name, part in (("train", train), ("test", test))
+            if part is not None
+        }
+    on_test = not joint and "test" in judged
+    scored = judged["test" if on_test else "train"]
+    _check_one_variable(fits)
+    posteriors, step_bounds = {}, {}
+    for name, one in fits.items():
+        here = moved(scored, _device(one))
+        if name in by_step:
+            step_bounds[name] = step_bound(
+                one.model, one.guide, here, seed=seed, progress=name if progress else False
+            )
+            continue
+        posterior = one.posterior(here, num_samples, seed=seed)
+        posteriors[name] = posterior.joint() if joint else posterior
+    drawn = _reference(samples, posteriors, raw=hasattr(reference, "get_samples"))
+    points = {name: PerPoint.of(p) for name, p in posteriors.items() if not p.point}
+    marginals = {name: _marginals(p, drawn) for name, p in posteriors.items() if drawn}
+    predictive = {
+        name: one.log_predictive_density(
+            moved(judged["test"], _device(one)), num_samples, seed=seed
+        ).value
+        for name, one in fits.items()
+        if joint and "test" in judged and one.amortized
+    }
+    rows = make_rows(fits, posteriors, step_bounds, points, predictive, marginals)
+    models = {id(one.model.function) for one in fits.values()}
+    shared = len(models) == 1 and not any(one.model_is_trained for one in fits.values())
+    if shared:
+        rows = with_one_evidence(rows, trusted=khat_threshold(num_samples) if joint else None)
+    noise = {name: noise_floor(values) for name, values in _common(drawn, posteriors).items()}
+    return Comparison(
+        rows=tuple(rows),
+        fits=dict(fits),
+        posteriors=posteriors,
+        step_bounds=step_bounds,
+        points=points,
+        data=moved(scored, _device(next(iter(fits.values())))),
+        on_test=on_test,
+        num_samples=num_samples,
+        shared=shared,
+        reference=drawn,
+        marginals=marginals,
+        noise=Row("reference", **largest_errors(noise)) if noise else None,
+    )
+
+
+def _check_names(what: str, named: object) -> None:
+    if not isinstance(named, Mapping):
+        raise TypeError(f"expected {what} by name, a dict, got {type(named).__name__}")
+    if not named:
+        raise ValueError(f"expected at least one {what[:-1]} to compare, got none")
+    if strangers := [name for name in named if not isinstance(name, str)]:
+        raise TypeError(f"expected {what} by name, strings, got {strangers}")
+
+
+def _check_draws(num_samples: object) -> None:
     if isinstance(num_samples, bool) or not isinstance(num_samples, int):
         raise TypeError(f"expected a whole number of posterior draws, got {num_samples!r}")
     if num_samples < _MIN_DRAWS:
         raise ValueError(
             f"expected at least {_MIN_DRAWS} posterior draws for a k-hat, got {num_samples}"
         )
-    samples = _samples(reference)
-    train, test = _parts(data)
-    transform = options.get("transform")
-    device = checked_device(options.get("device"))
-    with seeded(seed):
-        judged = {
-            name: moved(transform(part) if transform else part, device)
-            for name, part in (("train", train), ("test", test))
-            if part is not None
-        }
-    fits: dict[str, Fit] = {}
-    for name, guide in guides.items():
-        fits[name] = fit(
-            model, guide, train, seed=seed, progress=name if progress else False, **options
-        )
-    joint = not all(fitted.local for fitted in fits.values())
-    on_test = not joint and "test" in judged
-    scored = judged["test" if on_test else "train"]
-    posteriors = {}
-    for name, fitted in fits.items():
-        posterior = fitted.posterior(scored, num_samples, seed=seed)
-        posteriors[name] = posterior.joint() if joint else posterior
-    drawn = _reference(
-        samples, next(iter(posteriors.values())), raw=hasattr(reference, "get_samples")
-    )
-    points = {name: _points(p) for name, p in posteriors.items() if not p.point}
-    marginals = {name: _marginals(p, drawn) for name, p in posteriors.items() if drawn}
-    predictive = {
-        name: fitted.log_predictive_density(judged["test"], num_samples, seed=seed).value
-        for name, fitted in fits.items()
-        if joint and "test" in judged and fitted.amortized
-    }
-    rows = [
-        _row(name, fits[name], posteriors[name], points, predictive, marginals.get(name, {}))
-        for name in guides
-    ]
-    shared = not any(fitted.model_is_trained for fitted in fits.values())
-    if shared:
-        rows = _with_one_evidence(rows, trusted=khat_threshold(num_samples) if joint else None)
-    noise = {name: noise_floor(values) for name, values in _common(drawn, posteriors).items()}
-    return Comparison(
-        rows=tuple(rows),
-        fits=fits,
-        posteriors=posteriors,
-        points=points,
-        data=scored,
-        on_test=on_test,
-        num_samples=num_samples,
-        shared=shared,
-        reference=drawn,
-        marginals=marginals,
-        noise=Row("reference", **_largest(noise)) if noise else None,
+
+
+def _device(fitted: Fit) -> torch.device | None:
+    return Batches(fitted.template).device
+
+
+def _check_one_variable(fits: Mapping[str, Fit]) -> None:
+    """Raises ValueError if the models of the fits have bounds on different things."""
+    first, *others = fits
+    if all(fits[name].model.function is fits[first].model.function for name in others):
+        return
+    expected = _variable(fits[first])
+    for name in others:
+        if (found := _variable(fits[name])) != expected:
+            raise ValueError(
+                f"bounds on different things do not compare: {first!r} observes"
+                f" {_words(expected)}, {name!r} {_words(found)}"
+            )
+
+
+def _variable(fitted: Fit) -> tuple[tuple[int, Any], ...]:
+    """What a model observes: of each site the numbers, and their levels (None of a density)."""
+    args, kwargs = arguments(fitted.template)
+    with seeded(0), torch.no_grad():
+        trace = poutine.trace(fitted.model).get_trace(*args, **kwargs)
+    found = []
+    for name in trace.observation_nodes:
+        site = trace.nodes[name]
+        frames = [f for f in site["cond_indep_stack"] if f.name == fitted.plate]
+        rows = int(frames[0].size) if frames else 1
+        found.append((site["value"].numel() // rows, _levels(site["fn"])))
+    return tuple(sorted(found, key=str))
+
+
+def _levels(fn: Any) -> Any:
+    """The number of values that a discrete distribution takes, or what it says of its support."""
+    if not is_discrete(fn):
+        return None
+    support = fn.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    if support is constraints.boolean:
+        return 2
+    return getattr(support, "levels", None) or str(support)
+
+
+def _words(variable: tuple[tuple[int, Any], ...]) -> str:
+    return " and ".join(
+        f"{numbers} numbers {'with a density' if levels is None else f'of {levels} levels'}"
+        for numbers, levels in variable
     )
 
 
@@ -328,10 +446,13 @@ def _samples(reference: Any) -> dict[str, Tensor]:
     return {name: torch.as_tensor(values).detach() for name, values in samples.items()}
 
 
-def _reference(samples: dict[str, Tensor], posterior: Posterior, *, raw: bool) -> dict[str, Array]:
+def _reference(
+    samples: dict[str, Tensor], posteriors: Mapping[str, Posterior], *, raw: bool
+) -> dict[str, Array]:
     """Reference draws as arrays; with deterministic sites where they are Pyro's (`raw`)."""
-    if raw and posterior.programs is not None:
-        samples = posterior.programs.completed(samples)
+    programs = next((posterior.programs for posterior in posteriors.values()), None)
+    if raw and programs is not None:
+        samples = programs.completed(samples)
     return {name: values.double().cpu().numpy() for name, values in samples.items()}
 
 
@@ -361,124 +482,3 @@ def _marginals(posterior: Posterior, drawn: Mapping[str, Array]) -> dict[str, Ma
 
 def _sizes(draws: Array) -> str:
     return ", ".join(str(size) for size in draws.shape[1:])
-
-
-def _largest(errors: Mapping[str, MarginalErrors]) -> dict[str, Any]:
-    """The largest errors in size over all marginals, with their signs."""
-    largest: dict[str, Any] = {}
-    for row, name in (("mean_error", "mean"), ("sd_error", "sd"), ("wasserstein", "wasserstein")):
-        values = np.concatenate([np.ravel(getattr(error, name)) for error in errors.values()])
-        largest[row] = float(values[np.abs(values).argmax()])
-    return largest
-
-
-def _points(posterior: Posterior) -> PerPoint:
-    return PerPoint(
-        elbo=np.atleast_1d(posterior.elbo().value),
-        evidence=np.atleast_1d(posterior.evidence().value),
-        khat=np.atleast_1d(posterior.khat()),
-        ess=np.atleast_1d(posterior.ess()),
-    )
-
-
-def _with_one_evidence(rows: list[Row], *, trusted: float | None) -> list[Row]:
-    """The gaps to one evidence: a model that is not trained has one, and every row estimates it.
-
-    Each family's own estimate is a lower bound in expectation, the looser the worse the family: a
-    gap to it would flatter the worst. So the highest counts. But a joint estimate is one number,
-    which may be high by chance: of those whose k-hat can be trusted the most precise counts.
-
-    Args:
-        trusted: the k-hat to which a joint estimate is trusted; None for means over data points.
-    """
-    estimates = [row for row in rows if not math.isnan(row.evidence)]
-    if not estimates:
-        return rows
-    best = max(estimates, key=lambda row: row.evidence)
-    if trusted is not None and (safe := [r for r in estimates if r.khat_median <= trusted]):
-        best = min(safe, key=lambda row: row.evidence_se)
-    return [
-        replace(
-            row,
-            evidence_difference=_NAN,
-            evidence_difference_se=_NAN,
-            gap=best.evidence - row.elbo,
-            gap_se=row.gap_se if row is best else math.hypot(best.evidence_se, row.elbo_se),
-        )
-        for row in rows
-    ]
-
-
-def _row(
-    name: str,
-    fitted: Fit,
-    posterior: Posterior,
-    points: Mapping[str, PerPoint],
-    predictive: Mapping[str, Array],
-    marginals: Mapping[str, MarginalErrors],
-) -> Row:
-    values: dict[str, Any] = {
-        "parameters": fitted.parameters,
-        "seconds_per_step": fitted.seconds / len(fitted.losses),
-    }
-    if name in points:
-        values |= _bounds(name, posterior, points)
-    if name in predictive:
-        own, first = predictive[name], next(iter(predictive.values()))
-        values |= _pair("predictive", _over_points(own))
-        values |= _pair("predictive_difference", _over_points(own - first))
-    if marginals:
-        values |= _largest(marginals)
-    if posterior.restarts and not posterior.point:
-        values["rhat"] = max(float(np.max(one)) for one in posterior.rhat().values())
-    return Row(name, **values)
-
-
-def _bounds(name: str, posterior: Posterior, points: Mapping[str, PerPoint]) -> dict[str, Any]:
-    own, first = points[name], next(iter(points.values()))
-    evidence = diagnostics.mean_estimate(posterior.evidence())
-    elbo = diagnostics.mean_estimate(posterior.elbo())
-    if posterior.is_joint:  # observed sites outside the plate too
-        reconstruction = sum(
-            float(value.sum()) / posterior.num_draws for value in posterior.log_likelihood.values()
-        )
-    else:
-        reconstruction = float(posterior.pointwise_log_likelihood().mean())
-    bound = khat_threshold(posterior.num_draws)
-    found: dict[str, Any] = {
-        **_pair("elbo", elbo),
-        **_pair("evidence", evidence),
-        **_pair("gap", diagnostics.mean_estimate(posterior.kl_to_posterior())),
-        "reconstruction": reconstruction,
-        "kl": reconstruction - float(elbo.value),
-        "khat_median": float(np.median(own.khat)),
-        "khat_bad": float(np.mean(own.khat > bound)),
-        "ess": float(np.median(own.ess)),
-    }
-    if own.elbo.size > 1:
-        found |= _pair("elbo_difference", diagnostics.paired_difference(own.elbo, first.elbo))
-        found |= _pair(
-            "evidence_difference", diagnostics.paired_difference(own.evidence, first.evidence)
-        )
-        active = posterior.active_units().values()
-        found["active_units"] = int(sum(units.sum() for units in active))
-        found["latent_units"] = int(sum(units.size for units in active))
-    else:
-        found["elbo_difference"] = float(own.elbo[0] - first.elbo[0])
-        found["evidence_difference"] = float(own.evidence[0] - first.evidence[0])
-    if posterior.discrete and not posterior.is_joint:
-        bits = -float(evidence.value) / (posterior.num_observed * math.log(2))
-        found["bits_per_dim"] = bits
-    return found
-
-
-def _over_points(values: Array) -> Estimate:
-    """Mean over data points, with the error that other data points would give it; NaN left out."""
-    values = values[~np.isnan(values)]
-    if values.size < 2:
-        return Estimate(values.mean(), np.asarray(_NAN))
-    return Estimate(values.mean(), values.std(ddof=1) / math.sqrt(values.size))
-
-
-def _pair(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: float(estimate.value), f"{name}_se": float(estimate.se)}

@@ -31,6 +31,7 @@ from pyro_vi.program import Program, State, check_count, checked_device, reachab
 from pyro_vi.scaling import Structure
 from pyro_vi.scoring import Programs
 from pyro_vi.sites import Layout, Unobserved, is_deterministic, is_partial
+from pyro_vi.stepwise import has_steps
 
 Draws = dict[str, Tensor]
 
@@ -202,7 +203,8 @@ class Fit:
         """Data points from the model's prior, with their latents.
 
         The model is called with the first row of the training data, repeated: covariates are that
-        row's, observed values are drawn.
+        row's, observed values are drawn. A model that draws some of its steps alone has no such
+        run: a diffusion's chain is sampled instead, all its steps (`DDPM.sample`).
 
         Args:
             num: how many.
@@ -210,12 +212,21 @@ class Fit:
             seed: of the draws.
 
         Returns:
-            Values by site, each of shape (num, ...).
+            Values by site, each of shape (num, ...); of a diffusion "x_0" alone.
 
         Raises:
-            ValueError: num < 1; latents outside the plate over data points.
+            ValueError: num < 1; latents outside the plate over data points; a model that draws some
+                of its sites alone, and is no diffusion.
         """
         check_count("data point to generate", num)
+        if has_steps(self.model, self._template_rows(1)):
+            sample = getattr(self.model, "sample", None)
+            if sample is None:
+                raise ValueError(
+                    "expected a diffusion with a method that samples its chain, DDPM's"
+                )
+            with seeded(seed):
+                return {"x_0": sample(num, expected=expected)}
         args, kwargs = self._template_rows(num)
         with seeded(seed), torch.no_grad():
             trace = poutine.trace(Unobserved()(self.model)).get_trace(*args, **kwargs)
@@ -475,5 +486,5 @@ def _check_local(trace: Trace, plate: str) -> None:
         if is_partial(site):
             raise ValueError(
                 f"site {name!r} is scaled by the program, which so draws some of its sites alone:"
-                " it generates no data points (a DDPM has a method for it, `fitted.model.sample`)"
+                " it generates no data points"
             )

@@ -75,7 +75,7 @@ def marginals(result: Comparison) -> Figure:
         axes = figure.add_subplot(down, across, number)
         own = [_values(sites, scalar) for sites in families]
         known = _values(reference, scalar) if scalar[0] in reference else None
-        _densities(axes, own, known, colours(result))
+        _densities(axes, own, known, [*colours(result).values()])
         axes.set_title(scalar_name(*scalar), fontsize=11)
     which = "the furthest from the reference first" if result.marginals else "in order"
     left = len(every) - len(chosen)
@@ -121,12 +121,12 @@ def pairs(result: Comparison) -> Figure:
             axes = plain(figure.add_subplot(grid[row, column]), ticks=4)
             if other[0] in reference and scalar[0] in reference:
                 _both(axes, _pair(reference, other, scalar))
-            for sites, colour in zip(families, colours(result), strict=True):
+            for sites, colour in zip(families, colours(result).values(), strict=True):
                 _both(axes, _pair(sites, other, scalar), colour)
         axes = figure.add_subplot(grid[row, row])
         own = [_values(sites, scalar) for sites in families]
         known = _values(reference, scalar) if scalar[0] in reference else None
-        spans.append(_densities(axes, own, known, colours(result)))
+        spans.append(_densities(axes, own, known, [*colours(result).values()]))
     panels = iter(figure.axes)
     for row, scalar in enumerate(chosen):
         for column in range(row + 1):

@@ -45,16 +45,17 @@ GREYS = ("0.9", "0.75")  # of the exact posterior or the reference, for the same
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def colours(result: Comparison) -> list[str]:
+def colours(result: Comparison) -> dict[str, str]:
     """One colour per family, by its place in the comparison."""
-    return [_PALETTE[index % len(_PALETTE)] for index in range(len(result.fits))]
+    return {name: _PALETTE[index % len(_PALETTE)] for index, name in enumerate(result.fits)}
 
 
 def family_lines(result: Comparison) -> list[Line2D]:
-    """A line in its colour for every family, for a legend."""
+    """A line in its colour for every family with a posterior, for a legend."""
     return [
         Line2D([], [], color=colour, linewidth=2.2, label=family)
-        for family, colour in zip(result.fits, colours(result), strict=True)
+        for family, colour in colours(result).items()
+        if family in result.posteriors
     ]
 
 

@@ -8,9 +8,12 @@
     latent_space     where do the data lie?        E_q[z] of every data point
     marginals        what does a family believe?   q of every scalar, and a reference
     pairs            what depends on what?         q of pairs of scalars, and a reference
+    strips           what does a chain do?         a diffusion's states from noise to data
+    bits             where is its bound spent?     each step's term against time
+    schedules        how fast does the signal go?  log SNR against time
 
-The last two are for one posterior of all data together, the five before them for a posterior of
-each data point.
+`marginals` and `pairs` are for one posterior of all data together, the last three for diffusions,
+and all others but `losses` for a posterior of each data point; diffusions have `samples` too.
 
 Every function returns a new `matplotlib.figure.Figure` (`figure.savefig("name.png")` writes it).
 pyplot plays no part: nothing is shown or kept open, and no display is needed. A family has one
@@ -40,6 +43,7 @@ Example:
 from __future__ import annotations
 
 __all__ = [
+    "bits",
     "grid",
     "khats",
     "latent_space",
@@ -49,6 +53,8 @@ __all__ = [
     "posteriors",
     "reconstructions",
     "samples",
+    "schedules",
+    "strips",
 ]
 
 import math
@@ -66,6 +72,7 @@ from torch import Tensor
 
 from pyro_vi.batches import arguments
 from pyro_vi.comparison import Comparison
+from pyro_vi.diffusion_plots import bits, schedules, strips
 from pyro_vi.fitted import Fit
 from pyro_vi.joint_plots import marginals, pairs
 from pyro_vi.panels import BLOCKS, WIDTH, array, checked, colours, legend, moved, plain, show
@@ -100,7 +107,8 @@ def losses(result: Comparison) -> Figure:
     longest = max(len(fit.losses) for fit in result.fits.values())
     window = max(1, longest // 20) | 1
     shown: list[float] = []
-    for (family, fit), colour in zip(result.fits.items(), colours(result), strict=True):
+    for family, fit in result.fits.items():
+        colour = colours(result)[family]
         bound = -array(fit.losses)
         steps = np.arange(1, len(bound) + 1)
         axes.plot(steps, bound, color=colour, alpha=0.15, linewidth=0.6, zorder=1)
@@ -138,10 +146,14 @@ def reconstructions(result: Comparison, images: Tensor, *, seed: int = 0) -> Fig
 
     Raises:
         TypeError: `images` is not a floating-point tensor.
-        ValueError: another shape; or fits that do not take one tensor, or observe several sites.
+        ValueError: another shape; fits that do not take one tensor, or observe several sites; or
+            no family with a posterior.
     """
+    if not result.posteriors:
+        raise ValueError("expected families with posteriors, and a diffusion has a bound alone")
     rows = {"original": checked(images)}
-    for family, fit in result.fits.items():
+    for family in result.posteriors:
+        fit = result.fits[family]
         found = fit.reconstruct(moved(fit, images), seed=seed)
         rows[family] = found[_image_site(family, fit)]
     num, _, height, width = images.shape

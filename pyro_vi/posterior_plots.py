@@ -100,11 +100,14 @@ def posteriors(
     checked(images)
     if num_samples < 21:
         raise ValueError(f"expected at least 21 draws for a contour, got {num_samples}")
+    fits = {name: fit for name, fit in result.fits.items() if name in result.posteriors}
+    if not fits:
+        raise ValueError("expected families with posteriors, and a diffusion has a bound alone")
     draws = {
         family: fit.posterior(moved(fit, images), num_samples, seed=seed).draws
-        for family, fit in result.fits.items()
+        for family, fit in fits.items()
     }
-    first, fit = next(iter(result.fits.items()))
+    first, fit = next(iter(fits.items()))
     _check_shared(result, images, {name: value[:50] for name, value in draws[first].items()})
     units = _unit_names(draws[first])
     if len(units) < 2:
@@ -133,8 +136,8 @@ def posteriors(
         if len(units) == 2:
             exact = _exact(fit, images[index], draws[first], np.concatenate(pairs), seed)
             ranges.append(_fill(axes, exact))
-        for pair, colour in zip(pairs, colours(result), strict=True):
-            contours(axes, kernel_density(pair), colour)
+        for family, pair in zip(flat, pairs, strict=True):
+            contours(axes, kernel_density(pair), colours(result)[family])
         limit(axes, np.concatenate(ranges))
         axes.set(xlabel=units[i], ylabel=units[j])
     handles: list[Any] = family_lines(result)
@@ -165,6 +168,8 @@ def latent_space(result: Comparison) -> Figure:
     if result.is_joint:
         raise ValueError("expected a posterior of each data point, got one of all data together")
     means = {name: _flat(one.draws).mean(axis=0) for name, one in result.posteriors.items()}
+    if not means:
+        raise ValueError("expected families with posteriors, and a diffusion has a bound alone")
     names = _unit_names(next(iter(result.posteriors.values())).draws)
     if len(names) < 2:
         raise ValueError(f"expected at least two latent units to draw, got {names}")
@@ -174,7 +179,7 @@ def latent_space(result: Comparison) -> Figure:
     centre, reach = (shown.min(axis=0) + shown.max(axis=0)) / 2, np.ptp(shown, axis=0).max() / 2
     labels = names if len(names) == 2 else [f"{nth} principal component" for nth in ("1st", "2nd")]
     standard = all(
-        _is_standard_normal(fit, result.posteriors[name].draws) for name, fit in result.fits.items()
+        _is_standard_normal(result.fits[name], one.draws) for name, one in result.posteriors.items()
     )
     bound = khat_threshold(result.num_samples)
 
@@ -182,7 +187,8 @@ def latent_space(result: Comparison) -> Figure:
     down = math.ceil(len(means) / across)
     size = min(4.0, WIDTH / across)
     figure = Figure(figsize=(across * size, down * (size + 0.4) + 0.4), layout="constrained")
-    for number, (family, colour) in enumerate(zip(flat, colours(result), strict=True)):
+    for number, family in enumerate(flat):
+        colour = colours(result)[family]
         axes = plain(figure.add_subplot(down, across, number + 1), ticks=5)
         khat = (
             result.points[family].khat if family in result.points else np.zeros(len(flat[family]))
@@ -226,7 +232,7 @@ def khats(result: Comparison) -> Figure:
     axes = plain(figure.add_subplot())
     bound = khat_threshold(result.num_samples)
     low, high = 0.0, 1.0
-    for (family, points), colour in zip(result.points.items(), colours(result), strict=True):
+    for family, points in result.points.items():
         khat = np.sort(points.khat)
         finite = khat[np.isfinite(khat)]
         low, high = finite.min(initial=low), finite.max(initial=high)
@@ -236,7 +242,7 @@ def khats(result: Comparison) -> Figure:
             np.concatenate([[-_FAR], khat.clip(-_FAR, _FAR), [_FAR]]),
             share,
             drawstyle="steps-post",
-            color=colour,
+            color=colours(result)[family],
             linewidth=2,
             label=f"{family}: {float(np.mean(khat > bound)):.0%} above the bound",
         )

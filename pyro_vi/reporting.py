@@ -25,8 +25,9 @@ from torch import Tensor
 
 from pyro_vi import checkpoint, diagnostics, tables
 from pyro_vi._version import __version__
-from pyro_vi.comparison import Comparison, Row
+from pyro_vi.comparison import Comparison
 from pyro_vi.posterior import Posterior
+from pyro_vi.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,8 +81,9 @@ def report(result: Comparison | Mapping[str, Comparison], path: str | PathLike[s
             parts=[_part(heading, one) for heading, one in results.items()],
             families=list(dict.fromkeys(row.family for r in results.values() for row in r.rows)),
             local=not all(one.is_joint for one in results.values()),
-            joint=any(one.is_joint for one in results.values()),
             reference=any(one.noise for one in results.values()),
+            diffusion=any(one.step_bounds for one in results.values()),
+            posterior=any(one.posteriors for one in results.values()),
             bounds=sorted({one.num_samples: _bound(one) for one in results.values()}.items()),
             versions={
                 "pyro_vi": __version__,
@@ -123,10 +125,7 @@ def _part(heading: str, result: Comparison) -> dict[str, Any]:
         "question": _question(result),
         "verdict": result.verdict,
         "warnings": result.warnings,
-        "families": [
-            (row.family, colour)
-            for row, colour in zip(rows, [*colours(result), None], strict=False)
-        ],
+        "families": [(row.family, colours(result).get(row.family)) for row in rows],
         "lines": [
             {
                 "label": column.label.strip(),
@@ -188,7 +187,6 @@ def _figures(result: Comparison) -> Iterator[tuple[str, str, Figure]]:
 
     data = "test data" if result.on_test else "data"
     bound = f"{_bound(result):.2f}"
-    first = next(iter(result.posteriors.values()))
     yield (
         "Training",
         "The bound during training; higher is better. A strong line is a running median, with the"
@@ -204,7 +202,6 @@ def _figures(result: Comparison) -> Iterator[tuple[str, str, Figure]]:
     if result.is_joint:
         yield from _joint_figures(result)
         return
-    units = sum(values[0, 0].numel() for values in first.draws.values())
     images = _images(result)
     if images is not None:
         yield (
@@ -212,6 +209,13 @@ def _figures(result: Comparison) -> Iterator[tuple[str, str, Figure]]:
             "Mean images of latents drawn from the prior: what the model has learned.",
             plots.samples(result),
         )
+    if result.step_bounds:
+        yield from _diffusion_figures(result, images)
+    first = next(iter(result.posteriors.values()), None)
+    if first is None:
+        return
+    units = sum(values[0, 0].numel() for values in first.draws.values())
+    if images is not None:
         yield (
             "Reconstructions",
             f"Some of the {data}, and what one draw from each family's posterior keeps of them.",
@@ -242,6 +246,35 @@ def _figures(result: Comparison) -> Iterator[tuple[str, str, Figure]]:
             f"The share of the {data} up to each k-hat. Left of {bound} draws can be reweighted to"
             " the exact posterior: the higher a curve is there, the better.",
             plots.khats(result),
+        )
+
+
+def _diffusion_figures(
+    result: Comparison, images: Tensor | None
+) -> Iterator[tuple[str, str, Figure]]:
+    from pyro_vi import plots
+
+    models = [result.fits[name].model for name in result.step_bounds]
+    if images is not None and any(hasattr(model, "trajectory") for model in models):
+        yield (
+            "From noise to images",
+            "States of the reverse chain, evenly spaced over its steps: noise at the left, the mean"
+            " image at the right. All diffusions start from the same noise.",
+            plots.strips(result),
+        )
+    if any(len(bound.steps) > 1 for bound in result.step_bounds.values()):
+        yield (
+            "The bound by step",
+            "What each step of the chain costs. The first of them, the reconstruction, and the"
+            " prior's term are in the legend; the sum of all is -ELBO.",
+            plots.bits(result),
+        )
+    if any(hasattr(model, "diffusion") for model in models):
+        yield (
+            "Noise schedules",
+            "How much signal is left: the log signal-to-noise ratio, from the data at the left to"
+            " the prior at the right.",
+            plots.schedules(result),
         )
 
 
@@ -278,18 +311,23 @@ def _images(result: Comparison) -> Tensor | None:
         or not (data.min() >= 0 and data.max() <= 1)
     ):
         return None
+    if not result.posteriors:
+        return data  # a diffusion observes what it is given
     observed, _ = next(iter(result.posteriors.values())).data()
     return data if [value.shape for value in observed.values()] == [data.shape] else None
 
 
 def _facts(result: Comparison) -> Iterator[tuple[str, str]]:
     """How the comparison was made."""
-    posterior = next(iter(result.posteriors.values()))
     of = "test data" if result.on_test else "training data"
     yield "Data", f"{of} of shape {_shapes(result.data)}"
-    yield "Latents", ", ".join(_latent(posterior, name) for name in posterior.draws)
-    each = "of all data together" if result.is_joint else "for each data point"
-    yield "Posterior draws", f"{result.num_samples:,} {each}"
+    for posterior in list(result.posteriors.values())[:1]:
+        yield "Latents", ", ".join(_latent(posterior, name) for name in posterior.draws)
+        each = "of all data together" if result.is_joint else "for each data point"
+        yield "Posterior draws", f"{result.num_samples:,} {each}"
+    if result.step_bounds:
+        chains = {len(bound.steps) for bound in result.step_bounds.values()}
+        yield "Steps of the chain", " or ".join(f"{steps:,}" for steps in sorted(chains))
     if result.reference:
         drawn = {len(values) for values in result.reference.values()}
         yield "Reference draws", " or ".join(f"{number:,}" for number in sorted(drawn))

@@ -13,7 +13,7 @@ the grey levels themselves, so that no constant of a dequantisation enters.
 
 from __future__ import annotations
 
-__all__ = ["StepBound", "step_bound"]
+__all__ = ["StepBound", "has_steps", "step_bound"]
 
 import math
 from collections.abc import Callable
@@ -28,6 +28,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_vi.batches import Arguments
 from pyro_vi.diagnostics import Estimate
 from pyro_vi.elbo import kl_rows
 from pyro_vi.program import State, check_count, check_seed, seeded
@@ -68,9 +69,14 @@ class StepBound:
         )
 
     @property
+    def pointwise_elbo(self) -> Array:
+        """The bound of each data point, (N,)."""
+        return -(self.prior + self.steps.sum(0))
+
+    @property
     def elbo(self) -> Estimate:
         """The mean over data points, with the Monte Carlo error of the draws."""
-        return Estimate(-(self.prior + self.steps.sum(0)).mean(), self._error(self.variance.sum(0)))
+        return Estimate(self.pointwise_elbo.mean(), self._error(self.variance.sum(0)))
 
     @property
     def by_step(self) -> Estimate:
@@ -107,7 +113,7 @@ def step_bound(
     draws: int = 2,
     batch_size: int = 1_000,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | str = False,
 ) -> StepBound:
     """Every term of a time-sub-sampled program's bound, all steps in full.
 
@@ -118,11 +124,14 @@ def step_bound(
         draws: of y_t for each data point and step; 2 or more for Monte Carlo errors.
         batch_size: data points at a time.
         seed: of the draws.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar; a string labels it.
 
     Raises:
+        TypeError: data that are no tensor.
         ValueError: programs without such sites; fewer than one draw.
     """
+    if not isinstance(data, Tensor):
+        raise TypeError(f"expected data points as one tensor, got {type(data).__name__}")
     check_count("draw", draws)
     check_count("data point in a batch", batch_size)
     check_seed(seed)
@@ -133,7 +142,8 @@ def step_bound(
         drawn = trace.nodes["t"]["value"].shape[0]
         prior, terms, variances = [], [], []
         chunks = data.split(batch_size)
-        with tqdm(total=len(chunks) * total, disable=not progress, unit="step") as bar:
+        label = progress if isinstance(progress, str) else None
+        with tqdm(total=len(chunks) * total, desc=label, disable=not progress, unit="step") as bar:
             for rows in chunks:
                 found = []
                 for step in range(1, total + 1):
@@ -165,20 +175,37 @@ def _traces(
     return guide_trace, model_trace
 
 
+def has_steps(model: Callable[..., Any], batch: Arguments) -> bool:
+    """Whether a model has the sites of a time-sub-sampled program.
+
+    Args:
+        model: a program; a fitted one, or as it is.
+        batch: its arguments, positional ones and keywords.
+    """
+    args, kwargs = batch
+    with seeded(0), torch.no_grad():
+        return len(_frames(poutine.trace(model).get_trace(*args, **kwargs))) == 3
+
+
 def _steps(trace: Trace) -> int:
-    frames = [
-        frame
-        for name in ("t", "x_s", "x_0")
-        if name in trace
-        for frame in trace.nodes[name]["cond_indep_stack"]
-        if frame.name == "steps"
-    ]
+    frames = _frames(trace)
     if len(frames) != 3:
         raise ValueError(
             "expected a time-sub-sampled program, such as DDPM with its ForwardProcess: sites 't',"
             f" 'x_s' and 'x_0' inside a plate 'steps', got {sorted(trace.stochastic_nodes)}"
         )
     return int(frames[0].full_size)
+
+
+def _frames(trace: Trace) -> list[Any]:
+    """The plate of steps, once for each of the three sites that should stand in it."""
+    return [
+        frame
+        for name in ("t", "x_s", "x_0")
+        if name in trace
+        for frame in trace.nodes[name]["cond_indep_stack"]
+        if frame.name == "steps"
+    ]
 
 
 def _term(guide_trace: Trace, model_trace: Trace, step: int) -> Tensor:

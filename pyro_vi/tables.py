@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from pyro_vi import diagnostics
 
 if TYPE_CHECKING:
-    from pyro_vi.comparison import Comparison, Row
+    from pyro_vi.comparison import Comparison
+    from pyro_vi.rows import Row
 
 
 @dataclass(frozen=True)
@@ -136,14 +137,21 @@ def _all(result: Comparison) -> list[Column]:
         Column(
             "kl",
             "KL to the prior (nats)",
-            "KL(q || prior); the ELBO is reconstruction minus this",
+            "KL(q || prior), of a diffusion that of all its steps; the ELBO is reconstruction minus"
+            " this",
             value("kl", ".2f"),
         ),
         Column(
-            "bits_per_dim",
-            "bits per dimension",
-            "-evidence / (D ln 2) for D observed values in a data point",
-            value("bits_per_dim", ".3f"),
+            "elbo_bits",
+            "ELBO (bits per dimension)",
+            "-ELBO / (D ln 2) for D observed values in a data point; lower is better",
+            value("elbo_bits", ".3f"),
+        ),
+        Column(
+            "evidence_bits",
+            "evidence (bits per dimension)",
+            "-evidence / (D ln 2)",
+            value("evidence_bits", ".3f"),
         ),
         Column(
             "khat_median",

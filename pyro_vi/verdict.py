@@ -14,7 +14,8 @@ from pyro_vi.marginals import scalar_name
 from pyro_vi.tables import short
 
 if TYPE_CHECKING:
-    from pyro_vi.comparison import Comparison, Row
+    from pyro_vi.comparison import Comparison
+    from pyro_vi.rows import Row
 
 _TRUSTED = 0.1  # share of data points whose k-hat may exceed its bound
 _ADVICE = "Try more steps, a richer family, or another parametrisation of the model."
@@ -27,8 +28,15 @@ def words(result: Comparison) -> str:
     )
     if not ranked:
         return "No family here has a bound: all hold their latents at a point."
-    lead = _lead(result, ranked)
-    return f"{lead}. {_joint(result, ranked) if result.is_joint else _by_point(result, ranked)}"
+    lead = f"{_lead(result, ranked)}. "
+    if result.is_joint:
+        return lead + _joint(result, ranked)
+    drawn = [row for row in ranked if row.family not in result.step_bounds]
+    if ranked[0].family in result.step_bounds:
+        lead += f"A bound is all that {ranked[0].family} has: no k-hat judges a diffusion's draws. "
+        if drawn and len(ranked) > 1:
+            lead += f"Of the others {drawn[0].family} has the highest bound. "
+    return lead + (_by_point(result, drawn) if drawn else "")
 
 
 def warnings(result: Comparison) -> tuple[str, ...]:
@@ -65,9 +73,8 @@ def _lead(result: Comparison, ranked: list[Row]) -> str:
     if result.is_joint:
         lead, error = best.elbo - second.elbo, math.hypot(best.elbo_se, second.elbo_se)
     else:
-        paired = diagnostics.paired_difference(
-            result.points[best.family].elbo, result.points[second.family].elbo
-        )
+        elbos = result.elbos
+        paired = diagnostics.paired_difference(elbos[best.family], elbos[second.family])
         lead, error = float(paired.value), float(paired.se)
     by = f"{lead:.2f} ± {short(error)} nats"
     if lead > 2 * error:

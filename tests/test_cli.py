@@ -131,7 +131,10 @@ def test_the_tables_on_paper_are_those_in_the_files(run: Run) -> None:
         assert lines["evidence (nats)"] == [
             f"{row['evidence']:.2f} ± {row['evidence_se']:.2f}" for row in values
         ]
-        assert lines["bits per dimension"] == [f"{row['bits_per_dim']:.3f}" for row in values]
+        for what in ("elbo", "evidence"):
+            shown = [f"{row[f'{what}_bits']:.3f}" for row in values]
+            label = what if what == "evidence" else "ELBO"
+            assert lines[f"{label} (bits per dimension)"] == shown
         assert lines["k-hat, median"] == [f"{row['khat_median']:.2f}" for row in values]
         assert lines["parameters"] == [f"{int(row['parameters']):,}" for row in values]
         assert lines["active units"] == [f"{int(row['active_units'])} of 2" for row in values]
@@ -141,8 +144,9 @@ def test_the_tables_on_paper_are_those_in_the_files(run: Run) -> None:
         for row in values:
             evidence = row["evidence"] if name == "comparison" else best
             assert row["gap"] == pytest.approx(evidence - row["elbo"], abs=1e-9)
-            bits = -row["evidence"] / (16 * np.log(2))
-            assert row["bits_per_dim"] == pytest.approx(bits, rel=1e-12)
+            for what in ("elbo", "evidence"):
+                bits = -row[what] / (16 * np.log(2))
+                assert row[f"{what}_bits"] == pytest.approx(bits, rel=1e-12)
 
 
 def test_the_report_holds_the_numbers_of_both_tables(run: Run) -> None:
@@ -273,7 +277,7 @@ def test_the_likelihood_is_the_one_named_or_the_one_of_the_data(
         seen.append(model)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "compare", stop)
+    monkeypatch.setattr(cli, "fit", stop)
     data, out = write_npz(tmp_path / "images.npz", levels), tmp_path / "out"
     assert cli.main(["compare", "--data", str(data), "--out", str(out), *TINY, *options]) == 130
     captured = capsys.readouterr()
@@ -452,7 +456,7 @@ def test_a_folder_of_idx_files_is_data(
     def stop(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "compare", stop)
+    monkeypatch.setattr(cli, "fit", stop)
     idx_files(tmp_path / "mine")
     out = tmp_path / "out"
     assert cli.main(["compare", "--data", str(tmp_path / "mine"), "--out", str(out), *TINY]) == 130
@@ -539,7 +543,7 @@ def test_a_failure_while_writing_leaves_the_old_folder(
     out = tmp_path / "out"
     out.mkdir()
     (out / "comparison.csv").write_text("old")
-    (out / "inference.csv").write_text("old")
+    (out / "comparison.txt").write_text("old")
     before = listing(tmp_path)
 
     def fail(*args: Any) -> None:

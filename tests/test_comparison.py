@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyro_vi import Comparison, compare, fit
-from pyro_vi.comparison import PerPoint, Row
 from pyro_vi.data import binarize
 from pyro_vi.families import FullCovariance, MeanField
 from pyro_vi.guides import Encoder
 from pyro_vi.models import VAE, LinearGaussian
+from pyro_vi.rows import PerPoint, Row
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def test_rows_hold_the_exact_answers(known: tuple[LinearGaussian, Data, Comparis
     assert mean_field.gap == pytest.approx(gap, rel=0.03)
     assert mean_field.elbo == pytest.approx(evidence - gap, abs=0.03 * gap + 4 * mean_field.elbo_se)
     assert full.elbo_difference == pytest.approx(gap, rel=0.03)
-    assert math.isnan(full.evidence_difference) and math.isnan(full.bits_per_dim)
+    assert math.isnan(full.evidence_difference) and math.isnan(full.elbo_bits)
     assert mean_field.elbo_difference == 0
     for row in result.rows:
         assert row.reconstruction - row.kl == pytest.approx(row.elbo, abs=1e-9)
@@ -132,9 +132,9 @@ def test_a_trained_model_is_copied_and_a_fitted_one_is_frozen() -> None:
     # two equal guides: the same initial weights, batches and noise, and so the same fit
     assert torch.equal(own.fits["0"].losses, own.fits["1"].losses)
     assert own.rows[1].elbo_difference == 0 and own.rows[1].evidence_difference == 0
-    assert own.rows[0].bits_per_dim == pytest.approx(
-        -own.rows[0].evidence / (16 * math.log(2)), rel=1e-12
-    )
+    row = own.rows[0]
+    assert row.evidence_bits == pytest.approx(-row.evidence / (16 * math.log(2)), rel=1e-12)
+    assert row.elbo_bits == pytest.approx(-row.elbo / (16 * math.log(2)), rel=1e-12)
     frozen = compare(own.fits["0"].model, guides, images, **options)
     assert frozen.shared
     assert {row.parameters for row in frozen.rows} == {
@@ -259,7 +259,7 @@ def test_joint_rows_hold_the_exact_answers(joint: Comparison) -> None:
     assert exact.elbo_difference == pytest.approx(evidence - wide.elbo)
     assert math.isnan(point.elbo) and math.isnan(point.khat_median)
     assert joint.best is exact and "exact" in joint.verdict
-    assert exact.active_units is None and math.isnan(exact.bits_per_dim)
+    assert exact.active_units is None and math.isnan(exact.evidence_bits)
 
 
 def test_joint_posteriors_judge_test_data_by_their_predictive_density(joint: Comparison) -> None:
@@ -405,7 +405,8 @@ ROW = Row(
     gap_se=0.01,
     reconstruction=-8.0,
     kl=2.0,
-    bits_per_dim=1.0,
+    elbo_bits=1.0,
+    evidence_bits=0.99,
     khat_median=0.3,
     khat_bad=0.0,
     ess=500.0,
@@ -422,6 +423,7 @@ def bare(rows: tuple[Row, ...], points: dict[str, PerPoint]) -> Comparison:
         rows=rows,
         fits={},
         posteriors={},
+        step_bounds={},
         points=points,
         data=torch.zeros(400),
         on_test=True,

@@ -13,8 +13,8 @@ from programs import global_and_local, normal_mean, normal_mean_guide
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 from pyro_vi import Comparison, compare, diagnostics
-from pyro_vi.comparison import PerPoint, Row
 from pyro_vi.marginals import MarginalErrors
+from pyro_vi.rows import PerPoint, Row
 from pyro_vi.tables import columns, lines, short
 
 torch.set_num_threads(1)
@@ -57,6 +57,7 @@ def result(*rows: Row, joint: bool = True, on_test: bool = False, **other: Any) 
     values: dict[str, Any] = {
         "fits": {},
         "posteriors": {row.family: OfAll(joint) for row in rows},
+        "step_bounds": {},
         "points": points,
         "data": torch.zeros(50),
         "on_test": on_test,
