@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = ["main"]
 
 import argparse
+import csv
 import difflib
 import logging
 import math
@@ -183,7 +184,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_sample)
     add = command.add_argument
-    add("fit", type=Path, help="the saved fit, such as runs/digits/flow.pt")
+    add(
+        "fit",
+        type=Path,
+        help="the saved fit, such as runs/digits/flow.pt; of a folder the one of the highest ELBO",
+    )
     add("--num", type=int, default=64, help="how many images")
     add("--seed", type=int, default=0, help="of the draws")
     add("--out", type=Path, default=Path("samples.png"), help="the picture to write")
@@ -210,6 +215,8 @@ def _compare(options: argparse.Namespace) -> None:
         )
     if options.draws < 21:
         raise ValueError(f"expected at least 21 posterior draws for a k-hat, got {options.draws}")
+    if options.chain < 1:
+        raise ValueError(f"expected at least one step of the chain, got {options.chain}")
     check_seed(options.seed)
     if options.threads < 1:
         raise ValueError(f"expected at least one thread, got {options.threads}")
@@ -340,6 +347,8 @@ def _sample(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.out} is a folder: name a file to write the picture to")
     if options.out.exists() and not options.overwrite:
         raise ValueError(f"{options.out} exists; --overwrite replaces it")
+    if options.fit.is_dir():
+        options.fit = _best_of(options.fit)
     recipe = checkpoint.load(options.fit)["recipe"]
     if not {"family", "schedule"} & recipe.keys():
         raise ValueError(f"{options.fit} was not saved by `pyro-vi compare`: load it from Python")
@@ -358,6 +367,16 @@ def _sample(options: argparse.Namespace) -> None:
         plots.grid(images).savefig(picture, dpi=120, format=form)
         picture.replace(options.out)
     print(f"{options.num} samples of {options.fit} are in {options.out}")
+
+
+def _best_of(folder: Path) -> Path:
+    """The fit of the highest ELBO in a folder that `_compare` wrote."""
+    table = folder / "comparison.csv"
+    if not table.is_file():
+        raise ValueError(f"{folder} was not written by `pyro-vi compare`: it has no {table.name}")
+    with table.open(newline="", encoding="utf-8") as file:
+        best = max(csv.DictReader(file), key=lambda row: float(row["elbo"]))
+    return folder / f"{best['family']}.pt"
 
 
 def _recipes(

@@ -62,8 +62,9 @@ class StepBound:
     discrete: bool
 
     def __repr__(self) -> str:
+        error = "" if np.isnan(self.elbo.se) else f" ± {self.elbo.se:.3f}"
         return (
-            f"StepBound(ELBO {self.elbo.value:.3f} ± {self.elbo.se:.3f} nats: prior"
+            f"StepBound(ELBO {self.elbo.value:.3f}{error} nats: prior"
             f" {self.prior.mean():.3f}, {len(self.steps) - 1} steps"
             f" {self.steps[1:].sum(0).mean():.3f}, reconstruction {-self.steps[0].mean():.3f})"
         )

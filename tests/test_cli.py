@@ -228,6 +228,69 @@ def test_digits_with_every_family(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert is_picture(picture)
 
 
+DDPM_TINY = [*TINY, "--schedules", "learned,cosine", "--chain", "4"]
+
+
+def test_diffusions_stand_beside_the_families(run: Run, tmp_path: Path) -> None:
+    out, families = tmp_path / "out", ["mean-field", "ddpm-learned", "ddpm-cosine"]
+    options = [*DDPM_TINY, "--models", "vae,ddpm", "--families", "mean-field", "--seed", "3"]
+    assert cli.main(["compare", "--data", str(run.data), "--out", str(out), *options]) == 0
+    table = rows(out / "comparison.csv")
+    assert list(table) == families and list(rows(out / "inference.csv")) == ["mean-field"]
+    for name in families:
+        assert table[name]["elbo_bits"] == pytest.approx(-table[name]["elbo"] / 16 / np.log(2))
+        assert ("khat_bad" in table[name]) == (name == "mean-field")
+    pictures = PICTURES | {"strips", "bits", "schedules"}
+    assert {path.stem for path in out.glob("*.png")} == pictures
+    assert all(is_picture(out / f"{name}.png") for name in pictures)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    for heading in ("From noise to images", "The bound by step", "Noise schedules"):
+        assert f">{heading}</h3>" in page
+    recipe = checkpoint.load(out / "ddpm-cosine.pt")["recipe"]
+    assert (recipe["chain"], recipe["levels"], recipe["schedule"]) == (4, 4, "cosine")
+
+
+def test_diffusions_alone_have_one_table_and_are_sampled(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, picture = tmp_path / "out", tmp_path / "samples.png"
+    options = [*DDPM_TINY, "--models", "ddpm", "--overwrite"]
+    arguments = ["compare", "--data", str(run.data), "--out", str(out), *options]
+    assert cli.main(arguments) == 0 and cli.main(arguments) == 0  # its folder is replaced
+    assert {path.name for path in out.iterdir()} == {
+        *("comparison.csv", "comparison.txt", "report.html"),
+        *("ddpm-learned.pt", "ddpm-cosine.pt"),
+        *("losses.png", "samples.png", "strips.png", "bits.png", "schedules.png"),
+    }
+    assert "Inference alone" not in (out / "comparison.txt").read_text(encoding="utf-8")
+    table = rows(out / "comparison.csv")
+    best = max(table, key=lambda name: table[name]["elbo"])
+    capsys.readouterr()
+    assert cli.main(["sample", str(out), "--num", "3", "--out", str(picture)]) == 0
+    assert f"3 samples of {out / best}.pt are in" in capsys.readouterr().out
+    assert is_picture(picture)
+    first = picture.read_bytes()
+    named = ["sample", str(out / f"{best}.pt"), "--num", "3", "--out", str(picture)]
+    assert cli.main([*named, "--overwrite"]) == 0 and picture.read_bytes() == first
+    assert "has no comparison.csv" in refused(["sample", str(tmp_path)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("levels", "options", "expected"),
+    [(None, [], 0), (4, ["--binarize"], 2), (4, ["--likelihood", "gaussian"], 0), (4, [], 4)],
+)
+def test_a_diffusion_observes_what_the_vae_does(
+    levels: int | None, options: list[str], expected: int, tmp_path: Path
+) -> None:
+    data, out = write_npz(tmp_path / "images.npz", levels), tmp_path / "out"
+    tiny = [*TINY, "--models", "vae,ddpm", "--families", "mean-field", "--chain", "2"]
+    arguments = ["compare", "--data", str(data), "--out", str(out), *tiny, "--no-report", *options]
+    assert cli.main(arguments) == 0
+    assert checkpoint.load(out / "ddpm-learned.pt")["recipe"]["levels"] == expected
+    bits = [row.get("elbo_bits") for row in rows(out / "comparison.csv").values()]
+    assert [bit is None for bit in bits] == [expected == 0] * 2
+
+
 def test_the_seed_gives_the_same_run(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -339,6 +402,9 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--families", "mean-field,flwo"], r"unknown family 'flwo': .*; did you mean flow\?"),
         (["--families", ""], r"unknown family '': expected one of mean-field, full-covariance"),
         (["--families", "flow,flow"], r"each family once, got flow,flow"),
+        (["--models", "vae,dppm"], r"unknown model 'dppm': .*; did you mean ddpm\?"),
+        (["--models", "ddpm", "--schedules", "cosin"], r"unknown schedule 'cosin'.*mean cosine\?"),
+        (["--models", "ddpm", "--chain", "0"], r"at least one step of the chain, got 0"),
         (["--data", "digit"], r"unknown data 'digit': .*; did you mean digits\?"),
         (["--data", "zzzz"], r"unknown data 'zzzz': expected digits, fashion-mnist, a folder of"),
         (["--data", "missing.npz"], r"missing\.npz"),

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 
@@ -19,6 +20,10 @@ SHORT = {
     "plain_pyro_svi": ("--steps", "25"),
     "ddpm_gaussian": ("--steps", "120"),
     "ddpm_digits": ("--steps", "40"),
+    "ddpm_fashion": (
+        *("--data", "fashion", "--chain", "10", "--steps", "3", "--batch-size", "4"),
+        *("--test-images", "6", "--quiet"),
+    ),
     "eight_schools": ("--steps", "250", "--nuts", "100"),
     "regression_families": ("--steps", "300"),
 }
@@ -59,6 +64,8 @@ def printed(
     if name not in outputs:
         folder = tmp_path_factory.mktemp(name)
         out = folder / "new folder" / "figure.png"
+        if "fashion" in SHORT[name]:
+            noise_in_place_of_fashion_mnist(folder / "fashion")
         ran = run(name, folder, *SHORT[name], "--out", str(out))
         assert ran.returncode == 0, ran.stderr
         assert ran.stderr == ""
@@ -66,10 +73,19 @@ def printed(
         picture = imread(out)
         assert min(picture.shape[:2]) > 300
         assert picture.min() < 0.1 and picture.max() > 0.9  # something is drawn on the white
-        assert list(folder.iterdir()) == [out.parent]  # and nothing else was written
+        # and nothing else was written
+        assert {path.name for path in folder.iterdir()} - {"fashion"} == {out.parent.name}
         assert ran.stdout.rstrip().endswith(str(out))
         outputs[name] = ran.stdout
     return outputs[name]
+
+
+def noise_in_place_of_fashion_mnist(folder: Path) -> None:
+    folder.mkdir()
+    for part, count in (("train", 270), ("t10k", 8)):
+        header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28))
+        pixels = np.random.default_rng(0).integers(0, 256, count * 784, dtype=np.uint8)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
 
 
 def of(name: str) -> pytest.MarkDecorator:
@@ -254,6 +270,15 @@ def test_ddpm_digits_says_both_in_bits(printed: str) -> None:
     assert lines.keys() == {"diffusion, ELBO", "VAE, ELBO", "VAE, evidence"}
     assert 1.8 < lines["diffusion, ELBO"][0] < 6
     assert 1.8 < lines["VAE, evidence"][0] < lines["VAE, ELBO"][0] < 6
+
+
+@of("ddpm_fashion")
+def test_ddpm_fashion_tells_its_curve_and_its_bound(printed: str) -> None:
+    """On noise, of which no bound can be below 8 bits."""
+    curve = [numbers(line) for line in printed.splitlines() if re.match(r" +\d+ +\d", line)]
+    assert [step for step, _ in curve] == [1, 2, 3] and all(8 < bits < 20 for _, bits in curve)
+    bits, error = numbers(re.findall(r"6 test images: (.+) bits", printed)[0])
+    assert 8 < bits < 20 and 0 < error < 1
 
 
 @of("plain_pyro_svi")

@@ -23,12 +23,15 @@ from programs import SCHOOLS_SIGMA, SCHOOLS_Y, eight_schools
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 
 import pyro_vi
-from pyro_vi import compare, plots, report, tables
+from pyro_vi import compare, judge, plots, report, tables
 from pyro_vi.comparison import Comparison
+from pyro_vi.denoisers import MLPDenoiser
+from pyro_vi.diffusion import Diffusion
 from pyro_vi.families import FullCovariance, MeanField
 from pyro_vi.fitting import fit
-from pyro_vi.guides import Encoder
-from pyro_vi.models import VAE, LinearGaussian
+from pyro_vi.guides import Encoder, ForwardProcess
+from pyro_vi.models import DDPM, VAE, LearnedDiscretizedLogistic, LinearGaussian
+from pyro_vi.schedules import Cosine
 
 SHAPE = (1, 4, 4)
 NAMES = ("mean-field", '<b>full</b> & "covariance"')
@@ -101,6 +104,23 @@ def frozen() -> Comparison:
 
 
 @pytest.fixture(scope="module")
+def diffusion() -> Comparison:
+    process = Diffusion(SHAPE, Cosine(4))
+    model = DDPM(
+        process, MLPDenoiser(SHAPE, 4, hidden=(8,)), likelihood=LearnedDiscretizedLogistic(2)
+    )
+    vae = VAE(SHAPE, 2)
+    return compare(
+        {"vae": vae, "ddpm": model},
+        {"vae": Encoder(SHAPE, MeanField(2, 8)), "ddpm": ForwardProcess(process)},
+        SimpleNamespace(train=IMAGES[:30], test=IMAGES[30:]),
+        num_samples=40,
+        steps=3,
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
 def joint() -> Comparison:
     generator = np.random.default_rng(0)
     return compare(
@@ -127,6 +147,7 @@ def pages(
     local: Comparison,
     frozen: Comparison,
     joint: Comparison,
+    diffusion: Comparison,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
     """Pages by name; "both" holds two comparisons."""
@@ -135,6 +156,7 @@ def pages(
         "local": local,
         "frozen": frozen,
         "joint": joint,
+        "diffusion": diffusion,
         "both": {HEADING: local, "Second": joint},
     }.items():
         found[name] = tmp_path_factory.mktemp(name) / "report.html"
@@ -160,23 +182,22 @@ def in_csv(result: Comparison, path: Path) -> list[tuple[str, str, str]]:
     ]
 
 
-@pytest.mark.parametrize("kind", ["local", "frozen", "joint"])
+@pytest.mark.parametrize("kind", ["local", "frozen", "joint", "diffusion"])
 def test_every_number_is_that_of_the_csv(
     kind: str, pages: dict[str, Path], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     result: Comparison = request.getfixturevalue(kind)
     page = opened(pages[kind])
     expected = in_csv(result, tmp_path / "table.csv")
-    assert page.numbers() == expected and len(expected) >= 25
+    assert page.numbers() == expected and len(expected) >= 20
     assert "" not in {value for _, _, value in expected}
     shown = [text for text in page.texts["td"] if text]
     rows = [*result.rows, *([result.noise] if result.noise else [])]
     cells = [column.show(row) for column in tables.columns(result) for row in rows]
     assert shown == [cell for cell in cells if cell]
     errors = [float(cell["data-error"]) for cell in page.all("td") if "data-error" in cell]
-    assert errors[: len(result.points)] == [
-        row.elbo_se for row in result.rows if row.family in result.points
-    ]
+    bounded = [row.elbo_se for row in result.rows if row.family in result.elbos]
+    assert errors[: len(bounded)] == bounded
 
 
 def test_every_quantity_is_labelled_and_explained(
@@ -217,8 +238,30 @@ def test_pictures_are_those_that_mean_something(pages: dict[str, Path]) -> None:
         ("local", [*images, "k-hat"]),
         ("frozen", [*images, "Posteriors of single images", "k-hat"]),
         ("joint", ["Training", "Marginals", "Pairs"]),
+        (
+            "diffusion",
+            [
+                *("Training", "Samples", "From noise to images", "The bound by step"),
+                *("Noise schedules", "Reconstructions", "Latent space", "k-hat"),
+            ],
+        ),
     ):
         assert list(pictures(opened(pages[kind]))) == titles
+
+
+def test_diffusions_alone_have_no_pictures_of_posteriors(
+    diffusion: Comparison, tmp_path: Path
+) -> None:
+    result = judge({"ddpm": diffusion.fits["ddpm"]}, IMAGES)
+    text = written(result, tmp_path)
+    page = Page(text)
+    titles = ["Training", "Samples", "From noise to images", "The bound by step", "Noise schedules"]
+    assert list(pictures(page)) == titles
+    assert "The k-hat says" not in " ".join(page.texts["p"]) and "A diffusion has" in text.replace(
+        "<strong>diffusion</strong>", "diffusion"
+    )
+    facts = dict(zip(page.texts["dt"], page.texts["dd"], strict=True))
+    assert facts["Steps of the chain"] == "4" and "Posterior draws" not in facts
 
 
 def test_data_that_are_no_images_have_no_pictures_of_them(tmp_path: Path) -> None:
