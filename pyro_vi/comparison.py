@@ -156,7 +156,13 @@ class Comparison:
 
     def __str__(self) -> str:
         words = [self.verdict, *(f"Warning: {warning}." for warning in self.warnings)]
-        return "\n".join([*tables.lines(self), "", *(textwrap.fill(one, 100) for one in words)])
+        return "\n".join(
+            [
+                *tables.lines(self),
+                "",
+                *(textwrap.fill(one, 100, break_on_hyphens=False) for one in words),
+            ]
+        )
 
 
 def compare(

@@ -12,7 +12,6 @@ from __future__ import annotations
 __all__ = ["bits", "schedules", "strips"]
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +62,8 @@ def strips(result: Comparison, *, num: int = 6, frames: int = 9, seed: int = 0) 
 
 
 def bits(result: Comparison) -> Figure:
-    """Where each diffusion's bound is spent: the terms of the steps t > 1 against t / T.
+    """Where each diffusion's bound is spent: the terms of the steps t > 1 against t / T, on a log
+    scale.
 
     The legend has all three parts, whose sum is -ELBO: the reconstruction, which is the term of
     t = 1, all other steps, and the prior's term. Terms are in bits per dimension where the data are
@@ -101,8 +101,8 @@ def bits(result: Comparison) -> Figure:
     if not axes.lines:
         raise ValueError("expected a diffusion of more than one step")
     axes.set(xlim=(0, 1.01), xlabel="t / T", ylabel=f"the step's term ({unit} per dimension)")
-    axes.set_ylim(bottom=0)
-    _legend(figure, axes)
+    axes.set_yscale("log")
+    legend(figure, axes.get_legend_handles_labels()[0], columns=1)
     return figure
 
 
@@ -135,7 +135,7 @@ def schedules(result: Comparison) -> Figure:
             )
     axes.axhline(0.0, color="0.6", linestyle="--", linewidth=1, zorder=0)
     axes.set(xlim=(0, 1.01), xlabel="t / T", ylabel="log SNR")
-    _legend(figure, axes)
+    legend(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 
@@ -149,7 +149,3 @@ def _families(result: Comparison, attribute: str | None = None) -> list[str]:
     if not names:
         raise ValueError(f"expected a diffusion, got {', '.join(result.fits)}")
     return names
-
-
-def _legend(figure: Figure, axes: Any) -> None:
-    legend(figure, axes.get_legend_handles_labels()[0])

@@ -67,8 +67,11 @@ def plain(axes: Axes, *, ticks: int = 8) -> Axes:
     return axes
 
 
-def legend(figure: Figure, handles: list[Any], title: str | None = None) -> None:
-    columns = min(len(handles), 5)
+def legend(
+    figure: Figure, handles: list[Any], title: str | None = None, *, columns: int = 5
+) -> None:
+    """A legend below a figure, with at most so many columns."""
+    columns = min(len(handles), columns)
     figure.legend(
         handles=handles, loc="outside lower center", ncols=columns, frameon=False, title=title
     )

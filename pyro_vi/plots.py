@@ -58,6 +58,7 @@ __all__ = [
 ]
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,8 @@ _POINTS = 1_000  # of a smoothed curve
 def losses(result: Comparison) -> Figure:
     """The bound against steps: training losses with the sign turned, so that higher is better.
 
-    A strong line is the running median over 1/20 of the steps, and the raw values stand faint
+    A strong line is the running median over 1/20 of the steps, of a diffusion the running mean (it
+    draws some terms of its bound alone, some rare ones large), and the raw values stand faint
     behind it; markers are bounds on held-out data, where the fits have some. The y-axis shows the
     second half of training (its 5th to 95th percentile and a margin), so that the first steps, and
     single bad ones, run out of it.
@@ -112,7 +114,8 @@ def losses(result: Comparison) -> Figure:
         bound = -array(fit.losses)
         steps = np.arange(1, len(bound) + 1)
         axes.plot(steps, bound, color=colour, alpha=0.15, linewidth=0.6, zorder=1)
-        axes.plot(*_running_median(bound, window), color=colour, linewidth=2, label=family)
+        middle = np.mean if family in result.step_bounds else np.median
+        axes.plot(*_running(middle, bound, window), color=colour, linewidth=2, label=family)
         shown += np.percentile(bound[len(bound) // 2 :], (5, 95)).tolist()
         heldout = array(fit.heldout)
         axes.plot(*heldout.T, "o", color=colour, markeredgecolor="white", zorder=4)
@@ -121,7 +124,8 @@ def losses(result: Comparison) -> Figure:
     if low < high:
         axes.set_ylim(low - 0.25 * (high - low), high + 0.25 * (high - low))
     axes.set_xlim(0, 1.01 * longest)
-    smoothed = f"\nrunning median over {window} steps" if window > 1 else ""
+    kinds = ["median"] * (len(result.posteriors) > 0) + ["mean"] * (len(result.step_bounds) > 0)
+    smoothed = f"\nrunning {' or '.join(kinds)} over {window} steps" if window > 1 else ""
     axes.set(xlabel="step", ylabel=f"bound (nats per data point){smoothed}")
     handles: list[Any] = list(axes.get_legend_handles_labels()[0])
     if any(len(fit.heldout) for fit in result.fits.values()):
@@ -255,10 +259,10 @@ def _image_site(family: str, fit: Fit) -> str:
     return names[0]
 
 
-def _running_median(values: Array, window: int) -> tuple[Array, Array]:
-    """Steps, counted from 1, and the median of the window around each; thinned where it is long."""
+def _running(middle: Callable[..., Array], values: Array, window: int) -> tuple[Array, Array]:
+    """Steps, counted from 1, and the middle of the window around each; thinned where it is long."""
     window = min(window, len(values))
     windows = sliding_window_view(values, window)
     keep = slice(None, None, math.ceil(len(windows) / _POINTS))
     centres: Array = np.arange(len(windows), dtype=np.float64) + (window + 1) / 2
-    return centres[keep], np.median(windows[keep], axis=1)
+    return centres[keep], middle(windows[keep], axis=1)

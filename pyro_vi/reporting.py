@@ -149,6 +149,11 @@ def _question(result: Comparison) -> str:
             "All families explain the data with one and the same model, which is not trained: what"
             " differs is inference alone."
         )
+    if len({id(fitted.model.function) for fitted in result.fits.values()}) > 1:
+        return (
+            "Programs with models of their own, on the same data: what differs is the model and the"
+            " guide together."
+        )
     return (
         "Each family trained its own copy of the model, from the same initial weights on the same"
         " batches: what differs is the model and the guide together."
@@ -189,8 +194,13 @@ def _figures(result: Comparison) -> Iterator[tuple[str, str, Figure]]:
     bound = f"{_bound(result):.2f}"
     yield (
         "Training",
-        "The bound during training; higher is better. A strong line is a running median, with the"
-        " raw values faint behind it. The start of training runs out of the picture."
+        "The bound during training; higher is better. A strong line is a running median"
+        + (
+            " (of a diffusion, which draws terms of its bound, the mean)"
+            if result.step_bounds
+            else ""
+        )
+        + ", with the raw values faint behind it. The start of training runs out of the picture."
         + (
             " Guides that train a point (AutoDelta, AutoLaplaceApproximation) have no bound: theirs"
             " is the log joint there."
@@ -265,8 +275,8 @@ def _diffusion_figures(
     if any(len(bound.steps) > 1 for bound in result.step_bounds.values()):
         yield (
             "The bound by step",
-            "What each step of the chain costs. The first of them, the reconstruction, and the"
-            " prior's term are in the legend; the sum of all is -ELBO.",
+            "What each step of the chain costs, on a log scale. The first of them, the"
+            " reconstruction, and the prior's term are in the legend; the sum of all is -ELBO.",
             plots.bits(result),
         )
     if any(hasattr(model, "diffusion") for model in models):

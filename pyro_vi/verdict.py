@@ -35,7 +35,7 @@ def words(result: Comparison) -> str:
     if ranked[0].family in result.step_bounds:
         lead += f"A bound is all that {ranked[0].family} has: no k-hat judges a diffusion's draws. "
         if drawn and len(ranked) > 1:
-            lead += f"Of the others {drawn[0].family} has the highest bound. "
+            lead += f"Of those that have draws {drawn[0].family} has the highest bound. "
     return lead + (_by_point(result, drawn) if drawn else "")
 
 

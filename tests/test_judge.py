@@ -125,7 +125,7 @@ def test_the_verdict_says_that_a_diffusion_has_a_bound_alone(fits: dict[str, Fit
     both = judge({name: fits[name] for name in ("linear", "cosine")}, IMAGES)
     assert both.best.family in both.verdict.split(".")[0]
     assert f"A bound is all that {both.best.family} has" in both.verdict
-    assert "Of the others" not in both.verdict and "k-hat is" not in both.verdict
+    assert "Of those" not in both.verdict and "k-hat is" not in both.verdict
     assert not both.warnings and not both.is_joint
     alone = judge({"cosine": fits["cosine"]}, IMAGES)
     assert alone.verdict.startswith(f"cosine: test ELBO {alone.rows[0].elbo:.2f} nats.")
