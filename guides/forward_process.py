@@ -12,6 +12,7 @@ closed-form KLs of TraceMeanField_ELBO need; with the other one that ELBO is an 
 __all__ = ["ForwardOrder", "ForwardProcess", "ReverseOrder"]
 
 import pyro
+import pyro.poutine as poutine
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor
@@ -55,7 +56,7 @@ class ForwardProcess(_Guide):
                 t = pyro.sample("t", steps, infer=told)
                 step = diffusion.transition(t, y_0.dtype)
                 y_t = pyro.sample("x_t", diffusion.noised(y_0, t, step=step))
-                with pyro.poutine.mask(mask=t > 1):
+                with poutine.scale(scale=steps.weight(t, y_0.dtype)), poutine.mask(mask=t > 1):
                     pyro.sample("x_s", diffusion.before(y_t, y_0, t, step=step))
 
 

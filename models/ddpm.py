@@ -42,11 +42,13 @@ from pyro_vi.models.likelihoods import Bernoulli, ContinuousBernoulli, LearnedGa
 class DDPM(PyroModule):
     r"""The time-sub-sampled program: a plate of steps inside the plate of data points.
 
-    For each data point it draws k = ``diffusion.draws`` of the T steps, and y_t as the forward
-    process does; both stand in the guide alike, and cancel. What is left is
+    For each data point it draws k = ``diffusion.draws`` of the T steps from q
+    (:class:`pyro_vi.diffusion.StratifiedSteps`), and y_t as the forward process does; both stand in
+    the guide alike, and cancel. What is left is
 
     .. math::
-        \log p(y_T) - \log q(y_T | x_0) + \frac{T}{k} \sum_{j=1}^k \left\{ \begin{array}{ll}
+        \log p(y_T) - \log q(y_T | x_0)
+        + \frac{1}{k} \sum_{j=1}^k \frac{1}{q(t_j)} \left\{ \begin{array}{ll}
         \log p(y_{t_j - 1} | y_{t_j}) - \log q(y_{t_j - 1} | y_{t_j}, x_0) & t_j > 1 \\
         \log p(x_0 | y_1) & t_j = 1 \end{array} \right.
 
@@ -126,7 +128,7 @@ class DDPM(PyroModule):
             ValueError: The data have another shape, or values outside the likelihood's support; the
                 guide has another forward process; the network's output has another shape.
         """
-        diffusion = self.diffusion
+        diffusion, net = self.diffusion, self.net  # in a plate, it would handle every parameter
         y_0 = diffusion.encode(x_0)
         drawn = torch.arange(diffusion.draws)
         with pyro.plate("data", len(x_0)):
@@ -137,11 +139,12 @@ class DDPM(PyroModule):
                     t = pyro.sample("t", steps, infer={"subsampled": diffusion.steps > 1})
                 step = diffusion.transition(t, y_0.dtype)
                 y_t = pyro.sample("x_t", diffusion.noised(y_0, t, step=step))
-                estimate = self._estimate(diffusion, y_t, t, step)
-                with poutine.mask(mask=t > 1), _Same(diffusion):
-                    pyro.sample("x_s", self._kernel(y_t, t, step, estimate))
-                with poutine.mask(mask=t == 1):
-                    pyro.sample("x_0", self._likelihood(diffusion, estimate), obs=x_0)
+                estimate = self._estimate(diffusion, net, y_t, t, step)
+                with poutine.scale(scale=steps.weight(t, y_0.dtype)):
+                    with poutine.mask(mask=t > 1), _Same(diffusion):
+                        pyro.sample("x_s", self._kernel(y_t, t, step, estimate))
+                    with poutine.mask(mask=t == 1):
+                        pyro.sample("x_0", self._likelihood(diffusion, estimate), obs=x_0)
 
     def denoise(self, y_t: Tensor, t: Tensor) -> Tensor:
         """The network's estimate of y_0.
@@ -157,7 +160,7 @@ class DDPM(PyroModule):
             ValueError: The network's output has another shape than its input.
         """
         diffusion = self.diffusion
-        return self._estimate(diffusion, y_t, t, diffusion.transition(t, y_t.dtype))
+        return self._estimate(diffusion, self.net, y_t, t, diffusion.transition(t, y_t.dtype))
 
     def before(self, y_t: Tensor, t: Tensor) -> TorchDistribution:
         """The reverse kernel p(y_{t-1} | y_t), for t > 1.
@@ -171,7 +174,7 @@ class DDPM(PyroModule):
         """
         diffusion = self.diffusion
         step = diffusion.transition(t, y_t.dtype)
-        return self._kernel(y_t, t, step, self._estimate(diffusion, y_t, t, step))
+        return self._kernel(y_t, t, step, self._estimate(diffusion, self.net, y_t, t, step))
 
     def decode(self, estimate: Tensor) -> TorchDistribution:
         """The likelihood p(x_0 | y_1), given the estimate of y_0 at t = 1, shape (..., dim)."""
@@ -180,9 +183,11 @@ class DDPM(PyroModule):
     # A PyroModule's attribute that is a module says so to Pyro, parameter by parameter, whenever it
     # is asked for: these ask for each once.
 
-    def _estimate(self, diffusion: Diffusion, y_t: Tensor, t: Tensor, step: Transition) -> Tensor:
+    def _estimate(
+        self, diffusion: Diffusion, net: nn.Module, y_t: Tensor, t: Tensor, step: Transition
+    ) -> Tensor:
         flat = y_t.reshape(-1, *diffusion.shape)
-        out = self.net(flat, t.expand(y_t.shape[:-1]).reshape(-1))
+        out = net(flat, t.expand(y_t.shape[:-1]).reshape(-1))
         if not isinstance(out, Tensor) or out.shape != flat.shape:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(
@@ -338,6 +343,8 @@ class _Same(Messenger):
         if theirs is None:
             return
         mine = self._diffusion.signature()
+        if torch.equal(mine, theirs):
+            return
         if mine.shape != theirs.shape or not torch.allclose(mine, theirs, rtol=1e-5, atol=1e-5):
             raise ValueError(
                 "the guide has another forward process than the model (its steps, schedule, draws"

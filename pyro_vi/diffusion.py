@@ -31,6 +31,8 @@ from torch import Size, Tensor, nn
 from pyro_vi.families import check_sizes
 from pyro_vi.schedules import Schedule
 
+_FIRST = 1 / 8  # of the draws of a step, at least: the share of the first
+
 
 class Coordinates(nn.Module):
     """The base of all coordinates: an invertible map of flat data points, (..., dim)."""
@@ -221,6 +223,9 @@ class Diffusion(nn.Module):
             raise ValueError(f"expected to draw at most the {self.steps} steps, got {draws}")
         self.draws = draws
         self.coordinates = Affine() if coordinates is None else coordinates
+        # of a schedule without parameters, which stays
+        self._tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._point = (1.7 * torch.arange(self.dim)).sin()  # by which coordinates are compared
 
     def encode(self, x_0: Tensor) -> Tensor:
         """Data in coordinates: (N, *shape) to (N, dim).
@@ -253,11 +258,8 @@ class Diffusion(nn.Module):
             t: Steps from 1 to T, broadcastable with (...).
             step: What `transition` gave for them, if that is known.
         """
-        if step is None:
-            signal, noise = (level.to(y_0.dtype).unsqueeze(-1) for level in self.schedule.levels(t))
-        else:
-            signal, noise = step.signal, step.noise
-        return Normal(signal * y_0, noise).to_event(1)
+        step = self.transition(t, y_0.dtype) if step is None else step
+        return Normal(step.signal * y_0, step.noise).to_event(1)
 
     def next(self, y_s: Tensor, t: Tensor) -> TorchDistribution:
         """q(y_t | y_s) with s = t - 1, where y_s is (..., dim); y_0 at t = 1."""
@@ -286,7 +288,26 @@ class Diffusion(nn.Module):
             dtype: Of what comes back.
             s: Earlier steps, from 0 to t - 1; 0 is the data.
         """
-        s = t - 1 if s is None else s
+        if s is None:
+            table = self._table(dtype, t.device)
+            if table is not None:
+                return Transition(*table[:, t.long() - 1].unsqueeze(-1).unbind())
+            s = t - 1
+        return Transition(*(number.to(dtype).unsqueeze(-1) for number in self._numbers(t, s)))
+
+    def _table(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """The numbers of all T steps, (6, T); None if the schedule has parameters."""
+        if next(self.schedule.parameters(), None) is not None:
+            return None
+        key = dtype, device
+        if key not in self._tables:
+            with torch.no_grad():
+                t = torch.arange(1, self.steps + 1, device=device)
+                self._tables[key] = torch.stack(self._numbers(t, t - 1)).to(dtype)
+        return self._tables[key]
+
+    def _numbers(self, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        """The numbers of a `Transition`, in the schedule's dtype and of the shape of t."""
         first = s == 0
         gamma_t = self.schedule.gamma(t)
         gamma_s = self.schedule.gamma(torch.where(first, t, s))
@@ -297,8 +318,7 @@ class Diffusion(nn.Module):
         signal_s = torch.where(first, one, torch.sigmoid(-gamma_s).sqrt())
         large = noise.square() * change
         small = torch.where(first, large, torch.sigmoid(gamma_s) * change)
-        numbers = (signal, noise, ratio * signal_s / signal, signal_s * change, small, large)
-        return Transition(*(number.to(dtype).unsqueeze(-1) for number in numbers))
+        return signal, noise, ratio * signal_s / signal, signal_s * change, small, large
 
     def signature(self) -> Tensor:
         """Numbers by which a model and its guide tell whether they speak of one forward process.
@@ -310,31 +330,36 @@ class Diffusion(nn.Module):
             levels = self.schedule.signature()
             held = (*self.coordinates.buffers(), *self.coordinates.parameters())
             like = next((part for part in held if part.is_floating_point()), levels)
-            point = (1.7 * torch.arange(self.dim, device=like.device)).sin()
-            moved = self.coordinates.encode(point.to(like.dtype))
+            moved = self.coordinates.encode(self._point.to(like))
             sizes = levels.new_tensor([*self.shape, self.steps, self.draws])
             return torch.cat([part.double().to(levels.device) for part in (sizes, levels, moved)])
 
 
 class StratifiedSteps(TorchDistribution):
-    r"""Uniform over the steps 1, ..., T, spread evenly over the elements that are drawn together.
+    r"""The steps 1, ..., T, spread evenly over the elements that are drawn together.
 
-    .. math:: t_i = 1 + \lfloor T \, ((u + i / n) \bmod 1) \rfloor, \quad u \sim U(0, 1)
+    .. math:: q(1) = \max(1 / T, 1 / 8), \qquad q(t) = (1 - q(1)) / (T - 1), \quad t > 1
 
-    for i = 0, ..., n - 1. Each is uniform by itself, and so an average over them of anything is
-    unbiased; it varies less than over independent steps. The log probability is that of one, -log
-    T. It has no parameters, and thus counts as reparametrized.
+    The first step has its share because its term, the likelihood of the data, is as large as those
+    of many others together: drawn as seldom as they, it would be most of the noise in a bound. Step
+    i of n is the quantile at :math:`(u + i / n) \bmod 1` for one uniform u. Each has the
+    distribution q by itself, and so an average of anything times `weight`, 1 / (T q(t)), is
+    unbiased for that over all steps; it varies less than with independent steps. The log
+    probability is that of one. It has no parameters, and thus counts as reparametrized.
 
     Args:
         steps: T.
         device: Where the steps are drawn; torch's default device if None.
 
     References:
-        Variational Diffusion Models (arXiv:2107.00630), section I.1
+        Variational Diffusion Models (arXiv:2107.00630), section I.1, for the spread; Improved
+        Denoising Diffusion Probabilistic Models (arXiv:2102.09672), section 3.3, for the importance
+        of steps
 
     Example:
-        >>> StratifiedSteps(100).expand([4]).sample().sort().values.diff()
-        tensor([25, 25, 25])
+        >>> t = StratifiedSteps(100).expand([16]).sample()
+        >>> int((t == 1).sum()), len(t.unique())
+        (2, 15)
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
@@ -349,6 +374,7 @@ class StratifiedSteps(TorchDistribution):
     ) -> None:
         check_sizes(steps=steps)
         self.steps, self.device = steps, device
+        self._first = max(1 / steps, _FIRST)
         super().__init__(validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
@@ -361,23 +387,35 @@ class StratifiedSteps(TorchDistribution):
         shape = Size(sample_shape)
         num = self.batch_shape.numel()
         start = torch.rand((*shape, 1), dtype=torch.float64, device=self.device)
-        share = (start + torch.arange(num, device=start.device) / max(num, 1)) % 1
-        steps = 1 + (share * self.steps).long().clamp(max=self.steps - 1)
+        quantile = (start + torch.arange(num, device=start.device) / max(num, 1)) % 1
+        if self.steps > 1:
+            rest = (quantile - self._first) / (1 - self._first)
+            later = (rest * (self.steps - 1)).long().clamp(max=self.steps - 2)
+            steps = torch.where(rest < 0, 1, 2 + later)
+        else:
+            steps = torch.ones_like(quantile, dtype=torch.long)
         return steps.reshape(shape + self.batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """-log T, of the shape of the value."""
+        """log q(t), of the shape of the value."""
         if self._validate_args:
             self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape, self.batch_shape)
-        return torch.full(shape, -math.log(self.steps), device=value.device)
+        weight = self.weight(value, torch.get_default_dtype())
+        return -(self.steps * weight).log().expand(shape)
+
+    def weight(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """1 / (T q(t)) of steps from 1 to T, of their shape: uniform steps over these."""
+        later = (self.steps - 1) / (self.steps * (1 - self._first)) if self.steps > 1 else 1.0
+        first = 1 / (self.steps * self._first)
+        return torch.full_like(t, later, dtype=dtype).masked_fill(t == 1, first)
 
     def expand(
         self, batch_shape: Sequence[int], _instance: TorchDistribution | None = None
     ) -> "StratifiedSteps":
         """The same distribution over a larger batch."""
         new = self._get_checked_instance(StratifiedSteps, _instance)
-        new.steps, new.device = self.steps, self.device
+        new.steps, new.device, new._first = self.steps, self.device, self._first
         super(StratifiedSteps, new).__init__(Size(batch_shape), validate_args=False)
         new._validate_args = self._validate_args
         return new

@@ -215,8 +215,12 @@ def _diagonal_normal(fn: Any) -> Any | None:
 
 def _same(a: Any, b: Any) -> bool:
     """Whether two scales or masks are one: None masks nothing."""
+    if a is b:
+        return True
+    if isinstance(a, float) and isinstance(b, float):
+        return a == b
     a, b = (torch.as_tensor(True if x is None else x) for x in (a, b))
-    return a is b or bool((a == b).all())
+    return bool((a == b).all())
 
 
 def _is_one(scale: Any) -> bool:

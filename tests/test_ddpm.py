@@ -146,7 +146,13 @@ def terms(model: DDPM, guide: Program, x: Tensor, chosen: int) -> tuple[float, f
     )
     assert name in poutine.trace(guide).get_trace(x_0).nodes
     prior = float(kl.mean())
-    return prior, (total - prior) / diffusion.steps
+    return prior, (total - prior) * share(chosen, diffusion.steps)
+
+
+def share(t: int, steps: int) -> float:
+    """The probability that the program draws a step."""
+    first = max(1 / steps, 1 / 8)
+    return first if t == 1 else (1 - first) / (steps - 1)
 
 
 KERNELS = {"exact": None, "small": "small", "large": "beta"}
@@ -470,13 +476,12 @@ def test_impossible_samples(options: dict[str, Any], message: str) -> None:
         assert gaussian(20).sample(3, steps=steps).shape == (3, 1)
 
 
-def test_a_fitted_model_samples_and_its_program_is_no_generator() -> None:
+def test_a_fitted_model_samples_and_its_program_reconstructs_nothing() -> None:
     model, x = trio()
     fitted = fit(model, ForwardProcess(model.diffusion), x, steps=2, progress=False)
-    assert fitted.model.sample(5).shape == (5, 3)
-    for call in (partial(fitted.generate, 5), partial(fitted.reconstruct, x)):
-        with pytest.raises(ValueError, match="scaled by the program"):
-            call()
+    assert fitted.model.sample(5).shape == fitted.generate(5)["x_0"].shape == (5, 3)
+    with pytest.raises(ValueError, match="scaled by the program"):
+        fitted.reconstruct(x)
 
 
 @pytest.mark.parametrize("draws", [2, 4])
@@ -491,7 +496,6 @@ def test_some_of_the_steps_are_no_posterior(draws: int) -> None:
         partial(fitted.posterior, x),
         partial(fitted.log_predictive_density, x),
         partial(fitted.predict, x),
-        partial(fitted.generate, 5),
         partial(fitted.reconstruct, x),
     ):
         with pytest.raises(ValueError, match="scaled by the program"):
