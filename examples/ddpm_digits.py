@@ -9,16 +9,15 @@ The U-Net has 85,000 parameters, and the noise schedule is learned with it: on s
 the fixed ones spend most of their steps on noise that is finer than a level. The VAE may train for
 as long as the diffusion did, on the same threads; it overfits before that, and stops at its best
 bound on a tenth of the training images, which it does not see. Its evidence by importance sampling,
-from 1,000 draws, is printed too: a tighter bound than its ELBO, for the diffusion's to beat.
+from 1,000 draws, is a tighter bound than its ELBO, for the diffusion's to beat.
 
-It prints both, and the diffusion's bound by what it is made of: the prior's term, the steps, and
-the reconstruction. The figure shows digits as they come out of noise.
+It prints both in one table, and the diffusion's bound by what it is made of: the prior's term, the
+steps, and the reconstruction. The figure shows digits as they come out of noise.
 
     python examples/ddpm_digits.py
 """
 
 import argparse
-import math
 import time
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from matplotlib.figure import Figure
 from pyro.infer import TraceMeanField_ELBO
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pyro_vi import data, fit
+from pyro_vi import data, fit, judge
 from pyro_vi.denoisers import UNet
 from pyro_vi.diffusion import Affine, Diffusion
 from pyro_vi.families import FullCovariance
@@ -36,7 +35,6 @@ from pyro_vi.guides import Encoder, ForwardProcess
 from pyro_vi.kernels import Velocity
 from pyro_vi.models import DDPM, VAE, DiscretizedLogistic, LearnedDiscretizedLogistic
 from pyro_vi.schedules import Learned
-from pyro_vi.stepwise import step_bound
 
 STEPS = 100  # of the chain
 
@@ -48,7 +46,6 @@ options = parser.parse_args()
 torch.set_num_threads(1)
 torch.manual_seed(0)
 digits = data.digits()
-pixels = math.prod(digits.shape)
 
 # The diffusion: what model and guide share is the forward process.
 diffusion = Diffusion(
@@ -76,8 +73,6 @@ fitted = fit(
     progress=False,
 )
 seconds = time.perf_counter() - started
-bound = step_bound(fitted.model, fitted.guide, digits.test)
-bits = bound.bits_per_dim
 
 # The VAE, for as long at most: a few steps tell how many that are.
 vae = VAE(digits.shape, latent_dim=6, likelihood=DiscretizedLogistic(digits.levels))
@@ -87,21 +82,11 @@ trial = fit(vae, encoder, digits.train, steps=50, **settings)
 steps = max(1, round(seconds / (trial.seconds / 50)))
 seen, held = digits.train[:-144], digits.train[-144:]
 other = fit(vae, encoder, seen, heldout=held, patience=10, steps=steps, **settings)
-posterior = other.posterior(digits.test, 1_000)
-unit = pixels * math.log(2)
-elbo, evidence = (
-    -float(estimate.value.mean()) / unit for estimate in (posterior.elbo(), posterior.evidence())
-)
 
-print(f"{len(digits.test)} test digits, {pixels} pixels of {digits.levels} levels\n")
-print(f"{'':26}{'bits per dimension':>20}{'parameters':>13}{'seconds':>9}")
-print(
-    f"{'diffusion, ELBO':26}{f'{bits.value:.3f} ± {bits.se:.3f}':>20}"
-    f"{fitted.parameters:>13,}{seconds:>9.0f}"
-)
-print(f"{'VAE, ELBO':26}{elbo:>20.3f}{other.parameters:>13,}{other.seconds:>9.0f}")
-print(f"{'VAE, evidence':26}{evidence:>20.3f}")
-print(f"\n{bound}")
+# Both observe the same 64 pixels of 17 levels, and so stand in one table.
+result = judge({"diffusion": fitted, "VAE": other}, digits)
+print(f"{len(digits.test)} test digits; trained for {seconds:.0f} s and {other.seconds:.0f} s\n")
+print(f"{result}\n\n{result.step_bounds['diffusion']}")
 
 # The picture: eight digits as they come about.
 torch.manual_seed(1)
