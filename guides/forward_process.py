@@ -52,7 +52,7 @@ class ForwardProcess(_Guide):
             pyro.sample(f"x_{diffusion.steps}", diffusion.noised(y_0, last))
             with pyro.plate("steps", diffusion.steps, subsample=drawn):
                 steps = StratifiedSteps(diffusion.steps, device=y_0.device)
-                told = {"diffusion": diffusion.signature(), "subsampled": diffusion.steps > 1}
+                told = {"diffusion": diffusion.signature(), "subsampled": True}
                 t = pyro.sample("t", steps, infer=told)
                 step = diffusion.transition(t, y_0.dtype)
                 y_t = pyro.sample("x_t", diffusion.noised(y_0, t, step=step))

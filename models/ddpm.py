@@ -21,7 +21,7 @@ __all__ = ["DDPM", "DDPMChain"]
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pyro
 import pyro.poutine as poutine
@@ -96,16 +96,29 @@ class DDPM(PyroModule):
         super().__init__()
         if not isinstance(diffusion, Diffusion):
             raise TypeError(f"expected a Diffusion, got {diffusion!r}")
+        prediction = Noise() if prediction is None else prediction
+        kernel = SmallVariance() if kernel is None else kernel
         likelihood = LearnedGaussian() if likelihood is None else likelihood
+        for name, part, example in (
+            ("network", net, "UNet((1, 28, 28), 100)"),
+            ("prediction", prediction, "Velocity()"),
+            ("kernel", kernel, "Learned(FullCovariance(2, 16), 100)"),
+        ):
+            if not isinstance(part, nn.Module):
+                raise TypeError(
+                    f"expected a {name} that is a module, such as {example}, got {part!r}"
+                )
+        if hasattr(kernel, "context_dim"):
+            raise TypeError(f"expected a kernel, such as Learned(family, steps), got {kernel!r}")
         logits = isinstance(likelihood, (Bernoulli, ContinuousBernoulli))
-        if getattr(likelihood, "outputs", None) != 1 or logits:
+        module = isinstance(likelihood, nn.Module)
+        if not module or getattr(likelihood, "outputs", None) != 1 or logits:
             raise TypeError(
                 "expected a likelihood with one output, the mean, such as Gaussian(0.1) or"
                 f" LearnedDiscretizedLogistic(256), got {likelihood!r}"
             )
-        kernel = SmallVariance() if kernel is None else kernel
-        for name, module in (("network", net), ("kernel", kernel)):
-            for part in module.modules():
+        for name, whole in (("network", net), ("kernel", kernel)):
+            for part in whole.modules():
                 if isinstance(part, TimeEmbedding) and part.steps != diffusion.steps:
                     raise ValueError(
                         f"expected a {name} of {diffusion.steps} steps, as the diffusion has, got"
@@ -113,7 +126,7 @@ class DDPM(PyroModule):
                     )
         self.diffusion = diffusion
         self.net = net
-        self.prediction = Noise() if prediction is None else prediction
+        self.prediction = prediction
         self.kernel = kernel
         self.likelihood = likelihood
 
@@ -128,7 +141,8 @@ class DDPM(PyroModule):
             ValueError: The data have another shape, or values outside the likelihood's support; the
                 guide has another forward process; the network's output has another shape.
         """
-        diffusion, net = self.diffusion, self.net  # in a plate, it would handle every parameter
+        parts = self._parts()  # before the plates, which would handle every parameter's message
+        diffusion = parts.diffusion
         y_0 = diffusion.encode(x_0)
         drawn = torch.arange(diffusion.draws)
         with pyro.plate("data", len(x_0)):
@@ -136,15 +150,15 @@ class DDPM(PyroModule):
             with pyro.plate("steps", diffusion.steps, subsample=drawn):
                 with _Same(diffusion):
                     steps = StratifiedSteps(diffusion.steps, device=y_0.device)
-                    t = pyro.sample("t", steps, infer={"subsampled": diffusion.steps > 1})
+                    t = pyro.sample("t", steps, infer={"subsampled": True})
                 step = diffusion.transition(t, y_0.dtype)
                 y_t = pyro.sample("x_t", diffusion.noised(y_0, t, step=step))
-                estimate = self._estimate(diffusion, net, y_t, t, step)
+                estimate = parts.estimate(y_t, t, step)
                 with poutine.scale(scale=steps.weight(t, y_0.dtype)):
                     with poutine.mask(mask=t > 1), _Same(diffusion):
-                        pyro.sample("x_s", self._kernel(y_t, t, step, estimate))
+                        pyro.sample("x_s", parts.before(y_t, t, step, estimate))
                     with poutine.mask(mask=t == 1):
-                        pyro.sample("x_0", self._likelihood(diffusion, estimate), obs=x_0)
+                        pyro.sample("x_0", parts.decode(estimate), obs=x_0)
 
     def denoise(self, y_t: Tensor, t: Tensor) -> Tensor:
         """The network's estimate of y_0.
@@ -159,8 +173,8 @@ class DDPM(PyroModule):
         Raises:
             ValueError: The network's output has another shape than its input.
         """
-        diffusion = self.diffusion
-        return self._estimate(diffusion, self.net, y_t, t, diffusion.transition(t, y_t.dtype))
+        parts = self._parts()
+        return parts.estimate(y_t, t, parts.diffusion.transition(t, y_t.dtype))
 
     def before(self, y_t: Tensor, t: Tensor) -> TorchDistribution:
         """The reverse kernel p(y_{t-1} | y_t), for t > 1.
@@ -172,40 +186,17 @@ class DDPM(PyroModule):
         Returns:
             A distribution of batch_shape (...) and event_shape (dim,).
         """
-        diffusion = self.diffusion
-        step = diffusion.transition(t, y_t.dtype)
-        return self._kernel(y_t, t, step, self._estimate(diffusion, self.net, y_t, t, step))
+        parts = self._parts()
+        step = parts.diffusion.transition(t, y_t.dtype)
+        return parts.before(y_t, t, step, parts.estimate(y_t, t, step))
 
     def decode(self, estimate: Tensor) -> TorchDistribution:
         """The likelihood p(x_0 | y_1), given the estimate of y_0 at t = 1, shape (..., dim)."""
-        return self._likelihood(self.diffusion, estimate)
+        return self._parts().decode(estimate)
 
-    # A PyroModule's attribute that is a module says so to Pyro, parameter by parameter, whenever it
-    # is asked for: these ask for each once.
-
-    def _estimate(
-        self, diffusion: Diffusion, net: nn.Module, y_t: Tensor, t: Tensor, step: Transition
-    ) -> Tensor:
-        flat = y_t.reshape(-1, *diffusion.shape)
-        out = net(flat, t.expand(y_t.shape[:-1]).reshape(-1))
-        if not isinstance(out, Tensor) or out.shape != flat.shape:
-            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(
-                f"expected a network whose output has its input's shape, {tuple(flat.shape)}, got"
-                f" {got}"
-            )
-        return cast(Tensor, self.prediction(out.reshape(y_t.shape), y_t, step))
-
-    def _kernel(
-        self, y_t: Tensor, t: Tensor, step: Transition, estimate: Tensor
-    ) -> TorchDistribution:
-        mean = step.on_t * y_t + step.on_0 * estimate
-        return cast(TorchDistribution, self.kernel(mean, y_t, t, step))
-
-    def _likelihood(self, diffusion: Diffusion, estimate: Tensor) -> TorchDistribution:
-        events = len(diffusion.shape)
-        raw = diffusion.decode(estimate).unsqueeze(-1 - events)
-        return cast(TorchDistribution, self.likelihood(raw, event_dim=events))
+    def _parts(self) -> "_Parts":
+        """The modules, each asked for once: a PyroModule then announces its parameters to Pyro."""
+        return _Parts(self.diffusion, self.net, self.prediction, self.kernel, self.likelihood)
 
     def sample(
         self,
@@ -257,21 +248,20 @@ class DDPM(PyroModule):
         Args:
             num: How many.
             frames: How many states of each, evenly spaced, the noise first and the mean of x_0
-                last; at least 2.
+                last; at least 2, and all of them where there are fewer.
             steps, eta: As `sample` has them.
 
         Returns:
             Shape (frames, num, *shape), in the units of the data.
 
         Raises:
-            ValueError: As `sample`; fewer than two frames, or more than there are states.
+            ValueError: As `sample`; fewer than two frames.
         """
         check_sizes(frames=frames)
         if frames < 2:
             raise ValueError(f"expected at least 2 frames, got {frames}")
         total = self.diffusion.steps if steps is None else steps
-        if frames > total + 1:
-            raise ValueError(f"expected at most {total + 1} frames of {total} steps, got {frames}")
+        frames = min(frames, total + 1)
         wanted = {round(i * total / (frames - 1)) for i in range(frames - 1)}
         states = enumerate(self._states(num, steps, eta, False))
         kept = {i: state for i, state in states if i in wanted or i == total - 1}
@@ -327,6 +317,44 @@ class DDPM(PyroModule):
             return cast(Tensor, p.mean if expected else p.sample())
 
 
+class _Parts(NamedTuple):
+    """What a DDPM is made of."""
+
+    diffusion: Diffusion
+    net: nn.Module
+    prediction: nn.Module
+    kernel: nn.Module
+    likelihood: nn.Module
+
+    def estimate(self, y_t: Tensor, t: Tensor, step: Transition) -> Tensor:
+        own = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), y_t.dtype)
+        if y_t.dtype != own:
+            raise TypeError(
+                f"expected data of the network's dtype, {own}, got {y_t.dtype}: convert the data"
+                " (.float()) or the programs (.double())"
+            )
+        flat = y_t.reshape(-1, *self.diffusion.shape)
+        out = self.net(flat, t.expand(y_t.shape[:-1]).reshape(-1))
+        if not isinstance(out, Tensor) or out.shape != flat.shape:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(
+                f"expected a network whose output has its input's shape, {tuple(flat.shape)}, got"
+                f" {got}"
+            )
+        return cast(Tensor, self.prediction(out.reshape(y_t.shape), y_t, step))
+
+    def before(
+        self, y_t: Tensor, t: Tensor, step: Transition, estimate: Tensor
+    ) -> TorchDistribution:
+        mean = step.on_t * y_t + step.on_0 * estimate
+        return cast(TorchDistribution, self.kernel(mean, y_t, t, step))
+
+    def decode(self, estimate: Tensor) -> TorchDistribution:
+        events = len(self.diffusion.shape)
+        raw = self.diffusion.decode(estimate).unsqueeze(-1 - events)
+        return cast(TorchDistribution, self.likelihood(raw, event_dim=events))
+
+
 class _Same(Messenger):
     """Holds the forward process that the guide names at a site against the model's own."""
 
@@ -335,7 +363,7 @@ class _Same(Messenger):
         self._diffusion = diffusion
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["infer"].get("weighted") and not msg.get("weighted"):
+        if msg["infer"].get("weighted") is not None and msg.get("weighted") is None:
             raise ValueError(
                 "the guide's steps are weighted and the model's are not: StepWeight both"
             )
@@ -358,6 +386,11 @@ class DDPMChain(PyroModule):
 
     Sites: the latents "x_T" (under T's own number) down to "x_1", flat and in the diffusion's
     coordinates, and the observed "x_0", of the data's shape.
+
+    A trained one has a posterior over trajectories without further training:
+
+        chain, guide = DDPMChain(fitted.model), ReverseOrder(fitted.model.diffusion)
+        posterior = fit(chain, guide, x, steps=0).posterior(x)
 
     Args:
         ddpm: The model, trained or not; or a fitted one (`Fit.model`), which stays frozen.

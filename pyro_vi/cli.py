@@ -202,8 +202,13 @@ def _summary() -> str:
 
 def _compare(options: argparse.Namespace) -> None:
     models = _names("model", options.models, _MODELS)
-    families = _names("family", options.families, _FAMILIES) if "vae" in models else []
-    schedules = _names("schedule", options.schedules, _SCHEDULES) if "ddpm" in models else []
+    families = _names("family", options.families, _FAMILIES)
+    schedules = _names("schedule", options.schedules, _SCHEDULES)
+    if "ddpm" not in models and (options.schedules, options.chain) != ("learned", 100):
+        raise ValueError("--schedules and --chain are a diffusion's: add ddpm to --models")
+    if "vae" not in models and families != list(_FAMILIES):
+        raise ValueError("--families are a VAE's: add vae to --models")
+    families, schedules = families * ("vae" in models), schedules * ("ddpm" in models)
     if not options.learning_rate > 0:
         raise ValueError(f"expected a positive learning rate, got {options.learning_rate}")
     if options.test_images < 2:
@@ -215,6 +220,8 @@ def _compare(options: argparse.Namespace) -> None:
         )
     if options.draws < 21:
         raise ValueError(f"expected at least 21 posterior draws for a k-hat, got {options.draws}")
+    if options.steps < 1:
+        raise ValueError(f"expected at least one step, got {options.steps}")
     if options.chain < 1:
         raise ValueError(f"expected at least one step of the chain, got {options.chain}")
     check_seed(options.seed)
@@ -366,7 +373,8 @@ def _sample(options: argparse.Namespace) -> None:
         picture = Path(folder) / "picture"
         plots.grid(images).savefig(picture, dpi=120, format=form)
         picture.replace(options.out)
-    print(f"{options.num} samples of {options.fit} are in {options.out}")
+    print(f"{options.num} {'sample' if options.num == 1 else 'samples'} of {options.fit}:", end=" ")
+    print(options.out)
 
 
 def _best_of(folder: Path) -> Path:

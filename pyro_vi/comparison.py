@@ -25,29 +25,30 @@ import csv
 import io
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyro
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vi import checkpoint, tables, verdict
-from pyro_vi.batches import Batches, Data, arguments, moved
+from pyro_vi.batches import Arguments, Batches, Data, moved
 from pyro_vi.diagnostics import khat_threshold
 from pyro_vi.fitted import Fit
 from pyro_vi.fitting import fit
 from pyro_vi.marginals import MarginalErrors, marginal_errors, noise_floor
 from pyro_vi.posterior import Posterior
-from pyro_vi.program import check_seed, checked_device, seeded
+from pyro_vi.program import State, check_seed, checked_device, seeded
 from pyro_vi.rows import PerPoint, Row, largest_errors, make_rows, with_one_evidence
-from pyro_vi.sites import is_discrete
-from pyro_vi.stepwise import StepBound, has_steps, step_bound
+from pyro_vi.sites import draws_terms, is_deterministic, is_discrete
+from pyro_vi.stepwise import StepBound, step_bound
 
 _MIN_DRAWS = 21  # fewer have no tail to fit a k-hat to
 
@@ -223,6 +224,9 @@ def compare(
     _samples(reference)
     train, _ = _parts(data)
     checked_device(options.get("device"))
+    if isinstance(model, Mapping):
+        batch = Batches(train, batch_size=options.get("batch_size")).first()
+        _check_one_variable({name: _look(models[name], guides[name], batch) for name in guides})
     fits = {
         name: fit(
             models[name], guide, train, seed=seed, progress=name if progress else False, **options
@@ -296,28 +300,35 @@ def judge(
     check_seed(seed)
     samples = _samples(reference)
     train, test = _parts(data)
-    by_step = [name for name, one in fits.items() if has_steps(one.model, arguments(one.template))]
-    joint = not all(one.local for one in fits.values())
-    if joint and by_step:
-        raise ValueError(
-            f"{by_step} have a bound for each data point, and others here one of all data together"
-            " (latents that data points share, or an autoguide): these do not compare"
-        )
     with seeded(seed):
         judged = {
             name: transform(part) if transform else part
             for name, part in (("train", train), ("test", test))
             if part is not None
         }
+    looks = {name: _look_at(name, one, judged) for name, one in fits.items()}
+    by_step = [name for name, look in looks.items() if look.by_step]
+    joint = not all(one.local for name, one in fits.items() if name not in by_step)
+    if apart := [name for name in by_step if not fits[name].local]:
+        raise ValueError(
+            f"{apart} draw some of their steps alone, and their rows do not stand alone (a"
+            " normalisation over the batch, or latents that data points share): they have no bound"
+            " for each data point"
+        )
+    if joint and by_step:
+        raise ValueError(
+            f"{by_step} have a bound for each data point, and others here one of all data together"
+            " (latents that data points share, or an autoguide): these do not compare"
+        )
     on_test = not joint and "test" in judged
     scored = judged["test" if on_test else "train"]
-    _check_one_variable(fits)
+    _check_one_variable(looks)
     posteriors, step_bounds = {}, {}
     for name, one in fits.items():
         here = moved(scored, _device(one))
         if name in by_step:
             step_bounds[name] = step_bound(
-                one.model, one.guide, here, seed=seed, progress=name if progress else False
+                one.model, one.guide, _one(here), seed=seed, progress=name if progress else False
             )
             continue
         posterior = one.posterior(here, num_samples, seed=seed)
@@ -333,8 +344,7 @@ def judge(
         if joint and "test" in judged and one.amortized
     }
     rows = make_rows(fits, posteriors, step_bounds, points, predictive, marginals)
-    models = {id(one.model.function) for one in fits.values()}
-    shared = len(models) == 1 and not any(one.model_is_trained for one in fits.values())
+    shared = _one_model(list(fits.values()))
     if shared:
         rows = with_one_evidence(rows, trusted=khat_threshold(num_samples) if joint else None)
     noise = {name: noise_floor(values) for name, values in _common(drawn, posteriors).items()}
@@ -376,32 +386,121 @@ def _device(fitted: Fit) -> torch.device | None:
     return Batches(fitted.template).device
 
 
-def _check_one_variable(fits: Mapping[str, Fit]) -> None:
-    """Raises ValueError if the models of the fits have bounds on different things."""
-    first, *others = fits
-    if all(fits[name].model.function is fits[first].model.function for name in others):
-        return
-    expected = _variable(fits[first])
-    for name in others:
-        if (found := _variable(fits[name])) != expected:
+@dataclass(frozen=True)
+class _Look:
+    """What a run of a model under its guide shows.
+
+    Attributes:
+        model: the program.
+        by_step: whether it draws some of its steps alone.
+        density: every number observed with a density, sorted.
+        discrete: the rank of every discrete one among them, sorted: units do not matter there.
+        levels: how many values the observed sites may take; None of densities.
+    """
+
+    model: Callable[..., Any]
+    by_step: bool
+    density: Tensor
+    discrete: Tensor
+    levels: frozenset[Any]
+
+
+def _look_at(name: str, fitted: Fit, judged: Mapping[str, Any]) -> _Look:
+    """A run on a few of the judged rows; on all training data, where rows do not stand alone."""
+    part = judged["train"]
+    batches = Batches(part, rows=fitted.rows if fitted.local else None)
+    few = torch.arange(2, device=batches.device)
+    batch = batches.rows(few) if fitted.local else batches.whole()
+    moved_batch: Any = moved(batch, _device(fitted))
+    try:
+        return _look(fitted.model, fitted.guide, moved_batch, function=fitted.model.function)
+    except (TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]  # without the shapes that Pyro adds
+        raise type(error)(f"{name!r} does not take these data: {reason}") from error
+
+
+def _look(
+    model: Callable[..., Any], guide: Callable[..., Any], batch: Arguments, function: Any = None
+) -> _Look:
+    args, kwargs = batch
+    state = State({"model": model, "guide": guide})
+    with seeded(0), torch.no_grad(), state.installed(), pyro.validation_enabled(False):
+        drawn = poutine.trace(guide).get_trace(*args, **kwargs)
+        trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
+    sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
+    by_step = any(map(draws_terms, sites))
+    observed = [site for site in sites if site["is_observed"] and not is_deterministic(site)]
+    numbers: dict[bool, list[Tensor]] = {False: [], True: []}
+    for site in observed:
+        numbers[is_discrete(site["fn"])].append(_observed(site, masked=not by_step))
+    density, discrete = (
+        torch.cat([torch.zeros(0, dtype=torch.float64), *numbers[kind]]).sort().values
+        for kind in (False, True)
+    )
+    return _Look(
+        model=model if function is None else function,
+        by_step=by_step,
+        density=density,
+        discrete=discrete.unique(return_inverse=True)[1],
+        levels=frozenset(_levels(site["fn"]) for site in observed if site["value"].numel()),
+    )
+
+
+def _observed(site: Any, *, masked: bool) -> Tensor:
+    """The numbers that a site observes; those that are masked left out, but of a step's mask."""
+    value, fn, mask = site["value"], site["fn"], site["mask"]
+    if masked and isinstance(mask, (bool, Tensor)):
+        rows = torch.as_tensor(mask, device=value.device)
+        rows = rows.reshape(rows.shape + (1,) * fn.event_dim)
+        value, rows = torch.broadcast_tensors(value, rows)
+        value = value[rows]
+    return value.reshape(-1).double().cpu()
+
+
+def _check_one_variable(looks: Mapping[str, _Look]) -> None:
+    """Raises ValueError if the models have bounds on different things."""
+    (first, expected), *others = looks.items()
+    for name, found in others:
+        if found.model == expected.model:
+            continue
+        if _words(found) != _words(expected):
             raise ValueError(
-                f"bounds on different things do not compare: {first!r} observes"
+                f"bounds on different things do not compare: of the same rows {first!r} observes"
                 f" {_words(expected)}, {name!r} {_words(found)}"
+            )
+        alike = torch.allclose(found.density, expected.density, rtol=1e-5, atol=1e-6)
+        if not alike or not torch.equal(found.discrete, expected.discrete):
+            raise ValueError(
+                f"bounds on different things do not compare: {first!r} and {name!r} observe other"
+                " numbers of the same rows (other units of a density, say)"
             )
 
 
-def _variable(fitted: Fit) -> tuple[tuple[int, Any], ...]:
-    """What a model observes: of each site the numbers, and their levels (None of a density)."""
-    args, kwargs = arguments(fitted.template)
-    with seeded(0), torch.no_grad():
-        trace = poutine.trace(fitted.model).get_trace(*args, **kwargs)
-    found = []
-    for name in trace.observation_nodes:
-        site = trace.nodes[name]
-        frames = [f for f in site["cond_indep_stack"] if f.name == fitted.plate]
-        rows = int(frames[0].size) if frames else 1
-        found.append((site["value"].numel() // rows, _levels(site["fn"])))
-    return tuple(sorted(found, key=str))
+def _one_model(fits: Sequence[Fit]) -> bool:
+    """Whether all fits have the very same model, and none trained it."""
+    first, *others = fits
+    if any(one.model_is_trained for one in fits):
+        return False
+    if any(one.model.function != first.model.function for one in others):
+        return False
+    held = [_of_model(one) for one in fits]
+    return all(
+        own.keys() == held[0].keys()
+        and all(torch.equal(tensor, held[0][name]) for name, tensor in own.items())
+        for own in held
+    )
+
+
+def _of_model(fitted: Fit) -> dict[str, Tensor]:
+    tensors = fitted.model.state.snapshot()
+    return {name: t for name, t in tensors.items() if name.split(".")[0] == "model"}
+
+
+def _one(data: Any) -> Any:
+    """The one tensor that programs of one argument take."""
+    if isinstance(data, (tuple, Mapping)) and len(data) == 1:
+        return next(iter(data.values() if isinstance(data, Mapping) else data))
+    return data
 
 
 def _levels(fn: Any) -> Any:
@@ -413,14 +512,17 @@ def _levels(fn: Any) -> Any:
         support = support.base_constraint
     if support is constraints.boolean:
         return 2
+    if isinstance(support, constraints.integer_interval):
+        sizes = torch.as_tensor(support.upper_bound - support.lower_bound + 1).unique()
+        return int(sizes[0]) if len(sizes) == 1 else str(type(support).__name__)
     return getattr(support, "levels", None) or str(support)
 
 
-def _words(variable: tuple[tuple[int, Any], ...]) -> str:
-    return " and ".join(
-        f"{numbers} numbers {'with a density' if levels is None else f'of {levels} levels'}"
-        for numbers, levels in variable
-    )
+def _words(look: _Look) -> str:
+    kinds = [f"of {levels} levels" for levels in look.levels - {None}]
+    found = [f"{len(look.discrete)} numbers {' and '.join(sorted(kinds))}"] * bool(kinds)
+    found += [f"{len(look.density)} with a density"] * bool(len(look.density))
+    return " and ".join(found) or "nothing"
 
 
 def _parts(data: Any) -> tuple[Any, Any]:

@@ -31,7 +31,7 @@ from torch import Size, Tensor, nn
 from pyro_vi.families import check_sizes
 from pyro_vi.schedules import Schedule
 
-_FIRST = 1 / 8  # of the draws of a step, at least: the share of the first
+_FIRST = 1 / 8  # the first step's share of the draws, at least
 
 
 class Coordinates(nn.Module):
@@ -186,7 +186,8 @@ class Diffusion(nn.Module):
         shape: The shape of one data point.
         schedule: The noise schedule (:mod:`pyro_vi.schedules`).
         coordinates: `Affine()` by default.
-        draws: How many of the T steps the time-sub-sampled programs draw for each data point.
+        draws: How many of the T steps the time-sub-sampled programs draw for each data point; as
+            many as T are draws still, not every step once.
 
     Raises:
         ValueError: The schedule's signal-to-noise ratio does not fall, or leaves (0, 1); `draws` is
@@ -209,6 +210,8 @@ class Diffusion(nn.Module):
         draws: int = 1,
     ) -> None:
         super().__init__()
+        if isinstance(shape, int):
+            raise TypeError(f"expected the shape of a data point, such as ({shape},), got {shape}")
         self.shape = tuple(shape)
         if not self.shape:
             raise ValueError("expected the shape of a data point, got an empty one")
@@ -223,8 +226,8 @@ class Diffusion(nn.Module):
             raise ValueError(f"expected to draw at most the {self.steps} steps, got {draws}")
         self.draws = draws
         self.coordinates = Affine() if coordinates is None else coordinates
-        # of a schedule without parameters, which stays
-        self._tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        if not isinstance(self.coordinates, Coordinates):
+            raise TypeError(f"expected Coordinates, such as Affine(0.5, 0.5), got {coordinates!r}")
         self._point = (1.7 * torch.arange(self.dim)).sin()  # by which coordinates are compared
 
     def encode(self, x_0: Tensor) -> Tensor:
@@ -235,7 +238,8 @@ class Diffusion(nn.Module):
             ValueError: They have another shape.
         """
         if x_0.dim() == 0 or tuple(x_0.shape[1:]) != self.shape:
-            raise ValueError(f"expected data of shape (N, *{self.shape}), got {tuple(x_0.shape)}")
+            expected = ", ".join(map(str, ("N", *self.shape)))
+            raise ValueError(f"expected data of shape ({expected}), got {tuple(x_0.shape)}")
         if not x_0.is_floating_point():
             raise TypeError(f"expected data of a floating point dtype, got {x_0.dtype}")
         return self.coordinates.encode(x_0.reshape(len(x_0), self.dim))
@@ -291,20 +295,21 @@ class Diffusion(nn.Module):
         if s is None:
             table = self._table(dtype, t.device)
             if table is not None:
-                return Transition(*table[:, t.long() - 1].unsqueeze(-1).unbind())
+                return Transition(*table[:, t.long()].unsqueeze(-1).unbind())
             s = t - 1
         return Transition(*(number.to(dtype).unsqueeze(-1) for number in self._numbers(t, s)))
 
     def _table(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """The numbers of all T steps, (6, T); None if the schedule has parameters."""
-        if next(self.schedule.parameters(), None) is not None:
+        """The numbers of all T steps, (6, T + 1), NaN for 0; None if the schedule may change."""
+        if not self.schedule.fixed:
             return None
-        key = dtype, device
-        if key not in self._tables:
+        kept, key = self.schedule.kept, (dtype, device)
+        if key not in kept:
+            t = torch.arange(1, self.steps + 1, device=device)
             with torch.no_grad():
-                t = torch.arange(1, self.steps + 1, device=device)
-                self._tables[key] = torch.stack(self._numbers(t, t - 1)).to(dtype)
-        return self._tables[key]
+                numbers = torch.stack(self._numbers(t, t - 1))
+            kept[key] = torch.nn.functional.pad(numbers, (1, 0), value=math.nan).to(dtype)
+        return kept[key]
 
     def _numbers(self, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         """The numbers of a `Transition`, in the schedule's dtype and of the shape of t."""
@@ -405,7 +410,7 @@ class StratifiedSteps(TorchDistribution):
         return -(self.steps * weight).log().expand(shape)
 
     def weight(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """1 / (T q(t)) of steps from 1 to T, of their shape: uniform steps over these."""
+        """1 / (T q(t)), the importance weight against uniform steps, for t from 1 to T."""
         later = (self.steps - 1) / (self.steps * (1 - self._first)) if self.steps > 1 else 1.0
         first = 1 / (self.steps * self._first)
         return torch.full_like(t, later, dtype=dtype).masked_fill(t == 1, first)

@@ -42,9 +42,8 @@ def strips(result: Comparison, *, num: int = 6, frames: int = 9, seed: int = 0) 
     check_count("image", num)
     found = {}
     for family in _families(result, "trajectory"):
-        shown = min(frames, len(result.step_bounds[family].steps) + 1)
         with seeded(seed):
-            states = result.fits[family].model.trajectory(num, shown)
+            states = result.fits[family].model.trajectory(num, frames)
         found[family] = checked(states.transpose(0, 1).flatten(0, 1), what=f"states of {family!r}")
     height, width = next(iter(found.values())).shape[2:]
     size = min(0.8, WIDTH / (frames * min(2, len(found))))

@@ -28,7 +28,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vi.sites import is_delta
+from pyro_vi.sites import draws_terms, is_delta
 
 
 class Told(ELBO):
@@ -97,7 +97,7 @@ class _ImportanceWeighted(Told, RenyiELBO):
         model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
         for trace in (model_trace, guide_trace):
             for name, site in trace.nodes.items():
-                if site["type"] == "sample" and site["infer"].get("subsampled"):
+                if site["type"] == "sample" and draws_terms(site):
                     raise ValueError(
                         f"site {name!r} draws some of the program's terms: an importance-weighted"
                         " bound of some bounds nothing; use Trace_ELBO, or all of them (DDPMChain)"

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 __all__ = ["Fit"]
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
+import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.poutine.trace_struct import Trace
@@ -30,8 +32,15 @@ from pyro_vi.posterior import Posterior
 from pyro_vi.program import Program, State, check_count, checked_device, reachable, seeded
 from pyro_vi.scaling import Structure
 from pyro_vi.scoring import Programs
-from pyro_vi.sites import Layout, Unobserved, is_deterministic, is_partial
-from pyro_vi.stepwise import has_steps
+from pyro_vi.sites import (
+    At,
+    Layout,
+    Unobserved,
+    draws_terms,
+    is_deterministic,
+    is_noise,
+    is_partial,
+)
 
 Draws = dict[str, Tensor]
 
@@ -219,17 +228,13 @@ class Fit:
                 of its sites alone, and is no diffusion.
         """
         check_count("data point to generate", num)
-        if has_steps(self.model, self._template_rows(1)):
-            sample = getattr(self.model, "sample", None)
-            if sample is None:
-                raise ValueError(
-                    "expected a diffusion with a method that samples its chain, DDPM's"
-                )
-            with seeded(seed):
-                return {"x_0": sample(num, expected=expected)}
         args, kwargs = self._template_rows(num)
         with seeded(seed), torch.no_grad():
             trace = poutine.trace(Unobserved()(self.model)).get_trace(*args, **kwargs)
+        sample = getattr(self.model, "sample", None)
+        if callable(sample) and any(map(draws_terms, _samples(trace))):
+            with seeded(seed):
+                return {"x_0": sample(num, expected=expected)}
         _check_local(trace, self.plate)
         ordered = {
             name: Layout.of(trace.nodes[name], plate=self.plate).ordered(value)
@@ -379,9 +384,47 @@ class Fit:
         content = {
             "tensors": self.model.state.snapshot(),
             "recipe": dict(recipe or {}),
+            "densities": self._densities(self._drawn()),
             **{name: getattr(self, name) for name in _PLAIN},
         }
         checkpoint.save(path, content)
+
+    def _drawn(self) -> Draws:
+        """The guide's draws for the template."""
+        args, kwargs = arguments(self.template)
+        with seeded(0), torch.no_grad():
+            trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+        return {site["name"]: site["value"].cpu() for site in _samples(trace) if is_noise(site)}
+
+    def _densities(self, drawn: Draws) -> dict[str, Any]:
+        """Draws, and what guide and model make of them; the latter empty if that is not settled."""
+        args, kwargs = arguments(self.template)
+        here = Batches(self.template).device
+        runs = []
+        for _ in range(2):
+            with At(moved(drawn, here)), torch.no_grad(), pyro.validation_enabled(False):
+                guide = poutine.trace(self.guide).get_trace(*args, **kwargs)
+                model = poutine.trace(poutine.replay(self.model, trace=guide))
+                runs.append(
+                    {
+                        "guide": _log_probs(guide),
+                        "model": _log_probs(model.get_trace(*args, **kwargs)),
+                    }
+                )
+        return {"draws": drawn, "log_probs": runs[0] if runs[0] == runs[1] else {}}
+
+    def _check_densities(self, saved: Mapping[str, Any], path: str | PathLike[str]) -> None:
+        """Raises ValueError unless the programs make of a saved fit's draws what that fit did."""
+        found = self._densities(saved["draws"])["log_probs"]
+        for whose, expected in saved["log_probs"].items():
+            for name, value in expected.items():
+                got = found.get(whose, {}).get(name, math.nan)
+                if not math.isclose(got, value, rel_tol=1e-3, abs_tol=1e-3) and value == value:
+                    raise ValueError(
+                        f"{path} was made for other programs: site {name!r} of the {whose} has log"
+                        f" probability {got:g} there, and had {value:g} in the fit, with the same"
+                        " parameters (another likelihood, schedule or the like)"
+                    )
 
     @classmethod
     def load(
@@ -418,11 +461,13 @@ class Fit:
             reason = str(error).partition("\n")[0]  # without the shapes that Pyro adds
             raise ValueError(f"{path} was made for other programs: {reason}") from error
         state.freeze()
-        return cls(
+        loaded = cls(
             model=Program(model, state, "model"),
             guide=Program(guide, state, "guide"),
             **{**{name: content[name] for name in _PLAIN}, "template": template},
         )
+        loaded._check_densities(content["densities"], path)
+        return loaded
 
 
 _PLAIN = (
@@ -443,12 +488,25 @@ _PLAIN = (
 )
 
 
+def _log_probs(trace: Trace) -> dict[str, float]:
+    trace.compute_log_prob()
+    return {
+        name: float(site["log_prob_sum"])
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site)
+    }
+
+
 def _check_frozen(state: State, saved: Mapping[str, Tensor]) -> None:
     """A frozen model is not restored: it must hold what the file does."""
     own = state.tensors()
     for name, tensor in state.snapshot().items():
         if name not in own and not torch.equal(tensor.cpu(), saved[name]):
             raise ValueError(f"the frozen model has other values of {name!r}")
+
+
+def _samples(trace: Trace) -> list[Any]:
+    return [site for site in trace.nodes.values() if site["type"] == "sample"]
 
 
 def _latent(trace: Trace) -> Draws:
@@ -486,5 +544,5 @@ def _check_local(trace: Trace, plate: str) -> None:
         if is_partial(site):
             raise ValueError(
                 f"site {name!r} is scaled by the program, which so draws some of its sites alone:"
-                " it generates no data points"
+                " it generates no data points, unless its model has a method `sample`, as DDPM's"
             )

@@ -107,7 +107,8 @@ def fit(
         optim: a Pyro optimizer, or a callable that makes a torch optimizer from parameters;
             `partial(torch.optim.Adam, lr=1e-3)` by default. A Pyro scheduler is stepped after
             every step.
-        steps: gradient steps, at least 1.
+        steps: gradient steps; 0 binds the programs as they are, such as a chain of a fitted
+            diffusion, so that they have a posterior.
         batch_size: rows of a minibatch along the first axis (B); sites inside the plate then weigh
             1/B and all others 1/N. None passes the data as they are.
         transform: applied to each batch, such as `pyro_vi.data.binarize`.
@@ -479,7 +480,8 @@ def _check_arguments(
             f"{type(loss).__name__} keeps the programs and scales of its first step: use"
             f" {type(loss).__name__.removeprefix('Jit')}"
         )
-    check_count("step", steps)
+    if steps != 0:
+        check_count("step", steps)
     if heldout_every < 1:
         raise ValueError(f"expected heldout_every of at least 1, got {heldout_every}")
     if patience is not None and (heldout is None or patience < 1):

@@ -33,8 +33,9 @@ class Row:
 
     Bounds are in nats: per data point, mean over the data, where each has a posterior of its own;
     of all data together where the posterior is joint. `_se` are Monte Carlo standard errors.
-    Differences are to the first family; paired over the data points where there are bounds of
-    single ones, so that their `_se` says whether other data points would rank the families alike.
+    Differences are to the first family that has the quantity; paired over the data points where
+    there are bounds of single ones, so that their `_se` says whether other data points would rank
+    the families alike.
     """
 
     family: str
@@ -115,7 +116,7 @@ def make_rows(
     for name, fitted in fits.items():
         values: dict[str, Any] = {
             "parameters": fitted.parameters,
-            "seconds_per_step": fitted.seconds / len(fitted.losses),
+            "seconds_per_step": fitted.seconds / max(1, len(fitted.losses)),
         }
         if name in points:
             values |= _of_draws(posteriors[name], points[name], next(iter(points.values())))

@@ -96,6 +96,10 @@ class Structure:
                 " infer={'is_auxiliary': True})"
             )
         _check_observed(model_trace)
+        if not _observed(model_trace) and (theirs := _observed(guide_trace)):
+            raise ValueError(
+                f"the model observes nothing and the guide observes {theirs}: are they swapped?"
+            )
         _check_masks(model_trace, guide_trace)
         frames = [f for f in _frames(model_trace, guide_trace) if f.name == plate]
         sizes = {(int(f.size), int(f.full_size or f.size)) for f in frames}

@@ -26,6 +26,10 @@ from pyro_vi.families import check_sizes
 class Schedule(nn.Module):
     """The base of all schedules: a subclass gives `gamma`.
 
+    Attributes:
+        fixed: Whether gamma never changes, so that its numbers are kept: neither parameters nor
+            buffers nor anything else that may be set later has a part in it.
+
     Args:
         steps: The number of steps T.
 
@@ -34,11 +38,13 @@ class Schedule(nn.Module):
         ValueError: `steps` is below one.
     """
 
+    fixed = False
+
     def __init__(self, steps: int) -> None:
         super().__init__()
         check_sizes(steps=steps)
         self.steps = steps
-        self._levels: Tensor | None = None  # of a schedule without parameters, which stays
+        self.kept: dict[object, Tensor] = {}  # of a fixed schedule
 
     def gamma(self, t: Tensor) -> Tensor:
         """Minus the log signal-to-noise ratio.
@@ -62,9 +68,11 @@ class Schedule(nn.Module):
             own = [parameter.reshape(-1) for parameter in self.parameters()]
             if own:
                 return torch.cat(own)
-            if self._levels is None:
-                self._levels = self.gamma(torch.arange(1, self.steps + 1))
-            return self._levels
+            if not self.fixed:
+                return self.gamma(torch.arange(1, self.steps + 1, device=_device(self)))
+            if "signature" not in self.kept:
+                self.kept["signature"] = self.gamma(torch.arange(1, self.steps + 1))
+            return self.kept["signature"]
 
     def check(self) -> None:
         """Raises ValueError unless gamma is finite and rises from every step to the next."""
@@ -109,6 +117,8 @@ class Linear(Schedule):
         tensor([9.9989e-01, 4.3186e-05], dtype=torch.float64)
     """
 
+    fixed = True
+
     def __init__(self, steps: int, *, first: float = 0.1, last: float = 20.0) -> None:
         super().__init__(steps)
         if not (first > 0 and last > 0):
@@ -144,6 +154,8 @@ class Cosine(Schedule):
         tensor([8.4701e-01, 4.9384e-01, 1.4427e-01, 1.4427e-04], dtype=torch.float64)
     """
 
+    fixed = True
+
     def __init__(self, steps: int, *, offset: float = 0.008) -> None:
         super().__init__(steps)
         if not offset > 0:
@@ -173,6 +185,8 @@ class Given(Schedule):
         >>> Given([0.9, 0.5, 0.1]).gamma(torch.tensor(2))
         tensor(0., dtype=torch.float64)
     """
+
+    fixed = True
 
     def __init__(self, signal_levels: Sequence[float] | Tensor) -> None:
         levels = torch.as_tensor(signal_levels, dtype=torch.float64).detach().cpu()

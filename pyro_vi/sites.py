@@ -11,6 +11,7 @@ __all__ = [
     "At",
     "Layout",
     "Unobserved",
+    "draws_terms",
     "is_delta",
     "is_deterministic",
     "is_discrete",
@@ -61,10 +62,14 @@ def is_noise(site: Site) -> bool:
     )
 
 
+def draws_terms(site: Site) -> bool:
+    """Whether a site says which of a program's terms are drawn, as a diffusion's step does."""
+    return bool(site["infer"].get("subsampled"))
+
+
 def is_partial(site: Site) -> bool:
     """Whether a site's density is scaled, or it says which of a program's terms are drawn."""
-    scaled = not bool((torch.as_tensor(site["scale"]) == 1).all())
-    return scaled or bool(site["infer"].get("subsampled"))
+    return draws_terms(site) or not bool((torch.as_tensor(site["scale"]) == 1).all())
 
 
 class At(Messenger):

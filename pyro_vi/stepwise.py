@@ -13,7 +13,7 @@ the grey levels themselves, so that no constant of a dequantisation enters.
 
 from __future__ import annotations
 
-__all__ = ["StepBound", "has_steps", "step_bound"]
+__all__ = ["StepBound", "step_bound"]
 
 import math
 from collections.abc import Callable
@@ -28,7 +28,6 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vi.batches import Arguments
 from pyro_vi.diagnostics import Estimate
 from pyro_vi.elbo import kl_rows
 from pyro_vi.program import State, check_count, check_seed, seeded
@@ -118,9 +117,13 @@ def step_bound(
 ) -> StepBound:
     """Every term of a time-sub-sampled program's bound, all steps in full.
 
+    Where T is large, some steps are cheaper: `TraceMeanField_ELBO(num_particles=k).loss(model,
+    guide, data)` is Pyro's own estimate of -ELBO of all data together.
+
     Args:
         model, guide: programs with the sites of `pyro_vi.models.DDPM` and
-            `pyro_vi.guides.ForwardProcess`; fitted ones, or as they are.
+            `pyro_vi.guides.ForwardProcess`; fitted ones, or as they are. The weights of
+            `pyro_vi.weighting` play no part.
         data: N data points, (N, *shape).
         draws: of y_t for each data point and step; 2 or more for Monte Carlo errors.
         batch_size: data points at a time.
@@ -129,10 +132,12 @@ def step_bound(
 
     Raises:
         TypeError: data that are no tensor.
-        ValueError: programs without such sites; fewer than one draw.
+        ValueError: programs without such sites, or under a mask or scale of your own; fewer than
+            one draw; no data points.
     """
     if not isinstance(data, Tensor):
         raise TypeError(f"expected data points as one tensor, got {type(data).__name__}")
+    check_count("data point", len(data))
     check_count("draw", draws)
     check_count("data point in a batch", batch_size)
     check_seed(seed)
@@ -150,6 +155,7 @@ def step_bound(
                 for step in range(1, total + 1):
                     t = torch.full((drawn, len(rows)), step, device=data.device)
                     runs = [_traces(model, guide, rows, t) for _ in range(math.ceil(draws / drawn))]
+                    _check_plain(runs[-1][1], step, total)
                     found.append(torch.cat([_term(*run, step) for run in runs])[:draws])
                     bar.update()
                 name = f"x_{total}"
@@ -176,20 +182,14 @@ def _traces(
     return guide_trace, model_trace
 
 
-def has_steps(model: Callable[..., Any], batch: Arguments) -> bool:
-    """Whether a model has the sites of a time-sub-sampled program.
-
-    Args:
-        model: a program; a fitted one, or as it is.
-        batch: its arguments, positional ones and keywords.
-    """
-    args, kwargs = batch
-    with seeded(0), torch.no_grad():
-        return len(_frames(poutine.trace(model).get_trace(*args, **kwargs))) == 3
-
-
 def _steps(trace: Trace) -> int:
-    frames = _frames(trace)
+    frames = [
+        frame
+        for name in ("t", "x_s", "x_0")
+        if name in trace
+        for frame in trace.nodes[name]["cond_indep_stack"]
+        if frame.name == "steps"
+    ]
     if len(frames) != 3:
         raise ValueError(
             "expected a time-sub-sampled program, such as DDPM with its ForwardProcess: sites 't',"
@@ -198,15 +198,16 @@ def _steps(trace: Trace) -> int:
     return int(frames[0].full_size)
 
 
-def _frames(trace: Trace) -> list[Any]:
-    """The plate of steps, once for each of the three sites that should stand in it."""
-    return [
-        frame
-        for name in ("t", "x_s", "x_0")
-        if name in trace
-        for frame in trace.nodes[name]["cond_indep_stack"]
-        if frame.name == "steps"
-    ]
+def _check_plain(trace: Trace, step: int, total: int) -> None:
+    """Raises ValueError if a handler around the program leaves out or scales data points."""
+    last, active = trace.nodes[f"x_{total}"], trace.nodes["x_s" if step > 1 else "x_0"]
+    masks = [torch.as_tensor(True if s["mask"] is None else s["mask"]) for s in (last, active)]
+    scaled = bool((torch.as_tensor(last["scale"]) != 1).any())
+    if scaled or not all(bool(mask.all()) for mask in masks):
+        raise ValueError(
+            "expected programs without a mask or a scale around them: the bound of each data point"
+            " is that of the data point as a whole. Leave out data points instead of masking them"
+        )
 
 
 def _term(guide_trace: Trace, model_trace: Trace, step: int) -> Tensor:

@@ -28,15 +28,17 @@ def words(result: Comparison) -> str:
     )
     if not ranked:
         return "No family here has a bound: all hold their latents at a point."
-    lead = f"{_lead(result, ranked)}. "
+    words = [f"{_lead(result, ranked)}."]
     if result.is_joint:
-        return lead + _joint(result, ranked)
+        return " ".join([*words, _joint(result, ranked)])
     drawn = [row for row in ranked if row.family not in result.step_bounds]
-    if ranked[0].family in result.step_bounds:
-        lead += f"A bound is all that {ranked[0].family} has: no k-hat judges a diffusion's draws. "
-        if drawn and len(ranked) > 1:
-            lead += f"Of those that have draws {drawn[0].family} has the highest bound. "
-    return lead + (_by_point(result, drawn) if drawn else "")
+    if ranked[0] not in drawn:
+        words.append(
+            f"A bound is all that {ranked[0].family} has: no k-hat judges a diffusion's draws."
+        )
+    if ranked[0] not in drawn and len(drawn) > 1:
+        words.append(f"Of those that have draws {drawn[0].family} has the highest bound.")
+    return " ".join([*words, *([_by_point(result, drawn)] if drawn else [])])
 
 
 def warnings(result: Comparison) -> tuple[str, ...]:

@@ -47,6 +47,8 @@ class StepWeight(Messenger):
 
     def __init__(self, weight: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
+        if not callable(weight):
+            raise TypeError(f"expected weights as a function of the steps, got {weight!r}")
         self._weight = weight
         self._t: Tensor | None = None
 
@@ -61,15 +63,19 @@ class StepWeight(Messenger):
             if not bool((weight >= 0).all()):
                 raise ValueError(f"expected weights of at least 0, got {float(weight.min()):g}")
             msg["scale"] = msg["scale"] * weight
-            msg["weighted"] = True
+            msg["weighted"] = weight
             if not msg["is_observed"]:
-                msg["infer"] = {**msg["infer"], "weighted": True}
+                msg["infer"] = {**msg["infer"], "weighted": weight}
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] == "x_s" and not msg["infer"].get("weighted"):  # replay brings the guide's
-            raise ValueError(
-                "the model's steps are weighted and the guide's are not: StepWeight both"
-            )
+        if msg["name"] == "x_s":
+            theirs = msg["infer"].get("weighted")  # replay brings the guide's
+            if theirs is None:
+                raise ValueError(
+                    "the model's steps are weighted and the guide's are not: StepWeight both"
+                )
+            if theirs is not msg["weighted"] and not torch.allclose(theirs, msg["weighted"]):
+                raise ValueError("model and guide weigh the same steps differently")
         if msg["name"] == "t":
             self._t = msg["value"]
             theirs = msg["infer"].get("diffusion")
@@ -106,6 +112,8 @@ class Simple:
     """
 
     def __init__(self, diffusion: Diffusion) -> None:
+        if not isinstance(diffusion, Diffusion):
+            raise TypeError(f"expected the program's Diffusion, got {diffusion!r}")
         if any(parameter.requires_grad for parameter in diffusion.schedule.parameters()):
             raise ValueError(
                 "weighted, the bound's terms are no objective for a schedule: take a fixed one, or"

@@ -267,7 +267,7 @@ def test_diffusions_alone_have_one_table_and_are_sampled(
     best = max(table, key=lambda name: table[name]["elbo"])
     capsys.readouterr()
     assert cli.main(["sample", str(out), "--num", "3", "--out", str(picture)]) == 0
-    assert f"3 samples of {out / best}.pt are in" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"3 samples of {out / best}.pt: {picture}\n"
     assert is_picture(picture)
     first = picture.read_bytes()
     named = ["sample", str(out / f"{best}.pt"), "--num", "3", "--out", str(picture)]
@@ -404,6 +404,10 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--families", "flow,flow"], r"each family once, got flow,flow"),
         (["--models", "vae,dppm"], r"unknown model 'dppm': .*; did you mean ddpm\?"),
         (["--models", "ddpm", "--schedules", "cosin"], r"unknown schedule 'cosin'.*mean cosine\?"),
+        (["--schedules", "cosine"], r"--schedules and --chain are a diffusion's: add ddpm"),
+        (["--chain", "50"], r"--schedules and --chain are a diffusion's: add ddpm"),
+        (["--models", "ddpm", "--families", "flow"], r"--families are a VAE's: add vae"),
+        (["--models", "ddpm", "--families", "foo"], r"unknown family 'foo'"),
         (["--models", "ddpm", "--chain", "0"], r"at least one step of the chain, got 0"),
         (["--data", "digit"], r"unknown data 'digit': .*; did you mean digits\?"),
         (["--data", "zzzz"], r"unknown data 'zzzz': expected digits, fashion-mnist, a folder of"),

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pyro.distributions as dist
@@ -20,7 +21,7 @@ from pyro import poutine
 from pyro.infer import Predictive, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from pyro_vi import fit
+from pyro_vi import Fit, fit
 from pyro_vi.denoisers import MLPDenoiser
 from pyro_vi.diffusion import Affine, Diffusion, Transition
 from pyro_vi.elbo import told
@@ -35,11 +36,13 @@ from pyro_vi.models import (
     DiscretizedLogistic,
     Gaussian,
     LearnedDiscretizedLogistic,
+    LearnedGaussian,
 )
-from pyro_vi.schedules import Cosine, Linear
+from pyro_vi.schedules import Cosine, Linear, Schedule
 from pyro_vi.schedules import Learned as LearnedSchedule
 from pyro_vi.scoring import Programs
 from pyro_vi.sites import At
+from pyro_vi.stepwise import step_bound
 
 torch.set_num_threads(1)
 
@@ -470,8 +473,7 @@ def test_impossible_samples(options: dict[str, Any], message: str) -> None:
         gaussian(20).sample(**options)
     with pytest.raises(ValueError, match="at least 2 frames, got 1"):
         gaussian(20).trajectory(3, 1)
-    with pytest.raises(ValueError, match="at most 4 frames of 3 steps, got 9"):
-        gaussian(20).trajectory(3, 9, steps=3)
+    assert gaussian(20).trajectory(3, 9, steps=3).shape == (4, 3, 1)  # all that there are
     for steps in (1, 2):
         assert gaussian(20).sample(3, steps=steps).shape == (3, 1)
 
@@ -504,11 +506,17 @@ def test_some_of_the_steps_are_no_posterior(draws: int) -> None:
         fit(model, guide, x, loss=RenyiELBO(), steps=1, progress=False)
 
 
-def test_one_step_in_all_is_a_posterior() -> None:
-    model = gaussian(1)
-    x = MEAN + VARIANCE**0.5 * torch.randn(5, 1)
-    posterior = Programs(model, ForwardProcess(model.diffusion), x).posterior(50)
-    assert posterior.log_p.shape == (50, 5)
+def test_a_fitted_model_has_a_posterior_over_trajectories() -> None:
+    model, x = trio()
+    trained = fit(model, ForwardProcess(model.diffusion), x, steps=2, progress=False).model
+    chain, guide = DDPMChain(trained), ReverseOrder(trained.diffusion)
+    bound = fit(chain, guide, x, steps=0, progress=False)
+    assert bound.losses.shape == (0,) and bound.parameters == 0 and "nan" in repr(bound)
+    posterior = bound.posterior(x, 200)
+    assert list(posterior.draws) == [f"x_{t}" for t in range(model.diffusion.steps, 0, -1)]
+    exact = step_bound(trained, ForwardProcess(trained.diffusion), x, draws=200)
+    found, error = posterior.elbo(), math.hypot(exact.elbo.se, float(posterior.elbo().se.mean()))
+    assert float(found.value.mean()) == pytest.approx(float(exact.elbo.value), abs=5 * error)
 
 
 def test_kernels_off_centre_take_all_steps() -> None:
@@ -583,3 +591,102 @@ def test_a_fitted_model_with_a_learned_schedule_needs_its_own_guide() -> None:
     told(TraceMeanField_ELBO()).loss(fitted.model, fitted.guide, x)
     with pytest.raises(ValueError, match="another forward process than the model"):
         told(TraceMeanField_ELBO()).loss(fitted.model, guide, x)
+
+
+class Buffered(Schedule):
+    """Signal levels in a buffer, which may be replaced."""
+
+    def __init__(self, levels: list[float]) -> None:
+        super().__init__(len(levels))
+        self.register_buffer("levels_", torch.tensor(levels))
+
+    def gamma(self, t: Tensor) -> Tensor:
+        level = self.levels_[t.long() - 1]
+        return (1 - level).log() - level.log()
+
+
+def test_a_schedule_that_changes_is_not_remembered(tmp_path: Path) -> None:
+    def programs(levels: list[float]) -> tuple[DDPM, ForwardProcess]:
+        diffusion = Diffusion((3,), Buffered(levels))
+        return DDPM(diffusion, Exact3(), likelihood=Gaussian(0.7)), ForwardProcess(diffusion)
+
+    class Exact3(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, y: Tensor, t: Tensor) -> Tensor:
+            return self.weight * y
+
+    x = torch.randn(6, 3)
+    model, guide = programs([0.9, 0.5, 0.1])
+    fitted = fit(model, guide, x, steps=1, progress=False)
+    fitted.save(tmp_path / "fit.pt")
+    loaded = Fit.load(tmp_path / "fit.pt", *programs([0.99, 0.6, 0.3]))
+    bounds = [step_bound(one.model, one.guide, x).elbo.value for one in (fitted, loaded)]
+    assert bounds[0] == bounds[1]
+    diffusion = Diffusion((3,), Cosine(3))
+    t = torch.tensor([1, 2, 3])
+    before = diffusion.transition(t, torch.float64).signal
+    diffusion.schedule = Linear(3)
+    after = diffusion.transition(t, torch.float64).signal.squeeze(-1)
+    torch.testing.assert_close(after, diffusion.schedule.levels(t)[0])
+    assert not torch.equal(before.squeeze(-1), after)
+    assert diffusion.transition(torch.tensor(0), torch.float64).signal.isnan()  # there is no step 0
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"net": None}, "expected a network that is a module"),
+        ({"net": lambda x, t: x}, "expected a network that is a module"),
+        ({"prediction": "noise"}, "expected a prediction that is a module, such as Velocity"),
+        ({"prediction": Noise}, "expected a prediction that is a module"),
+        ({"kernel": SmallVariance}, "expected a kernel that is a module"),
+        ({"kernel": FullCovariance(3, 8)}, "expected a kernel, such as Learned"),
+        ({"likelihood": LearnedGaussian}, "expected a likelihood with one output"),
+    ],
+)
+def test_parts_of_another_kind_are_refused(parts: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        DDPM(Diffusion((3,), Cosine(4)), **{"net": MLPDenoiser((3,), 4, hidden=(8,)), **parts})
+
+
+def test_data_of_another_dtype_are_refused() -> None:
+    model = DDPM(Diffusion((3,), Cosine(4)), MLPDenoiser((3,), 4, hidden=(8,)).float())
+    message = r"the network's dtype, torch.float32, got torch.float64: convert the data \(.float"
+    with pytest.raises(TypeError, match=message):
+        fit(model, ForwardProcess(model.diffusion), torch.zeros(5, 3), steps=1, progress=False)
+
+
+def test_swapped_programs_are_told() -> None:
+    model, x = trio()
+    with pytest.raises(ValueError, match=r"the guide observes \['x_0'\]: are they swapped\?"):
+        fit(ForwardProcess(model.diffusion), model, x, steps=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"diffusion": Diffusion((3,), Linear(4))},
+        {"diffusion": Diffusion((3,), Cosine(4), coordinates=Affine(1.0, 3.0))},
+        {"prediction": Velocity()},
+        {"kernel": LargeVariance()},
+        {"likelihood": Gaussian(1.7)},
+    ],
+    ids=lambda parts: next(iter(parts)),
+)
+def test_a_file_is_not_read_for_other_programs(other: dict[str, Any], tmp_path: Path) -> None:
+    """Of the same parameters, so that only what they make of them tells."""
+
+    def programs(**parts: Any) -> tuple[DDPM, ForwardProcess]:
+        parts = {"diffusion": Diffusion((3,), Cosine(4)), "likelihood": Gaussian(0.7), **parts}
+        diffusion = parts.pop("diffusion")
+        net = MLPDenoiser((3,), 4, hidden=(8,))
+        return DDPM(diffusion, net, **parts), ForwardProcess(diffusion)
+
+    x = torch.randn(6, 3)
+    fit(*programs(), x, steps=1, progress=False).save(tmp_path / "fit.pt")
+    assert Fit.load(tmp_path / "fit.pt", *programs()).generate(2)["x_0"].shape == (2, 3)
+    with pytest.raises(ValueError, match=r"was made for other programs: site .* has log"):
+        Fit.load(tmp_path / "fit.pt", *programs(**other))

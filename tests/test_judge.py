@@ -15,7 +15,7 @@ import pytest
 import torch
 from programs import SCHOOLS_SIGMA, SCHOOLS_Y, eight_schools
 from pyro.infer import TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoNormal, init_to_value
 from torch import Tensor, nn
 
 from pyro_vi import Comparison, Fit, compare, fit, judge
@@ -181,7 +181,7 @@ def test_a_program_of_ones_own_without_a_chain_to_sample_says_so() -> None:
 
     fitted = few(mine, ForwardProcess(model.diffusion))
     assert judge({"mine": fitted}, IMAGES).step_bounds["mine"].discrete
-    with pytest.raises(ValueError, match="a method that samples its chain"):
+    with pytest.raises(ValueError, match="unless its model has a method `sample`"):
         fitted.generate(3)
 
 
@@ -191,8 +191,8 @@ def test_a_program_of_ones_own_without_a_chain_to_sample_says_so() -> None:
 @pytest.mark.parametrize(
     ("likelihood", "words"),
     [
-        (DiscretizedLogistic(7), "of 7 levels"),
-        (Gaussian(0.3), "with a density"),
+        (DiscretizedLogistic(7), "32 numbers of 7 levels"),
+        (Gaussian(0.3), "32 with a density"),
     ],
 )
 def test_bounds_on_different_things_are_refused(
@@ -200,7 +200,7 @@ def test_bounds_on_different_things_are_refused(
 ) -> None:
     # levels 0, 1/3, 2/3, 1 are four of seven: the finer grid takes the data, and its bound is other
     vae = few(VAE(SHAPE, 2, likelihood=likelihood), Encoder(SHAPE, MeanField(2, 8)))
-    message = f"'cosine' observes 16 numbers of 4 levels, 'vae' 16 numbers {words}"
+    message = f"of the same rows 'cosine' observes 32 numbers of 4 levels, 'vae' {words}"
     with pytest.raises(ValueError, match=message):
         judge({"cosine": fits["cosine"], "vae": vae}, IMAGES)
 
@@ -214,6 +214,142 @@ def test_bernoulli_and_two_levels_are_the_same_thing() -> None:
     assert all(row.elbo_bits > 0 for row in rows)
 
 
+def normal(scale: float, *, shown: bool = False, mask: bool = False, units: float = 1.0) -> Any:
+    """A program of single values with a latent each, and a guide for it."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            if shown:
+                pyro.deterministic("twice", 2 * z)
+            with pyro.poutine.mask(mask=(x > 0) if mask else torch.ones_like(x).bool()):
+                pyro.sample("x", dist.Normal(units * z, units * scale), obs=units * x)
+
+    def guide(x: Tensor) -> None:
+        spread = pyro.param("spread", torch.tensor(0.5), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, spread))
+
+    return model, guide
+
+
+X = torch.linspace(-1, 2, 12)
+
+
+def test_what_is_said_beside_the_data_is_no_observation() -> None:
+    fits = {
+        "plain": few(*normal(1.0), X, loss=None),
+        "shown": few(*normal(0.5, shown=True), X, loss=None),
+    }
+    assert not judge(fits, X, num_samples=30).shared
+
+    def one_by_one(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        for i, value in enumerate(x):
+            pyro.sample(f"x_{i}", dist.Normal(mean, 1.0), obs=value)
+
+    def at_once(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    joint = {m.__name__: few(m, AutoNormal(m), X, loss=None) for m in (one_by_one, at_once)}
+    assert judge(joint, X, num_samples=30).is_joint
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"mask": True}, "'plain' observes 2 with a density, 'other' 1 with a density"),
+        ({"units": 10.0}, "'plain' and 'other' observe other numbers of the same rows"),
+    ],
+)
+def test_other_observations_are_refused(other: dict[str, Any], message: str) -> None:
+    x = torch.tensor([1.5, -0.5, 0.5, 0.7] * 5)
+    fits = {
+        "plain": few(*normal(1.0), x, loss=None),
+        "other": few(*normal(1.0, **other), x, loss=None),
+    }
+    with pytest.raises(ValueError, match=message):
+        judge(fits, x, num_samples=30)
+
+
+def test_grey_levels_may_be_counted_from_nought(fits: dict[str, Fit]) -> None:
+    """The same four levels as whole numbers: probabilities have no units."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            logits = z.sum(-1)[:, None, None, None].expand(-1, *SHAPE)
+            pyro.sample("x", dist.Binomial(3, logits=logits).to_event(3), obs=(3 * x).round())
+
+    own = few(model, Encoder(SHAPE, MeanField(2, 8)))
+    rows = judge({"own": own, "cosine": fits["cosine"]}, IMAGES, num_samples=30).rows
+    assert rows[0].elbo_bits == pytest.approx(-rows[0].elbo / (16 * math.log(2)))
+
+
+def test_a_flat_prior_is_judged() -> None:
+    def flat(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.ImproperUniform(dist.constraints.real, (), ()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    start = init_to_value(values={"mean": torch.tensor(0.0)})
+    guide = AutoNormal(flat, init_loc_fn=start)
+    assert math.isfinite(
+        compare(flat, {"q": guide}, X, num_samples=30, steps=3, progress=False).rows[0].elbo
+    )
+
+
+def test_rows_of_a_diffusion_that_hang_together_are_refused() -> None:
+    model = ddpm()
+    mixing = model.net
+
+    class Mixed(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return mixing(x - x.mean(0), t)
+
+    mixed = DDPM(model.diffusion, Mixed(), likelihood=LearnedDiscretizedLogistic(4))
+    with pytest.raises(
+        ValueError, match=r"\['mixed'\] draw some of their steps.*rows do not stand"
+    ):
+        judge({"mixed": few(mixed, ForwardProcess(model.diffusion))}, IMAGES)
+
+
+def test_models_are_held_against_each_other_before_any_training() -> None:
+    diffusion = ddpm()
+    models = {"vae": VAE(SHAPE, 2, likelihood=Gaussian(0.3)), "ddpm": diffusion}
+    guides = {"vae": Encoder(SHAPE, MeanField(2, 8)), "ddpm": ForwardProcess(diffusion.diffusion)}
+    with pytest.raises(ValueError, match="bounds on different things"):
+        compare(models, guides, IMAGES, steps=10**9)
+
+
+@pytest.mark.parametrize("data", [(GREYS,), {"x_0": GREYS}], ids=["tuple", "dict"])
+def test_one_argument_comes_in_any_form(data: Any) -> None:
+    model = ddpm()
+    fitted = few(model, ForwardProcess(model.diffusion), data)
+    assert judge({"ddpm": fitted}, data).rows[0].elbo_bits > 0
+
+
+def test_a_model_that_changed_between_fits_is_another() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.tensor(1.0))
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, self.scale))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    model, (_, guide) = Scaled(), normal(1.0)
+    fits = {"before": few(model, guide, X, loss=None), "again": few(model, guide, X, loss=None)}
+    assert judge(fits, X, num_samples=30).shared
+    model.scale.fill_(3.0)
+    fits["after"] = few(model, guide, X, loss=None)
+    assert not judge(fits, X, num_samples=30).shared
+
+
 def test_batches_of_other_sizes_observe_the_same_thing(fits: dict[str, Fit]) -> None:
     split = few(
         VAE(SHAPE, 2, likelihood=DiscretizedLogistic(4)),
@@ -224,10 +360,17 @@ def test_batches_of_other_sizes_observe_the_same_thing(fits: dict[str, Fit]) -> 
 
 
 def test_a_diffusion_beside_one_posterior_of_all_data_is_refused(fits: dict[str, Fit]) -> None:
-    data = (SCHOOLS_Y, SCHOOLS_SIGMA)
-    schools = few(eight_schools, AutoNormal(eight_schools), data, loss=None)
+    def level(x_0: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x_0)):
+            pyro.sample("x", dist.Normal(mean, 1.0).expand(SHAPE).to_event(3), obs=x_0)
+
+    one = few(level, AutoNormal(level), loss=None)
     with pytest.raises(ValueError, match=r"\['cosine'\] have a bound for each data point"):
-        judge({"schools": schools, "cosine": fits["cosine"]}, data)
+        judge({"level": one, "cosine": fits["cosine"]}, IMAGES)
+    schools = few(eight_schools, AutoNormal(eight_schools), (SCHOOLS_Y, SCHOOLS_SIGMA), loss=None)
+    with pytest.raises(TypeError, match="'schools' does not take these data: "):
+        judge({"schools": schools, "cosine": fits["cosine"]}, IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +414,6 @@ def test_several_observed_sites_are_told_apart() -> None:
 
     x = torch.randn(30, 2)
     fits = {m.__name__: few(m, guide, x, loss=None) for m in (one, two)}
-    with pytest.raises(
-        ValueError, match="'one' observes 2 numbers with a density, 'two' 1 numbers"
-    ):
+    message = r"'one' observes 4 with a density, 'two' 2 numbers of .+ levels and 2 with a density"
+    with pytest.raises(ValueError, match=message):
         judge(fits, x, num_samples=30)

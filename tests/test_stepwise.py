@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
+import pyro.poutine as poutine
 import pytest
 import torch
 from pyro.infer import TraceMeanField_ELBO
 from test_ddpm import Exact, exact_terms, levels, trio
 from torch import Tensor
 
-from pyro_vi.denoisers import UNet
+from pyro_vi.denoisers import MLPDenoiser, UNet
 from pyro_vi.diffusion import Affine, Diffusion
 from pyro_vi.elbo import told
 from pyro_vi.families import MeanField
@@ -139,3 +141,22 @@ def test_nothing_outside_moves() -> None:
     step_bound(model, ForwardProcess(model.diffusion), x)
     assert torch.equal(torch.get_rng_state(), state)
     assert pyro.get_param_store().keys() <= {"net$$$weight"}
+
+
+@pytest.mark.parametrize("handler", [poutine.mask, poutine.scale], ids=["mask", "scale"])
+def test_programs_under_handlers_of_ones_own_have_no_such_bound(handler: Any) -> None:
+    diffusion = Diffusion((2,), Cosine(3))
+    model = DDPM(diffusion, MLPDenoiser((2,), 3, hidden=(8,)))
+    x = torch.tensor([[1.0, 2.0], [-1.0, 0.5]])
+    by = {"mask": x[:, 0] > 0} if handler is poutine.mask else {"scale": 0.5}
+    with pytest.raises(ValueError, match="without a mask or a scale around them"):
+        step_bound(handler(model, **by), handler(ForwardProcess(diffusion), **by), x)
+
+
+def test_no_data_points_have_no_bound() -> None:
+    diffusion = Diffusion((2,), Cosine(3))
+    model = DDPM(diffusion, MLPDenoiser((2,), 3, hidden=(8,)))
+    with pytest.raises(ValueError, match="at least one data point, got 0"):
+        step_bound(model, ForwardProcess(diffusion), torch.zeros(0, 2))
+    with pytest.raises(TypeError, match="data points as one tensor, got tuple"):
+        step_bound(model, ForwardProcess(diffusion), (torch.zeros(1, 2),))  # type: ignore[arg-type]

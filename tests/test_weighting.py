@@ -137,3 +137,24 @@ def test_weights_below_zero_and_programs_without_steps_are_refused() -> None:
 
     with pytest.raises(ValueError, match="'x_0' comes before any site 't'"):
         StepWeight(Simple(model.diffusion))(stranger)(x)
+
+
+def test_weights_that_differ_are_refused() -> None:
+    model, x = trio()
+    diffusion = model.diffusion
+    for one, other in ((Simple, Truncated), (Truncated, Simple)):
+        programs = (
+            StepWeight(one(diffusion))(model),
+            StepWeight(other(diffusion))(ForwardProcess(diffusion)),
+        )
+        for loss in (Trace_ELBO(), TraceMeanField_ELBO()):
+            with pytest.raises(ValueError, match="weigh the same steps differently"):
+                for _ in range(20):  # at a step of little noise alone they weigh alike
+                    told(loss).loss(*programs, x)
+
+
+def test_what_are_no_weights_are_refused() -> None:
+    with pytest.raises(TypeError, match="weights as a function of the steps, got 'simple'"):
+        StepWeight("simple")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"expected the program's Diffusion, got Cosine\(\)"):
+        Simple(Cosine(5))  # type: ignore[arg-type]
