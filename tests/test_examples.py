@@ -135,7 +135,7 @@ def test_vae_families_prints_two_tables_of_four_families(printed: str) -> None:
         elbo, evidence = row(table, "test ELBO (nats)"), row(table, "evidence (nats)")
         own = table is joint  # one evidence serves all families of a frozen model
         gap = row(table, "gap: evidence - ELBO" if own else "gap: best evidence - ELBO")
-        bits = row(table, "bits per dimension")
+        bits = row(table, "evidence (bits per dimension)")
         rounding = 0.0051
         for i in range(4):
             # Jensen's inequality holds for the very draws: no Monte Carlo error here.
