@@ -535,7 +535,7 @@ def test_a_distribution_of_nan_is_placed_after_the_last_site() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"steps": 0}, ValueError, "at least one step, got 0"),
+        ({"steps": -1}, ValueError, "at least one step, got -1"),
         ({"steps": 2.5}, ValueError, r"at least one step, got 2\.5"),
         ({"batch_size": 0}, ValueError, "batch size from 1 to the number of data points, 10"),
         ({"batch_size": 11}, ValueError, "batch size from 1 to the number of data points, 10"),
