@@ -673,7 +673,7 @@ def test_files_that_are_no_fits_are_refused(
         "text.pt": (lambda p: p.write_text("hello"), "is truncated or no saved fit"),
         "other.pt": (lambda p: torch.save({"a": torch.ones(1)}, p), "no saved fit of pyro_vi"),
         "missing.pt": (lambda p: None, "there is no saved fit at"),
-        "folder.pt": (lambda p: p.mkdir(), "is a folder: name a saved fit in it"),
+        "folder.pt": (lambda p: p.mkdir(), "has no comparison.csv"),
         "python.pt": (
             lambda p: checkpoint.save(p, {"recipe": {}}),
             "was not saved by `pyro-vi compare`: load it from Python",
