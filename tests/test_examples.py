@@ -22,7 +22,7 @@ SHORT = {
     "ddpm_digits": ("--steps", "40"),
     "ddpm_fashion": (
         *("--data", "fashion", "--chain", "10", "--steps", "3", "--batch-size", "4"),
-        *("--test-images", "6", "--quiet"),
+        *("--test-images", "8", "--quiet"),
     ),
     "eight_schools": ("--steps", "250", "--nuts", "100"),
     "regression_families": ("--steps", "300"),
@@ -278,7 +278,7 @@ def test_ddpm_fashion_tells_its_curve_and_its_bound(printed: str) -> None:
     """On noise, of which no bound can be below 8 bits."""
     curve = [numbers(line) for line in printed.splitlines() if re.match(r" +\d+ +\d", line)]
     assert [step for step, _ in curve] == [1, 2, 3] and all(8 < bits < 20 for _, bits in curve)
-    bits, error = numbers(re.findall(r"6 test images: (.+) bits", printed)[0])
+    bits, error = numbers(re.findall(r"8 test images: (.+) bits", printed)[0])
     assert 8 < bits < 20 and 0 < error < 1
 
 
