@@ -16,8 +16,11 @@ ELBO), and every site's term, so that a NaN can be named. The mathematics stay P
 
 from __future__ import annotations
 
-__all__ = ["Told", "kl_rows", "told"]
+__all__ = ["Told", "assumptions", "kl_rows", "told"]
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import pyro.distributions as dist
@@ -51,13 +54,22 @@ class Told(ELBO):
                     if site["is_observed"]:
                         self._observed.add(key)
 
+    def terms(self, loss: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Reconstruction and KL, scalars, where `loss` is what the evaluation returned."""
+        found = [self._terms[key] for key in self._observed if key.startswith("model:")]
+        reconstruction = torch.as_tensor(sum(found))
+        return reconstruction, self._kl(reconstruction, loss)
+
+    def _kl(self, reconstruction: Tensor, loss: Tensor | float) -> Tensor:
+        return reconstruction + loss
+
     def reconstruction(self) -> float:
         """E_q of the observed sites' log-likelihood, scaled as the bound was."""
-        return float(sum(self._terms[key] for key in self._observed if key.startswith("model:")))
+        return float(self.terms(0.0)[0])
 
     def kl(self, loss: float) -> float:
         """Reconstruction minus ELBO, where `loss` is what the evaluation returned."""
-        return self.reconstruction() + loss
+        return float(self.terms(loss)[1])
 
     def first_nonfinite(self) -> str | None:
         """The first site, guide before model, whose log probability is not finite."""
@@ -111,11 +123,11 @@ class _ImportanceWeighted(Told, RenyiELBO):
         self._keep(model_trace, guide_trace)
         return model_trace, guide_trace
 
-    def kl(self, loss: float) -> float:
+    def _kl(self, reconstruction: Tensor, loss: Tensor | float) -> Tensor:
         """E_q[log q - log p] of the latent sites: the bound is not reconstruction minus KL."""
         model = sum(t for key, t in self._terms.items() if key.startswith("model:"))
         guide = sum(t for key, t in self._terms.items() if key.startswith("guide:"))
-        return self.reconstruction() - float(model - guide)
+        return reconstruction - (model - guide)
 
 
 def told(loss: ELBO) -> ELBO:
@@ -220,8 +232,33 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, float) and isinstance(b, float):
         return a == b
     a, b = (torch.as_tensor(True if x is None else x) for x in (a, b))
-    return bool((a == b).all())
+    return _holds((a == b).all())
 
 
 def _is_one(scale: Any) -> bool:
-    return bool((torch.as_tensor(scale) == 1).all())
+    return _holds((torch.as_tensor(scale) == 1).all())
+
+
+_assumed: ContextVar[list[Tensor] | None] = ContextVar("assumed", default=None)
+
+
+@contextmanager
+def assumptions() -> Iterator[list[Tensor]]:
+    """Collects the conditions that an evaluation depends on, and takes all of them to hold.
+
+    So that it can be recorded from tensors without values; the record checks them at every replay.
+    """
+    found: list[Tensor] = []
+    token = _assumed.set(found)
+    try:
+        yield found
+    finally:
+        _assumed.reset(token)
+
+
+def _holds(condition: Tensor) -> bool:
+    assumed = _assumed.get()
+    if assumed is None:
+        return bool(condition)
+    assumed.append(condition)
+    return True

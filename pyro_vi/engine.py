@@ -11,7 +11,7 @@ __all__ = ["Engine", "Scaling"]
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -23,6 +23,9 @@ from torch import Tensor
 
 from pyro_vi.scaling import KLWeight, PerDataPoint, Structure
 from pyro_vi.svi import SVI
+
+if TYPE_CHECKING:
+    from pyro_vi.compiled import Recorded
 
 
 class Scaling:
@@ -77,10 +80,30 @@ class _LastSite(Messenger):
 class Engine(SVI):
     """SVI that refuses to step on a loss or a gradient that is not finite."""
 
-    def __init__(self, scaling: Scaling, optim: PyroOptim, loss: ELBO) -> None:
-        super().__init__(scaling.model, scaling.guide, optim, loss)
+    def __init__(
+        self,
+        scaling: Scaling,
+        optim: PyroOptim,
+        loss: ELBO,
+        *,
+        compile_after: int | None = None,
+        announce: Callable[[], object] = lambda: None,
+    ) -> None:
+        super().__init__(scaling.model, scaling.guide, optim, loss, compile=False)
         self._outside = scaling.outside
         self._last = _LastSite()
+        self._recorded: Recorded | None = None
+        if compile_after is not None and self.told is not None:
+            from pyro_vi.compiled import Recorder  # torch's tracing takes a while to import
+
+            self._recorder = Recorder(
+                self,
+                after=compile_after,
+                scale=self._outside,
+                guard=True,
+                own=True,
+                announce=announce,
+            )
 
     @property
     def last_site(self) -> str:
@@ -88,6 +111,15 @@ class Engine(SVI):
         return self._last.name
 
     def step(self, *args: Any, **kwargs: Any) -> float:
+        self._recorded = None
+        if self._recorder is not None and (found := self._recorder.find(args, kwargs)) is not None:
+            drawn = torch.get_rng_state()
+            self._recorded, batch = found
+            loss = self._recorded(batch).item()
+            if self._recorded.finite and self._recorded.sound:
+                return loss * self._outside
+            torch.set_rng_state(drawn)  # and the step again, eagerly, to name the site
+            self._recorded = None
         with self._last:
             loss, parameters = self._evaluate(*args, **kwargs)
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -105,14 +137,19 @@ class Engine(SVI):
         if self._outside != 1.0:
             torch._foreach_mul_(gradients, self._outside)
         self._update(parameters)
+        if self._recorder is not None:
+            self._recorder.after_eager(parameters, args, kwargs)
         return loss * self._outside
 
     def terms(self, loss: float) -> tuple[float, float]:
         """Reconstruction and KL of the last step, in nats per data point."""
         if self.told is None:
             return math.nan, math.nan
-        kl = self.told.kl(loss / self._outside)
-        return self.told.reconstruction() * self._outside, kl * self._outside
+        if (recorded := self._recorded) is not None:
+            found = recorded.reconstruction, recorded.kl
+            return float(found[0]) * self._outside, float(found[1]) * self._outside
+        reconstruction, kl = self.told.terms(loss / self._outside)
+        return float(reconstruction) * self._outside, float(kl) * self._outside
 
 
 def _first_bad(parameters: Iterable[Tensor]) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from copy import copy
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
@@ -50,7 +50,7 @@ from pyro_vi.program import (
 )
 from pyro_vi.restarts import best_of, disagreement, move
 from pyro_vi.scaling import PerDataPoint, Structure, check_weight
-from pyro_vi.svi import SVI, OneOptimizer
+from pyro_vi.svi import SVI, OneOptimizer, eager_steps
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ def fit(
     seed: int = 0,
     restarts: int = 1,
     device: str | torch.device | None = None,
+    compile: bool | Literal["auto"] = False,
     progress: bool | str = True,
 ) -> Fit:
     """Fits a guide, and the model's parameters, to data by stochastic variational inference.
@@ -135,6 +136,9 @@ def fit(
             out with a warning. Restarts that disagree, by the rule in `pyro_vi.restarts`, are
             warned of.
         device: where to compute; by default where the data are.
+        compile: whether steps are recorded as one graph and compiled (`pyro_vi.compiled`), after
+            the first two; "auto" if there are 5,000 or more, which pay for the seconds that takes.
+            A step that cannot be recorded stays eager, with a warning that says why.
         progress: whether to show a progress bar with the current bound; a string labels it.
 
     Returns:
@@ -180,6 +184,7 @@ def fit(
         plate=plate,
         seed=seed,
         device=device,
+        compile=compile,
     )
     if restarts == 1:
         return once(restart=0, progress=progress)
@@ -222,6 +227,7 @@ def _fit_once(
     seed: int,
     restart: int,
     device: str | torch.device | None,
+    compile: bool | Literal["auto"],
     progress: bool | str,
 ) -> Fit:
     """The fit after `restart` others; held-out bounds have the same noise in all of them."""
@@ -230,6 +236,7 @@ def _fit_once(
         if not callable(program):
             raise TypeError(f"expected a callable as {name}, got {program!r}")
     check_decay(average)
+    after = eager_steps(compile, steps)
     _check_arguments(loss, steps, heldout, heldout_every, patience, clip_norm, seed)
     where = checked_device(device)
     batches = Batches(data, batch_size=batch_size, transform=transform, device=where)
@@ -249,14 +256,25 @@ def _fit_once(
             move(state, model, guide)
         evaluate = _Heldout(model, guide, loss, heldout, batches, structure, state, seed)
         scaling = Scaling(model, guide, loss, structure, kl_weight)
-        engine = Engine(scaling, optimizer, loss)
+        bar = tqdm(
+            total=steps,
+            desc=progress if isinstance(progress, str) else None,
+            disable=not progress,
+            unit="step",
+        )
+        engine = Engine(
+            scaling,
+            optimizer,
+            loss,
+            compile_after=after,
+            announce=lambda: bar.set_postfix_str("compiling the step"),
+        )
         mean = Average(state.parameters(), decay=average) if average is not None else None
         history = _History()
         result = partial(_result, model, guide, state, history, structure, batches)
         best, waited = math.inf, 0
         kept: dict[str, Tensor] | None = None
-        label = progress if isinstance(progress, str) else None
-        with tqdm(total=steps, desc=label, disable=not progress, unit="step") as bar:
+        with bar:
             for step in range(steps):
                 kl_now = check_weight(weight(step))
                 scaling.weigh_kl(kl_now)

@@ -79,7 +79,7 @@ class State:
                         f"parameter {name!r} has no shape yet: call lazy layers once on a batch"
                         " before they are fitted"
                     )
-        copied = _Copy(self._modules, device)
+        copied = _Copy(_copies(self._modules, device))
         self._held = [copied.attributes(module) for module in self._modules]
         self._store: dict[str, dict[str, Any]] = {"params": {}, "constraints": {}}
         self._frozen = {n: p for n, p in programs.items() if isinstance(p, Program)}
@@ -327,25 +327,35 @@ def _cloned(value: Tensor | Callable[[], Tensor]) -> Tensor:
     return (value if isinstance(value, Tensor) else value()).detach().clone()
 
 
-class _Copy:
-    """Copies modules' attributes: tensors once each (ties survive), containers one level deep."""
+def _copies(modules: Iterable[nn.Module], device: torch.device | None) -> dict[int, Any]:
+    """Copies of the modules' parameters and buffers, by the originals' identities."""
+    copies: dict[int, Any] = {}
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in copies:
+                own = deepcopy(parameter)
+                own.grad = None
+                for hook in (parameter._backward_hooks or {}).values():
+                    own.register_hook(hook)
+                if device is not None:
+                    own.data = own.data.to(device)
+                copies[id(parameter)] = own
+        for buffer in module._buffers.values():
+            if buffer is not None and id(buffer) not in copies:
+                held = buffer.detach().clone()
+                copies[id(buffer)] = held if device is None else held.to(device)
+    return copies
 
-    def __init__(self, modules: Iterable[nn.Module], device: torch.device | None) -> None:
-        self._memo: dict[int, Any] = {}
-        for module in modules:
-            for parameter in module._parameters.values():
-                if parameter is not None and id(parameter) not in self._memo:
-                    own = deepcopy(parameter)
-                    own.grad = None
-                    for hook in (parameter._backward_hooks or {}).values():
-                        own.register_hook(hook)
-                    if device is not None:
-                        own.data = own.data.to(device)
-                    self._memo[id(parameter)] = own
-            for buffer in module._buffers.values():
-                if buffer is not None and id(buffer) not in self._memo:
-                    held = buffer.detach().clone()
-                    self._memo[id(buffer)] = held if device is None else held.to(device)
+
+class _Copy:
+    """Copies modules' attributes with tensors replaced, containers one level deep.
+
+    Args:
+        memo: what stands for a tensor, by its identity; so ties survive.
+    """
+
+    def __init__(self, memo: Mapping[int, Any]) -> None:
+        self._memo = dict(memo)
 
     def attributes(self, module: nn.Module) -> dict[str, Any]:
         return {name: self._value(value) for name, value in module.__dict__.items()}
@@ -365,6 +375,39 @@ class _Copy:
 def _all_modules(roots: Iterable[nn.Module]) -> dict[int, nn.Module]:
     """Every module below the roots, once, by identity."""
     return {id(module): module for root in roots for module in root.modules()}
+
+
+def modules_of(*programs: Callable[..., Any]) -> list[nn.Module]:
+    """Every module that some programs reach; those of frozen programs are closed."""
+    found: dict[int, nn.Module] = {}
+    for program in programs:
+        found |= _all_modules(reach(program, "", seen=found, closed=Program).values())
+    return list(found.values())
+
+
+@contextmanager
+def substituted(modules: Iterable[nn.Module], memo: Mapping[int, Tensor]) -> Iterator[None]:
+    """Runs programs with other tensors in the place of their own, and forgets what they change.
+
+    Args:
+        modules: the modules that they reach.
+        memo: what stands for a parameter or a buffer, of a module or of the store (unconstrained),
+            by its identity.
+    """
+    modules, copied = list(modules), _Copy(memo)
+    before = [module.__dict__ for module in modules]
+    store = pyro.get_param_store()
+    state, names = store.get_state(), dict(store._param_to_name)
+    params = {name: memo.get(id(tensor), tensor) for name, tensor in state["params"].items()}
+    try:
+        for module, attributes in zip(modules, map(copied.attributes, modules), strict=True):
+            object.__setattr__(module, "__dict__", attributes)
+        with store.scope({**state, "params": params, "constraints": {**state["constraints"]}}):
+            yield
+    finally:
+        store._param_to_name.update(names)  # of parameters that the store does not hold, too
+        for module, attributes in zip(modules, before, strict=True):
+            object.__setattr__(module, "__dict__", attributes)
 
 
 @contextmanager

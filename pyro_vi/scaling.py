@@ -439,11 +439,25 @@ class KLWeight(Messenger):
 
     def __init__(self, weight: float = 1.0, *, guide: bool = False) -> None:
         super().__init__()
-        self.weight, self._guide = weight, guide
+        self._guide = guide
+        self._tensor = torch.tensor(weight, dtype=torch.float64)  # for a recorded step to read
+        self._weight = weight
+
+    @property
+    def weight(self) -> float:
+        """The weight of the next step."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        if weight != self._weight:
+            self._weight = weight
+            self._tensor.fill_(weight)
 
     def _pyro_sample(self, msg: Any) -> None:
         if (self._guide or not msg["is_observed"]) and not site_is_subsample(msg):
-            msg["scale"] = msg["scale"] * self.weight
+            weight = self._tensor if torch.compiler.is_compiling() else self._weight
+            msg["scale"] = msg["scale"] * weight
 
 
 def warmup(steps: int) -> Callable[[int], float]:

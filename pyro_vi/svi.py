@@ -2,8 +2,8 @@
 
 `SVI` takes the arguments of `pyro.infer.SVI`, is a subclass of it, trains in place and writes the
 parameter store. It evaluates Pyro's ELBOs through `pyro_vi.elbo`, which mends what is silently
-wrong in them, and works under `module_local_params` too. The step is eager: `step` is evaluation
-(`_evaluate`), then update (`_update`), the seam at which a compiled evaluation can take over.
+wrong in them, and works under `module_local_params` too. An eager step is evaluation (`_evaluate`),
+then update (`_update`); `pyro_vi.compiled` records both as one graph.
 
 `OneOptimizer` lets any torch optimizer serve as a Pyro optimizer, as one instance for all
 parameters: Pyro makes one instance a tensor, which is slow and cannot clip by the global norm.
@@ -11,10 +11,10 @@ parameters: Pyro makes one instance a tensor, which is slow and cannot clip by t
 
 from __future__ import annotations
 
-__all__ = ["SVI", "OneOptimizer"]
+__all__ = ["SVI", "OneOptimizer", "eager_steps"]
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
 import torch
@@ -22,11 +22,15 @@ from pyro.infer import ELBO
 from pyro.infer.util import torch_item, zero_grads
 from pyro.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
+from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vi.elbo import Told, told
+
+if TYPE_CHECKING:
+    from pyro_vi.compiled import Recorder
 
 
 class SVI(pyro.infer.SVI):
@@ -38,6 +42,9 @@ class SVI(pyro.infer.SVI):
         optim: a Pyro optimizer.
         loss: one of Pyro's ELBOs, or a loss function of (model, guide, *args, **kwargs).
         loss_and_grads: for a loss function, what computes its gradients too.
+        compile: whether steps are recorded as a graph and compiled (`pyro_vi.compiled`): True after
+            the first two, "auto" after 5,000, when as many to come will pay for it. A step that
+            cannot be recorded stays eager, with a warning that says why.
 
     Example:
         >>> import pyro, torch
@@ -61,16 +68,31 @@ class SVI(pyro.infer.SVI):
         optim: PyroOptim,
         loss: ELBO | Callable[..., Any],
         loss_and_grads: Callable[..., Any] | None = None,
+        *,
+        compile: bool | Literal["auto"] = False,
         **kwargs: Any,
     ) -> None:
         evaluated = told(loss) if isinstance(loss, ELBO) else loss
         self.told: Told | None = evaluated if isinstance(evaluated, Told) else None
         super().__init__(model, guide, optim, evaluated, loss_and_grads, **kwargs)
+        self._recorder: Recorder | None = None
+        after = eager_steps(compile)
+        if after is not None and self.told is not None:
+            from pyro_vi.compiled import Recorder  # torch's tracing takes a while to import
+
+            self._recorder = Recorder(self, after=after)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One gradient step; returns the loss."""
+        if self._recorder is not None and (found := self._recorder.find(args, kwargs)) is not None:
+            recorded, batch = found
+            loss = recorded(batch).item()
+            if recorded.sound:
+                return warn_if_nan(loss, "loss")
         loss, parameters = self._evaluate(*args, **kwargs)
         self._update(parameters)
+        if self._recorder is not None:
+            self._recorder.after_eager(parameters, args, kwargs)
         if isinstance(loss, tuple):
             return type(loss)(map(torch_item, loss))
         return torch_item(loss)
@@ -89,6 +111,32 @@ class SVI(pyro.infer.SVI):
     def _update(self, parameters: Sequence[Tensor]) -> None:
         self.optim(parameters)
         zero_grads(parameters)
+
+
+def eager_steps(compile: object, steps: int | None = None) -> int | None:
+    """How many eager steps come before the first compiled one; None if none is compiled.
+
+    Args:
+        compile: True, False, or "auto": then by the number of steps alone, never by the clock, so
+            that the same seed gives the same run.
+        steps: how many there will be; if that is not known, as many as there have been.
+
+    Raises:
+        ValueError: something else.
+    """
+    if compile is True:
+        return _SETTLED
+    if compile is False:
+        return None
+    if compile != "auto":
+        raise ValueError(f"expected compile to be True, False or 'auto', got {compile!r}")
+    if steps is None:
+        return _WORTH
+    return _SETTLED if steps >= _WORTH else None
+
+
+_SETTLED = 2  # the first step makes what is lazy
+_WORTH = 5_000  # so many steps pay for the compilation
 
 
 class _Parameters(Messenger):

@@ -1,0 +1,512 @@
+"""A recorded step is the eager step: losses, gradients and updates, given the same noise."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import pytest
+import torch
+from programs import SCHOOLS_SIGMA, SCHOOLS_Y, eight_schools
+from pyro.distributions import constraints
+from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoGuideList,
+    AutoIAFNormal,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
+from pyro.optim import PyroOptim
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from pyro_vi import NonFiniteError, fit, warmup
+from pyro_vi.capture import Graph
+from pyro_vi.compiled import record
+from pyro_vi.denoisers import MLPDenoiser, UNet
+from pyro_vi.diffusion import Diffusion
+from pyro_vi.families import FullCovariance, LowRank, MeanField
+from pyro_vi.flows import Flow
+from pyro_vi.guides import Encoder, ForwardOrder, ForwardProcess, ReverseOrder
+from pyro_vi.models import DDPM, VAE, DDPMChain
+from pyro_vi.schedules import Cosine, Learned
+from pyro_vi.svi import SVI, OneOptimizer, eager_steps
+
+Programs = tuple[Callable[..., Any], Callable[..., Any], ELBO, tuple[Any, ...]]
+SCHOOLS = (SCHOOLS_Y.double(), SCHOOLS_SIGMA.double())
+IMAGES = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double().round()
+
+
+@pytest.fixture(autouse=True)
+def double() -> Any:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    pyro.clear_param_store()
+    yield
+    pyro.clear_param_store()
+    torch.set_default_dtype(before)
+
+
+def auto(kind: Callable[..., Any], loss: ELBO | None = None) -> Programs:
+    return eight_schools, kind(eight_schools), loss or Trace_ELBO(), SCHOOLS
+
+
+def guide_list() -> Programs:
+    guide = AutoGuideList(eight_schools)
+    guide.append(AutoDiagonalNormal(poutine.block(eight_schools, expose=["mu", "tau"])))
+    guide.append(AutoNormal(poutine.block(eight_schools, hide=["mu", "tau"])))
+    return eight_schools, guide, Trace_ELBO(), SCHOOLS
+
+
+def coin(x: Tensor) -> None:
+    f = pyro.sample("f", dist.Beta(10.0, 10.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Bernoulli(f), obs=x)
+
+
+def coin_guide(x: Tensor) -> None:
+    a, b = (
+        pyro.param(name, lambda: torch.tensor(15.0), constraint=constraints.positive)
+        for name in "ab"
+    )
+    pyro.sample("f", dist.Beta(a, b))
+
+
+def beta_bernoulli() -> Programs:
+    return coin, coin_guide, Trace_ELBO(), (torch.tensor([1.0] * 6 + [0.0] * 4),)
+
+
+def mixture(x: Tensor) -> None:
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Poisson(rate))
+        pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+
+def mixture_guide(x: Tensor) -> None:
+    a = pyro.param("a", torch.tensor(2.0), constraint=constraints.positive)
+    rates = pyro.param("rates", torch.ones(len(x)), constraint=constraints.positive)
+    pyro.sample("rate", dist.Gamma(a, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("k", dist.Poisson(rates))
+
+
+def score_function() -> Programs:
+    """Draws that cannot be reparametrised."""
+    return mixture, mixture_guide, Trace_ELBO(), (torch.arange(4.0),)
+
+
+def particles(loss: ELBO) -> Programs:
+    return eight_schools, AutoNormal(eight_schools), loss, SCHOOLS
+
+
+class Regression:
+    """Logistic regression, sub-sampled."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(40, 3, generator=generator)
+        self.y = (torch.rand(40, generator=generator) < 0.5).double()
+
+    def __call__(self) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", 40, subsample_size=7) as index:
+            logits = self.x[index] @ w
+            pyro.sample("y", dist.Bernoulli(logits=logits), obs=self.y[index])
+
+
+def subsampled() -> Programs:
+    model = Regression()
+    return model, AutoDiagonalNormal(model), Trace_ELBO(), ()
+
+
+def handled() -> Programs:
+    """Scale, mask, condition, block and a factor."""
+
+    def inner(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+        spread = pyro.sample("spread", dist.LogNormal(0.0, 1.0))
+        pyro.factor("bonus", -0.1 * loc.square())
+        with pyro.plate("data", len(x)), poutine.mask(mask=x > 0.2):
+            pyro.sample("x", dist.Normal(loc, spread), obs=x)
+
+    model = poutine.scale(poutine.condition(inner, {"spread": torch.tensor(0.7)}), scale=0.3)
+    shown = poutine.block(model, hide=["spread"])
+    return model, AutoNormal(shown), Trace_ELBO(), (torch.linspace(-1, 2, 9),)
+
+
+def vae(family: Callable[[int, int], nn.Module], loss: ELBO) -> Programs:
+    model, guide = VAE((1, 4, 4), 3), Encoder((1, 4, 4), family(3, 8))
+    return model.double(), guide.double(), loss, (IMAGES,)
+
+
+def by_pyro_module() -> Programs:
+    """Plain functions, with dropout and batch normalisation."""
+    decoder = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 16))
+    encoder = nn.Sequential(nn.Linear(16, 8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 4))
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            logits = decoder(z)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x.flatten(1))
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            loc, scale = encoder(x.flatten(1)).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
+
+    return model, guide, Trace_ELBO(), (IMAGES,)
+
+
+def ddpm(net: nn.Module, learned: bool, loss: ELBO) -> Programs:
+    diffusion = Diffusion((1, 4, 4), Learned(20).double() if learned else Cosine(20), draws=2)
+    return DDPM(diffusion, net.double()).double(), ForwardProcess(diffusion), loss, (IMAGES,)
+
+
+def chain(order: Callable[[Diffusion], nn.Module], loss: ELBO) -> Programs:
+    diffusion = Diffusion((1, 4, 4), Cosine(3))
+    model = DDPM(diffusion, MLPDenoiser((1, 4, 4), 3, hidden=(8,))).double()
+    return DDPMChain(model), order(diffusion), loss, (IMAGES,)
+
+
+PROGRAMS: dict[str, Callable[[], Programs]] = {
+    "AutoNormal": partial(auto, AutoNormal),
+    "AutoNormal, mean-field ELBO": partial(auto, AutoNormal, TraceMeanField_ELBO()),
+    "AutoDiagonalNormal": partial(auto, AutoDiagonalNormal),
+    "AutoMultivariateNormal": partial(auto, AutoMultivariateNormal),
+    "AutoLowRankMultivariateNormal": partial(auto, AutoLowRankMultivariateNormal),
+    "AutoIAFNormal": partial(auto, AutoIAFNormal),
+    "AutoDelta": partial(auto, AutoDelta),
+    "AutoGuideList": guide_list,
+    "beta-Bernoulli": beta_bernoulli,
+    "score function": score_function,
+    "three particles": partial(particles, Trace_ELBO(num_particles=3)),
+    "vectorized particles": partial(
+        particles, Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
+    ),
+    "Renyi": partial(particles, RenyiELBO(num_particles=3)),
+    "Renyi, vectorized": partial(
+        particles, RenyiELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
+    ),
+    "sub-sampling plate": subsampled,
+    "scale, mask, condition, block, factor": handled,
+    "VAE, mean-field": partial(vae, MeanField, TraceMeanField_ELBO()),
+    "VAE, full covariance": partial(vae, FullCovariance, TraceMeanField_ELBO()),
+    "VAE, low-rank": partial(vae, LowRank, TraceMeanField_ELBO()),
+    "VAE, flow": partial(vae, Flow, Trace_ELBO()),
+    "pyro.module, dropout, batch norm": by_pyro_module,
+    "DDPM": partial(
+        ddpm, UNet((1, 4, 4), 20, channels=(8,), attention=()), False, TraceMeanField_ELBO()
+    ),
+    "DDPM, learned schedule": partial(
+        ddpm, MLPDenoiser((1, 4, 4), 20), True, TraceMeanField_ELBO()
+    ),
+    "DDPM, sampled KLs": partial(ddpm, MLPDenoiser((1, 4, 4), 20), False, Trace_ELBO()),
+    "DDPM chain": partial(chain, ReverseOrder, TraceMeanField_ELBO()),
+    "DDPM chain, forward order": partial(chain, ForwardOrder, Trace_ELBO()),
+}
+
+
+def adam() -> OneOptimizer:
+    return OneOptimizer(partial(torch.optim.Adam, lr=0.01))
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_recorded_step_is_the_eager_one(name: str) -> None:
+    """Three steps each from one state, with the same noise: losses and parameters."""
+    torch.manual_seed(0)
+    model, guide, loss, args = PROGRAMS[name]()
+    svi = SVI(model, guide, adam(), loss)
+    _, parameters = svi._evaluate(*args)
+    svi._update(parameters)
+    start = [p.detach().clone() for p in parameters]
+    state = {k: dict(v) for k, v in svi.optim._optimizer.state.items()}
+    kept = {p: {k: v.clone() for k, v in s.items()} for p, s in state.items()}
+
+    def restored() -> None:
+        with torch.no_grad():
+            for p, value in zip(parameters, start, strict=True):
+                p.copy_(value)
+            for p, s in kept.items():
+                for k, v in s.items():
+                    svi.optim._optimizer.state[p][k].copy_(v)
+
+    recorded = record(model, guide, svi.loss_and_grads, svi.told, svi.optim, parameters, args, {})
+    runs = []
+    for step in (lambda: svi.step(*args), lambda: float(recorded(list(args)))):
+        restored()
+        torch.manual_seed(1)
+        losses = [step() for _ in range(3)]
+        runs.append((losses, [p.detach().clone() for p in parameters]))
+    (eager, moved), (graph, other) = runs
+    assert graph == pytest.approx(eager, rel=1e-10)
+    assert eager[0] != eager[1]
+    for p, q in zip(moved, other, strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-8)
+    assert any(not torch.equal(p, r) for p, r in zip(moved, start, strict=True))
+
+
+# ------------------------------------------------------------------------------------ SVI and fit
+
+
+@pytest.fixture
+def recorded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records, and leaves Inductor out, which takes seconds a program."""
+    monkeypatch.setattr(Graph, "compile", lambda self, inputs: None)
+
+
+def run(optim: PyroOptim, compile: bool, steps: int = 6) -> tuple[SVI, list[float], Any]:
+    """Losses, and the optimizer's state after them."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    model, guide, loss, args = beta_bernoulli()
+    svi = SVI(model, guide, optim, loss, compile=compile)
+    losses = [svi.step(*args) for _ in range(steps)]
+    return svi, losses, optim.get_state()
+
+
+OPTIMIZERS: dict[str, Callable[[], PyroOptim]] = {
+    "Adam": lambda: pyro.optim.Adam({"lr": 0.05, "betas": (0.8, 0.99)}),
+    "AdamW": lambda: pyro.optim.AdamW({"lr": 0.05, "weight_decay": 0.1}),
+    "AMSGrad": lambda: pyro.optim.Adam({"lr": 0.05, "amsgrad": True, "weight_decay": 0.1}),
+    "SGD": lambda: pyro.optim.SGD({"lr": 1e-3}),
+    "SGD with momentum": lambda: pyro.optim.SGD(
+        {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}
+    ),
+    "ClippedAdam": lambda: pyro.optim.ClippedAdam(
+        {"lr": 0.05, "lrd": 0.9, "clip_norm": 0.5, "weight_decay": 0.1}
+    ),
+    "clipped by tensor": lambda: pyro.optim.Adam({"lr": 0.05}, {"clip_norm": 0.3}),
+    "clipped by value": lambda: pyro.optim.SGD({"lr": 0.01}, {"clip_value": 0.3}),
+    "arguments by parameter": lambda: pyro.optim.Adam(
+        lambda name: {"lr": 0.1 if name == "a" else 0.01}
+    ),
+    "one for all": lambda: OneOptimizer(
+        partial(torch.optim.AdamW, lr=0.05),
+        schedule=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.8),
+        clip_norm=0.7,
+    ),
+    "outside the graph": lambda: pyro.optim.RMSprop({"lr": 0.01}),
+}
+
+
+@pytest.mark.usefixtures("recorded_alone")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_updates_are_those_of_the_optimizer(name: str) -> None:
+    _, expected, theirs = run(OPTIMIZERS[name](), False)
+    svi, found, mine = run(OPTIMIZERS[name](), True)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert len(svi._recorder._recorded) == 1
+    (numbers, spec), (others, other) = tree_flatten(mine), tree_flatten(theirs)
+    assert spec == other
+    for one, another in zip(numbers, others, strict=True):
+        if one is not None and another is not None:
+            one, another = (torch.as_tensor(value).double() for value in (one, another))
+            torch.testing.assert_close(one, another, rtol=1e-5, atol=1e-9)
+
+
+def test_a_compiled_step_is_the_eager_one() -> None:
+    """By Inductor, the optimizer in it."""
+    _, expected, _ = run(pyro.optim.Adam({"lr": 0.05}), False)
+    svi, found, _ = run(pyro.optim.Adam({"lr": 0.05}), True)
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert isinstance(found[-1], float)
+    (recorded,) = svi._recorder._recorded.values()
+    assert recorded._graph._run is not recorded._graph.module
+
+
+@pytest.mark.usefixtures("recorded_alone")
+def test_batches_of_another_shape_stay_eager() -> None:
+    torch.manual_seed(0)
+    svi = SVI(coin, coin_guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), compile=True)
+    x = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    losses = [svi.step(x) for _ in range(4)]
+    assert len(svi._recorder._recorded) == 1
+    assert all(isinstance(svi.step(x[:3]), float) for _ in range(3))
+    assert len(svi._recorder._recorded) == 1 and losses[0] != losses[-1]
+    svi.step(x.float())  # of another dtype
+    assert len(svi._recorder._recorded) == 1
+
+
+@pytest.mark.usefixtures("recorded_alone")
+def test_parameters_that_are_others_are_seen() -> None:
+    svi, _, _ = run(pyro.optim.Adam({"lr": 0.05}), True)
+    x = torch.tensor([1.0] * 6 + [0.0] * 4)
+    pyro.clear_param_store()
+    loss = svi.step(x)  # eager, with new parameters
+    assert svi._recorder._recorded == {} and isinstance(loss, float)
+    before = {name: value.clone() for name, value in pyro.get_param_store().items()}
+    for _ in range(3):
+        svi.step(x)
+    assert len(svi._recorder._recorded) == 1
+    assert all(not torch.equal(v, before[n]) for n, v in pyro.get_param_store().items())
+
+
+@pytest.mark.usefixtures("recorded_alone")
+def test_a_modules_mode_is_seen() -> None:
+    torch.manual_seed(0)
+    model, guide, loss, args = by_pyro_module()
+    encoder = guide.__closure__[0].cell_contents  # type: ignore[attr-defined]
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.0}), loss, compile=True)
+    for _ in range(4):
+        svi.step(*args)
+    assert svi._recorder._recorded
+    encoder.eval()
+    svi.step(*args)
+    assert not svi._recorder._recorded
+
+
+@pytest.mark.usefixtures("recorded_alone")
+def test_recording_leaves_generators_and_buffers() -> None:
+    torch.manual_seed(0)
+    model, guide, loss, args = by_pyro_module()
+    decoder = model.__closure__[0].cell_contents  # type: ignore[attr-defined]
+    svi = SVI(model, guide, adam(), loss)
+    _, parameters = svi._evaluate(*args)
+    svi._update(parameters)
+    buffers = [b.clone() for b in decoder.buffers()]
+    before, numbers = torch.get_rng_state(), np.random.get_state()[1].copy()
+    recorded = record(model, guide, svi.loss_and_grads, svi.told, svi.optim, parameters, args, {})
+    assert torch.equal(before, torch.get_rng_state())
+    assert (numbers == np.random.get_state()[1]).all()
+    assert all(torch.equal(b, old) for b, old in zip(decoder.buffers(), buffers, strict=True))
+    recorded(list(args))
+    assert not torch.equal(next(decoder.buffers()), buffers[0])  # batch norm's, by the graph
+
+
+class Odd:
+    """Programs of one latent, whose model does something that no graph can follow."""
+
+    calls = 0
+
+    def __init__(self, does: str) -> None:
+        self.does = does
+
+    def __call__(self, x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        shift = 0.0
+        if self.does == "item":
+            shift = z.item()  # here
+        elif self.does == "branch" and z > 0:  # here
+            shift = 1.0
+        elif self.does == "numpy":
+            shift = float(np.random.rand())
+        elif self.does == "random":
+            shift = random.random()
+        elif self.does == "counter":
+            self.calls += 1
+            shift = float(self.calls)
+        elif self.does == "nonzero":
+            x = x[x > 0]  # here
+        pyro.sample("x", dist.Normal(z + shift, 1.0).expand(x.shape).to_event(1), obs=x)
+
+
+@pytest.mark.usefixtures("recorded_alone")
+@pytest.mark.parametrize(
+    ("does", "reason"),
+    [
+        ("item", r"test_compiled\.py:\d+\)"),
+        ("branch", r"test_compiled\.py:\d+\)"),
+        ("nonzero", r"test_compiled\.py:\d+\)"),
+        ("numpy", "random numbers of Python or NumPy"),
+        ("random", "random numbers of Python or NumPy"),
+        ("counter", "two runs of the programs on equal shapes did different things"),
+    ],
+)
+def test_what_no_graph_follows_stays_eager_and_is_said_once(does: str, reason: str) -> None:
+    model = Odd(does)
+    x = torch.tensor([0.3, -0.2, 1.5])
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 0.5))
+
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), compile=True)
+    svi.step(x)
+    with pytest.warns(UserWarning, match=f"steps stay eager: .*{reason}") as caught:
+        for _ in range(4):
+            svi.step(x)
+    assert len([w for w in caught if "stay eager" in str(w.message)]) == 1
+    assert not svi._recorder._recorded
+
+
+FITS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "warm-up": {"kl_weight": warmup(6)},
+    "schedule and clipping": {
+        "schedule": partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.8),
+        "clip_norm": 0.5,
+    },
+    "average and held-out": {"average": 0.9, "heldout": IMAGES[:2], "heldout_every": 3},
+    "importance-weighted": {
+        "loss": RenyiELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
+    },
+}
+
+
+@pytest.mark.usefixtures("recorded_alone")
+@pytest.mark.parametrize("name", FITS)
+def test_a_fit_is_the_same_compiled(name: str) -> None:
+    model, guide, loss, _ = vae(FullCovariance, TraceMeanField_ELBO())
+    options = {"loss": loss, "steps": 8, "batch_size": 3, "progress": False, **FITS[name]}
+    eager, compiled = (
+        fit(model, guide, IMAGES, compile=compile, **options) for compile in (False, True)
+    )
+    for part in ("losses", "reconstruction", "kl", "heldout"):
+        torch.testing.assert_close(
+            getattr(compiled, part), getattr(eager, part), rtol=1e-6, atol=1e-8
+        )
+
+
+@pytest.mark.usefixtures("recorded_alone")
+def test_a_bad_step_names_its_site_and_keeps_the_last_finite_parameters() -> None:
+    """Three steps to the cliff: the scale is the exponential of a parameter that runs away."""
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        a = pyro.param("a", torch.tensor(5.0))
+        pyro.sample("z", dist.Normal(0.0, 1.0 + 0 * (a - 2.0).sqrt()))
+
+    optim = partial(torch.optim.SGD, lr=1.0)
+
+    def slide(x: Tensor) -> None:
+        guide(x)
+        pyro.factor("slope", pyro.param("a"), has_rsample=True)
+
+    errors = []
+    for compile in (False, True):
+        with pytest.raises(NonFiniteError) as caught:
+            fit(
+                model, slide, torch.zeros(4), optim=optim, steps=50, compile=compile, progress=False
+            )
+        errors.append(caught.value)
+    assert errors[0].step == errors[1].step > 3
+    assert str(errors[0]) == str(errors[1])
+    for error in errors:
+        assert all(t.isfinite().all() for t in error.fit.model.state.tensors().values())
+
+
+def test_wrong_ways_to_compile_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected compile to be True, False or 'auto', got 'yes'"):
+        SVI(coin, coin_guide, pyro.optim.Adam({}), Trace_ELBO(), compile="yes")  # type: ignore[arg-type]
+
+
+def test_a_step_is_compiled_by_counts_alone() -> None:
+    assert [eager_steps("auto", steps) for steps in (4_999, 5_000)] == [None, 2]
+    assert eager_steps("auto") == 5_000
+    assert (eager_steps(True), eager_steps(False)) == (2, None)
