@@ -69,7 +69,7 @@ class Told(ELBO):
 
     def kl(self, loss: float) -> float:
         """Reconstruction minus ELBO, where `loss` is what the evaluation returned."""
-        return float(self.terms(loss)[1])
+        return float(self._kl(torch.tensor(self.reconstruction(), dtype=torch.float64), loss))
 
     def first_nonfinite(self) -> str | None:
         """The first site, guide before model, whose log probability is not finite."""

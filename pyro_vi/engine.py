@@ -148,8 +148,8 @@ class Engine(SVI):
         if (recorded := self._recorded) is not None:
             found = recorded.reconstruction, recorded.kl
             return float(found[0]) * self._outside, float(found[1]) * self._outside
-        reconstruction, kl = self.told.terms(loss / self._outside)
-        return float(reconstruction) * self._outside, float(kl) * self._outside
+        kl = self.told.kl(loss / self._outside)
+        return self.told.reconstruction() * self._outside, kl * self._outside
 
 
 def _first_bad(parameters: Iterable[Tensor]) -> str:
