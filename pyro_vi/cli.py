@@ -28,7 +28,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyro_vi import __version__, checkpoint, data, networks
-from pyro_vi.comparison import Comparison, compare, judge
+from pyro_vi.comparison import Comparison, check_draws, compare, judge
 from pyro_vi.data import ImageData
 from pyro_vi.denoisers import UNet
 from pyro_vi.diffusion import Affine, Diffusion
@@ -218,8 +218,7 @@ def _compare(options: argparse.Namespace) -> None:
             "expected at least two latent dimensions, since families differ in how they relate"
             f" them, got {options.latent_dim}"
         )
-    if options.draws < 21:
-        raise ValueError(f"expected at least 21 posterior draws for a k-hat, got {options.draws}")
+    check_draws(options.draws)
     if options.steps < 1:
         raise ValueError(f"expected at least one step, got {options.steps}")
     if options.chain < 1:

@@ -19,7 +19,7 @@ diffusion does, has no posterior here, but a bound: that of all its steps (`pyro
 
 from __future__ import annotations
 
-__all__ = ["Comparison", "Split", "compare", "judge"]
+__all__ = ["Comparison", "Split", "check_draws", "compare", "judge"]
 
 import csv
 import io
@@ -32,22 +32,19 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyro
-import pyro.poutine as poutine
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 
 from pyro_vi import checkpoint, tables, verdict
-from pyro_vi.batches import Arguments, Batches, Data, moved
+from pyro_vi.batches import Batches, Data, arguments, moved
 from pyro_vi.diagnostics import khat_threshold
 from pyro_vi.fitted import Fit
 from pyro_vi.fitting import fit
 from pyro_vi.marginals import MarginalErrors, marginal_errors, noise_floor
+from pyro_vi.observed import Observed, check_one_variable
 from pyro_vi.posterior import Posterior
-from pyro_vi.program import State, check_seed, checked_device, seeded
-from pyro_vi.rows import PerPoint, Row, largest_errors, make_rows, with_one_evidence
-from pyro_vi.sites import draws_terms, is_deterministic, is_discrete
+from pyro_vi.program import check_seed, checked_device, seeded
+from pyro_vi.rows import PerPoint, Row, elbos, largest_errors, make_rows, with_one_evidence
 from pyro_vi.stepwise import StepBound, step_bound
 
 _MIN_DRAWS = 21  # fewer have no tail to fit a k-hat to
@@ -109,15 +106,7 @@ class Comparison:
     @property
     def elbos(self) -> dict[str, Array]:
         """The bound of each data point, (N,), or of all together, (1,), by family."""
-        return {
-            row.family: (
-                self.points[row.family].elbo
-                if row.family in self.points
-                else self.step_bounds[row.family].pointwise_elbo
-            )
-            for row in self.rows
-            if row.family in self.points or row.family in self.step_bounds
-        }
+        return elbos((row.family for row in self.rows), self.points, self.step_bounds)
 
     @property
     def best(self) -> Row:
@@ -220,13 +209,15 @@ def compare(
         raise ValueError(
             f"expected a model for each guide, {sorted(guides)}, got models {sorted(models)}"
         )
-    _check_draws(num_samples)
+    check_draws(num_samples)
     _samples(reference)
     train, _ = _parts(data)
     checked_device(options.get("device"))
     if isinstance(model, Mapping):
         batch = Batches(train, batch_size=options.get("batch_size")).first()
-        _check_one_variable({name: _look(models[name], guides[name], batch) for name in guides})
+        check_one_variable(
+            {name: Observed.by(models[name], guides[name], batch) for name in guides}
+        )
     fits = {
         name: fit(
             models[name], guide, train, seed=seed, progress=name if progress else False, **options
@@ -296,7 +287,7 @@ def judge(
     _check_names("fits", fits)
     if strangers := [name for name, one in fits.items() if not isinstance(one, Fit)]:
         raise TypeError(f"expected fits, as `fit` returns them, got others as {strangers}")
-    _check_draws(num_samples)
+    check_draws(num_samples)
     check_seed(seed)
     samples = _samples(reference)
     train, test = _parts(data)
@@ -306,7 +297,7 @@ def judge(
             for name, part in (("train", train), ("test", test))
             if part is not None
         }
-    looks = {name: _look_at(name, one, judged) for name, one in fits.items()}
+    looks = {name: _look(name, one, judged["train"]) for name, one in fits.items()}
     by_step = [name for name, look in looks.items() if look.by_step]
     joint = not all(one.local for name, one in fits.items() if name not in by_step)
     if apart := [name for name in by_step if not fits[name].local]:
@@ -322,13 +313,13 @@ def judge(
         )
     on_test = not joint and "test" in judged
     scored = judged["test" if on_test else "train"]
-    _check_one_variable(looks)
+    check_one_variable(looks)
     posteriors, step_bounds = {}, {}
     for name, one in fits.items():
         here = moved(scored, _device(one))
         if name in by_step:
             step_bounds[name] = step_bound(
-                one.model, one.guide, _one(here), seed=seed, progress=name if progress else False
+                one.model, one.guide, _tensor(here), seed=seed, progress=name if progress else False
             )
             continue
         posterior = one.posterior(here, num_samples, seed=seed)
@@ -373,7 +364,8 @@ def _check_names(what: str, named: object) -> None:
         raise TypeError(f"expected {what} by name, strings, got {strangers}")
 
 
-def _check_draws(num_samples: object) -> None:
+def check_draws(num_samples: object) -> None:
+    """Raises TypeError or ValueError unless so many draws have a k-hat."""
     if isinstance(num_samples, bool) or not isinstance(num_samples, int):
         raise TypeError(f"expected a whole number of posterior draws, got {num_samples!r}")
     if num_samples < _MIN_DRAWS:
@@ -386,94 +378,20 @@ def _device(fitted: Fit) -> torch.device | None:
     return Batches(fitted.template).device
 
 
-@dataclass(frozen=True)
-class _Look:
-    """What a run of a model under its guide shows.
-
-    Attributes:
-        model: the program.
-        by_step: whether it draws some of its steps alone.
-        density: every number observed with a density, sorted.
-        discrete: the rank of every discrete one among them, sorted: units do not matter there.
-        levels: how many values the observed sites may take; None of densities.
-    """
-
-    model: Callable[..., Any]
-    by_step: bool
-    density: Tensor
-    discrete: Tensor
-    levels: frozenset[Any]
-
-
-def _look_at(name: str, fitted: Fit, judged: Mapping[str, Any]) -> _Look:
-    """A run on a few of the judged rows; on all training data, where rows do not stand alone."""
-    part = judged["train"]
-    batches = Batches(part, rows=fitted.rows if fitted.local else None)
-    few = torch.arange(2, device=batches.device)
-    batch = batches.rows(few) if fitted.local else batches.whole()
-    moved_batch: Any = moved(batch, _device(fitted))
+def _look(name: str, fitted: Fit, data: Any) -> Observed:
+    """A run on a few rows; on all data, where rows do not stand alone."""
     try:
-        return _look(fitted.model, fitted.guide, moved_batch, function=fitted.model.function)
+        if fitted.local:
+            batches = Batches(data, rows=fitted.rows)
+            few = torch.arange(min(2, batches.count()), device=batches.device)
+            batch = batches.rows(few)
+        else:
+            batch = Batches(data).whole()
+        here: Any = moved(batch, _device(fitted))
+        return Observed.by(fitted.model, fitted.guide, here)
     except (TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]  # without the shapes that Pyro adds
         raise type(error)(f"{name!r} does not take these data: {reason}") from error
-
-
-def _look(
-    model: Callable[..., Any], guide: Callable[..., Any], batch: Arguments, function: Any = None
-) -> _Look:
-    args, kwargs = batch
-    state = State({"model": model, "guide": guide})
-    with seeded(0), torch.no_grad(), state.installed(), pyro.validation_enabled(False):
-        drawn = poutine.trace(guide).get_trace(*args, **kwargs)
-        trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
-    sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
-    by_step = any(map(draws_terms, sites))
-    observed = [site for site in sites if site["is_observed"] and not is_deterministic(site)]
-    numbers: dict[bool, list[Tensor]] = {False: [], True: []}
-    for site in observed:
-        numbers[is_discrete(site["fn"])].append(_observed(site, masked=not by_step))
-    density, discrete = (
-        torch.cat([torch.zeros(0, dtype=torch.float64), *numbers[kind]]).sort().values
-        for kind in (False, True)
-    )
-    return _Look(
-        model=model if function is None else function,
-        by_step=by_step,
-        density=density,
-        discrete=discrete.unique(return_inverse=True)[1],
-        levels=frozenset(_levels(site["fn"]) for site in observed if site["value"].numel()),
-    )
-
-
-def _observed(site: Any, *, masked: bool) -> Tensor:
-    """The numbers that a site observes; those that are masked left out, but of a step's mask."""
-    value, fn, mask = site["value"], site["fn"], site["mask"]
-    if masked and isinstance(mask, (bool, Tensor)):
-        rows = torch.as_tensor(mask, device=value.device)
-        rows = rows.reshape(rows.shape + (1,) * fn.event_dim)
-        value, rows = torch.broadcast_tensors(value, rows)
-        value = value[rows]
-    return value.reshape(-1).double().cpu()
-
-
-def _check_one_variable(looks: Mapping[str, _Look]) -> None:
-    """Raises ValueError if the models have bounds on different things."""
-    (first, expected), *others = looks.items()
-    for name, found in others:
-        if found.model == expected.model:
-            continue
-        if _words(found) != _words(expected):
-            raise ValueError(
-                f"bounds on different things do not compare: of the same rows {first!r} observes"
-                f" {_words(expected)}, {name!r} {_words(found)}"
-            )
-        alike = torch.allclose(found.density, expected.density, rtol=1e-5, atol=1e-6)
-        if not alike or not torch.equal(found.discrete, expected.discrete):
-            raise ValueError(
-                f"bounds on different things do not compare: {first!r} and {name!r} observe other"
-                " numbers of the same rows (other units of a density, say)"
-            )
 
 
 def _one_model(fits: Sequence[Fit]) -> bool:
@@ -496,33 +414,11 @@ def _of_model(fitted: Fit) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if name.split(".")[0] == "model"}
 
 
-def _one(data: Any) -> Any:
-    """The one tensor that programs of one argument take."""
-    if isinstance(data, (tuple, Mapping)) and len(data) == 1:
-        return next(iter(data.values() if isinstance(data, Mapping) else data))
-    return data
-
-
-def _levels(fn: Any) -> Any:
-    """The number of values that a discrete distribution takes, or what it says of its support."""
-    if not is_discrete(fn):
-        return None
-    support = fn.support
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    if support is constraints.boolean:
-        return 2
-    if isinstance(support, constraints.integer_interval):
-        sizes = torch.as_tensor(support.upper_bound - support.lower_bound + 1).unique()
-        return int(sizes[0]) if len(sizes) == 1 else str(type(support).__name__)
-    return getattr(support, "levels", None) or str(support)
-
-
-def _words(look: _Look) -> str:
-    kinds = [f"of {levels} levels" for levels in look.levels - {None}]
-    found = [f"{len(look.discrete)} numbers {' and '.join(sorted(kinds))}"] * bool(kinds)
-    found += [f"{len(look.density)} with a density"] * bool(len(look.density))
-    return " and ".join(found) or "nothing"
+def _tensor(data: Data) -> Any:
+    """The one tensor that programs of one argument take; other data as they are."""
+    args, kwargs = arguments(data)
+    values = (*args, *kwargs.values())
+    return values[0] if len(values) == 1 else data
 
 
 def _parts(data: Any) -> tuple[Any, Any]:

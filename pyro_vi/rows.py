@@ -6,10 +6,10 @@ as a diffusion does, of its bound step by step, and then there is neither eviden
 
 from __future__ import annotations
 
-__all__ = ["PerPoint", "Row", "largest_errors", "make_rows", "with_one_evidence"]
+__all__ = ["PerPoint", "Row", "elbos", "largest_errors", "make_rows", "with_one_evidence"]
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,6 +90,17 @@ class PerPoint:
         )
 
 
+def elbos(
+    families: Iterable[str], points: Mapping[str, PerPoint], step_bounds: Mapping[str, StepBound]
+) -> dict[str, Array]:
+    """The bound of each data point, (N,), or of all together, (1,), of families that have one."""
+    return {
+        name: points[name].elbo if name in points else step_bounds[name].pointwise_elbo
+        for name in families
+        if name in points or name in step_bounds
+    }
+
+
 def make_rows(
     fits: Mapping[str, Fit],
     posteriors: Mapping[str, Posterior],
@@ -107,11 +118,7 @@ def make_rows(
         predictive: log predictive densities of test data, (N,), of families that have them.
         marginals: errors against a reference by site, of families that are held against one.
     """
-    elbos = {
-        name: points[name].elbo if name in points else step_bounds[name].pointwise_elbo
-        for name in fits
-        if name in points or name in step_bounds
-    }
+    bounds = elbos(fits, points, step_bounds)
     rows = []
     for name, fitted in fits.items():
         values: dict[str, Any] = {
@@ -122,8 +129,8 @@ def make_rows(
             values |= _of_draws(posteriors[name], points[name], next(iter(points.values())))
         if name in step_bounds:
             values |= _of_steps(step_bounds[name])
-        if name in elbos:
-            values |= _difference("elbo", elbos[name], next(iter(elbos.values())))
+        if name in bounds:
+            values |= _difference("elbo", bounds[name], next(iter(bounds.values())))
         if name in predictive:
             own, first = predictive[name], next(iter(predictive.values()))
             values |= _pair("predictive", _over_points(own))

@@ -350,13 +350,21 @@ def test_a_model_that_changed_between_fits_is_another() -> None:
     assert not judge(fits, X, num_samples=30).shared
 
 
+def test_one_data_point_is_judged(fits: dict[str, Fit]) -> None:
+    both = {name: fits[name] for name in ("cosine", "full")}
+    rows = judge(both, IMAGES.test[:1], num_samples=30).rows
+    assert rows[1].elbo_difference == pytest.approx(rows[1].elbo - rows[0].elbo, abs=1e-9)
+
+
 def test_batches_of_other_sizes_observe_the_same_thing(fits: dict[str, Fit]) -> None:
     split = few(
         VAE(SHAPE, 2, likelihood=DiscretizedLogistic(4)),
         Encoder(SHAPE, MeanField(2, 8)),
         batch_size=8,
     )
-    judge({"cosine": fits["cosine"], "split": split}, IMAGES, num_samples=30)
+    rows = judge({"cosine": fits["cosine"], "split": split}, IMAGES, num_samples=30).rows
+    assert [row.family for row in rows] == ["cosine", "split"]
+    assert all(math.isfinite(row.elbo) for row in rows)
 
 
 def test_a_diffusion_beside_one_posterior_of_all_data_is_refused(fits: dict[str, Fit]) -> None:
