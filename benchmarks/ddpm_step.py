@@ -27,8 +27,8 @@ from pyro_vi.denoisers import UNet
 from pyro_vi.diffusion import Affine, Diffusion
 from pyro_vi.guides import ForwardProcess
 from pyro_vi.models import DDPM, Gaussian
+from pyro_vi.optimizers import OneOptimizer
 from pyro_vi.schedules import Cosine
-from pyro_vi.svi import OneOptimizer
 
 Step = Callable[[Tensor], object]
 

@@ -61,6 +61,7 @@ class Graph:
 
     def __init__(self, module: fx.GraphModule, constants: Sequence[Tensor]) -> None:
         self.module, self.constants = module, tuple(constants)
+        self._inputs = [tensor.detach() for tensor in constants]
         self._run: Callable[..., Any] = module
 
     def compile(self, inputs: Sequence[Tensor]) -> None:
@@ -76,13 +77,13 @@ class Graph:
                 import torch._inductor
 
                 self._run = torch._inductor.compile(
-                    self.module, [*inputs, *self.constants], options={"fallback_random": True}
+                    self.module, [*inputs, *self._inputs], options={"fallback_random": True}
                 )
         except Exception as error:
             raise Uncapturable(f"Inductor: {_first_line(error)}") from error
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
-        return self._run(*inputs, *self.constants)
+        return self._run(*inputs, *self._inputs)
 
 
 def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Graph:
@@ -99,7 +100,7 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Graph:
     first, second = _record(function, inputs), _record(function, inputs)
     if _randomness() != before:
         raise Uncapturable("random numbers of Python or NumPy, which a graph would repeat")
-    if _text(first) != _text(second):
+    if str(first.graph) != str(second.graph):
         raise Uncapturable("two runs of the programs on equal shapes did different things")
     # What is the same object in both is a tensor from outside; literals are made anew.
     outside = {id(value) for value in _constants(first)} & {id(v) for v in _constants(second)}
@@ -115,7 +116,7 @@ def _record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphM
         stack.enter_context(pyro.validation_enabled(False))
         stack.enter_context(mode)
         try:
-            return make_fx(lambda *tensors: function(*tensors))(*fakes)
+            return make_fx(function)(*fakes)
         except Exception as error:
             raise Uncapturable(f"{_first_line(error)}{_line(error)}") from error
 
@@ -142,30 +143,30 @@ def _constants(module: fx.GraphModule) -> list[Tensor]:
 
 
 def _lifted(module: fx.GraphModule, outside: set[int]) -> Graph:
-    """The same record with the tensors from outside as inputs."""
+    """The same record with the tensors from outside as inputs, and single numbers as operations."""
     graph = module.graph
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
-    constants: dict[int, Tensor] = {}
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    constants: list[Tensor] = []
     nodes: dict[int, fx.Node] = {}
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
         value = getattr(module, str(node.target))
-        if id(value) not in outside:
-            continue
-        if id(value) not in nodes:
-            position = last[0] if last else next(iter(graph.nodes))
-            with graph.inserting_after(position) if last else graph.inserting_before(position):
-                nodes[id(value)] = graph.placeholder(f"constant_{len(nodes)}")
-            last = [nodes[id(value)]]
-            constants[id(value)] = value.detach()
-        node.replace_all_uses_with(nodes[id(value)])
-        graph.erase_node(node)
+        if id(value) in outside and id(value) not in nodes:
+            with graph.inserting_after(last):
+                last = nodes[id(value)] = graph.placeholder(f"constant_{len(constants)}")
+            constants.append(value)
+        elif id(value) not in outside and value.numel() == 1:
+            with graph.inserting_before(node):
+                nodes[id(value)] = graph.call_function(
+                    torch.ops.aten.full.default,
+                    (list(value.shape), value.item()),
+                    {"dtype": value.dtype, "device": value.device},
+                )
+        if id(value) in nodes:
+            node.replace_all_uses_with(nodes[id(value)])
+            graph.erase_node(node)
     graph.lint()
     module.recompile()
-    return Graph(module, list(constants.values()))
-
-
-def _text(module: fx.GraphModule) -> str:
-    return str(module.graph)
+    return Graph(module, constants)
 
 
 def _randomness() -> Any:

@@ -7,11 +7,12 @@ nothing, so that its mean over data points is taken outside.
 
 from __future__ import annotations
 
-__all__ = ["Engine", "Scaling"]
+__all__ = ["Engine", "Scaling", "Terms"]
 
 import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -21,11 +22,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vi.compiled import Recorded, Recorder
 from pyro_vi.scaling import KLWeight, PerDataPoint, Structure
 from pyro_vi.svi import SVI
-
-if TYPE_CHECKING:
-    from pyro_vi.compiled import Recorded
 
 
 class Scaling:
@@ -77,8 +76,42 @@ class _LastSite(Messenger):
             self.name = f"site {msg['name']!r}"
 
 
+class Terms(NamedTuple):
+    """What a step found, in nats per data point."""
+
+    loss: float
+    reconstruction: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A compiled step whose results nobody waited for, and what it takes to take it again."""
+
+    recorded: Recorded
+    status: Tensor
+    batch: tuple[tuple[Any, ...], dict[str, Any]]
+    rewind: Callable[[], None]
+
+
 class Engine(SVI):
-    """SVI that refuses to step on a loss or a gradient that is not finite."""
+    """SVI that refuses to step on a loss or a gradient that is not finite.
+
+    `take` takes a step, and `read` says what the steps since the last call found.
+
+    Args:
+        scaling: the programs.
+        optim, loss: as of an SVI.
+        compile_after: eager steps before a compiled one; None for none.
+        announce: called before a step is compiled.
+        late: whether a compiled step does not wait for its results, so that a GPU never stands
+            still. One that is not finite updates nothing then, and no step after it does, until it
+            is read and taken again eagerly.
+
+    Attributes:
+        is_late: as given.
+        taken: how many steps were good; when an error is raised, the number of the bad one.
+    """
 
     def __init__(
         self,
@@ -88,14 +121,15 @@ class Engine(SVI):
         *,
         compile_after: int | None = None,
         announce: Callable[[], object] = lambda: None,
+        late: bool = False,
     ) -> None:
         super().__init__(scaling.model, scaling.guide, optim, loss, compile=False)
-        self._outside = scaling.outside
+        self._outside, self.is_late = scaling.outside, late
         self._last = _LastSite()
-        self._recorded: Recorded | None = None
+        self._found: list[Terms] = []
+        self._unread: list[_Unread] = []
+        self.taken = 0
         if compile_after is not None and self.told is not None:
-            from pyro_vi.compiled import Recorder  # torch's tracing takes a while to import
-
             self._recorder = Recorder(
                 self,
                 after=compile_after,
@@ -107,19 +141,67 @@ class Engine(SVI):
 
     @property
     def last_site(self) -> str:
-        """The site that the last step reached."""
+        """The site that the last eager step reached."""
         return self._last.name
 
-    def step(self, *args: Any, **kwargs: Any) -> float:
-        self._recorded = None
-        if self._recorder is not None and (found := self._recorder.find(args, kwargs)) is not None:
-            drawn = torch.get_rng_state()
-            self._recorded, batch = found
-            loss = self._recorded(batch).item()
-            if self._recorded.finite and self._recorded.sound:
-                return loss * self._outside
-            torch.set_rng_state(drawn)  # and the step again, eagerly, to name the site
-            self._recorded = None
+    def take(self, *args: Any, **kwargs: Any) -> None:
+        """Takes a step on a batch.
+
+        Raises:
+            FloatingPointError: a loss or a gradient that is not finite, of this step or of one that
+                was not read.
+        """
+        found = self._recorder.find(args, kwargs) if self._recorder is not None else None
+        if found is None:
+            self._settle()
+            self._take_eagerly(*args, **kwargs)
+            return
+        recorded, batch = found
+        rewind = recorded.rewinder()
+        self._unread.append(_Unread(recorded, recorded(batch), (args, kwargs), rewind))
+        if self._waits_for(recorded):
+            self._settle()
+        else:
+            recorded.finish()
+
+    def read(self) -> list[Terms]:
+        """What the steps since the last call found, in their order; raises as `take` does."""
+        self._settle()
+        found, self._found = self._found, []
+        return found
+
+    def _waits_for(self, recorded: Recorded) -> bool:
+        return not (self.is_late and recorded.may_be_late)
+
+    def _settle(self) -> None:
+        """Reads the compiled steps; from one that updated nothing on, they are taken again."""
+        while unread := self._unread:
+            self._unread = []
+            rows = torch.stack([step.status for step in unread]).tolist()
+            for i, (step, row) in enumerate(zip(unread, rows, strict=True)):
+                loss, reconstruction, kl, finite, sound = row
+                if not (finite and sound):
+                    self._take_again(unread[i:])
+                    break
+                if self._waits_for(step.recorded):
+                    step.recorded.finish()
+                self._add(loss, reconstruction, kl)
+
+    def _take_again(self, steps: Sequence[_Unread]) -> None:
+        """The first eagerly, which names the site if it is bad."""
+        first, *others = steps
+        first.rewind()
+        args, kwargs = first.batch
+        self._take_eagerly(*args, **kwargs)
+        for step in others:
+            args, kwargs = step.batch
+            self.take(*args, **kwargs)
+
+    def _add(self, *terms: float) -> None:
+        self.taken += 1
+        self._found.append(Terms(*(term * self._outside for term in terms)))
+
+    def _take_eagerly(self, *args: Any, **kwargs: Any) -> None:
         with self._last:
             loss, parameters = self._evaluate(*args, **kwargs)
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -139,17 +221,10 @@ class Engine(SVI):
         self._update(parameters)
         if self._recorder is not None:
             self._recorder.after_eager(parameters, args, kwargs)
-        return loss * self._outside
-
-    def terms(self, loss: float) -> tuple[float, float]:
-        """Reconstruction and KL of the last step, in nats per data point."""
         if self.told is None:
-            return math.nan, math.nan
-        if (recorded := self._recorded) is not None:
-            found = recorded.reconstruction, recorded.kl
-            return float(found[0]) * self._outside, float(found[1]) * self._outside
-        kl = self.told.kl(loss / self._outside)
-        return self.told.reconstruction() * self._outside, kl * self._outside
+            self._add(loss, math.nan, math.nan)
+        else:
+            self._add(loss, self.told.reconstruction(), self.told.kl(loss))
 
 
 def _first_bad(parameters: Iterable[Tensor]) -> str:

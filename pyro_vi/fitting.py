@@ -36,9 +36,10 @@ from pyro_vi.amortization import RowIndependence
 from pyro_vi.averaging import Average, check_decay
 from pyro_vi.batches import Batches, Data
 from pyro_vi.elbo import told
-from pyro_vi.engine import Engine, Scaling
+from pyro_vi.engine import Engine, Scaling, Terms
 from pyro_vi.fitted import Fit
 from pyro_vi.laplace import at_mode, check_mode
+from pyro_vi.optimizers import OneOptimizer
 from pyro_vi.program import (
     Program,
     State,
@@ -50,12 +51,15 @@ from pyro_vi.program import (
 )
 from pyro_vi.restarts import best_of, disagreement, move
 from pyro_vi.scaling import PerDataPoint, Structure, check_weight
-from pyro_vi.svi import SVI, OneOptimizer, eager_steps
+from pyro_vi.svi import SVI, eager_steps
 
 log = logging.getLogger(__name__)
 
 # what torch's validation of a distribution says of a parameter or a value
 _NONFINITE = re.compile(r"Expected (parameter|value).*\b(nan|inf)\b", re.DOTALL)
+
+
+_READ = 50  # steps on a GPU between two looks at what they found
 
 
 class NonFiniteError(ArithmeticError):
@@ -92,7 +96,7 @@ def fit(
     seed: int = 0,
     restarts: int = 1,
     device: str | torch.device | None = None,
-    compile: bool | Literal["auto"] = False,
+    compile: bool | Literal["auto"] = "auto",
     progress: bool | str = True,
 ) -> Fit:
     """Fits a guide, and the model's parameters, to data by stochastic variational inference.
@@ -137,7 +141,7 @@ def fit(
             warned of.
         device: where to compute; by default where the data are.
         compile: whether steps are recorded as one graph and compiled (`pyro_vi.compiled`), after
-            the first two; "auto" if there are 5,000 or more, which pay for the seconds that takes.
+            the first two; "auto" if there are 5,000 or more, which pay for the seconds it takes.
             A step that cannot be recorded stays eager, with a warning that says why.
         progress: whether to show a progress bar with the current bound; a string labels it.
 
@@ -268,6 +272,7 @@ def _fit_once(
             loss,
             compile_after=after,
             announce=lambda: bar.set_postfix_str("compiling the step"),
+            late=average is None and batches.device is not None and batches.device.type == "cuda",
         )
         mean = Average(state.parameters(), decay=average) if average is not None else None
         history = _History()
@@ -278,25 +283,29 @@ def _fit_once(
             for step in range(steps):
                 kl_now = check_weight(weight(step))
                 scaling.weigh_kl(kl_now)
+                history.weights.append(kl_now)
                 args, kwargs = next(stream)
+                judged = evaluate.wanted and ((step + 1) % heldout_every == 0 or step + 1 == steps)
                 started = time.perf_counter()
                 try:
-                    value = engine.step(*args, **kwargs)
+                    engine.take(*args, **kwargs)
+                    if mean is not None:
+                        mean.update()
+                    if not engine.is_late or judged or (step + 1) % _READ == 0 or step + 1 == steps:
+                        history.add(engine.read())
                 except FloatingPointError as error:
-                    message = f"step {step}: {error}"
-                    raise NonFiniteError(message, step=step, fit=result()) from error
+                    message = f"step {engine.taken}: {error}"
+                    raise NonFiniteError(message, step=engine.taken, fit=result()) from error
                 except ValueError as error:
-                    error.add_note(f"at step {step}, after {engine.last_site}")
+                    error.add_note(f"at step {engine.taken}, after {engine.last_site}")
                     if not _NONFINITE.search(str(error)):
                         raise
-                    message = f"step {step}, after {engine.last_site}: {error}"
-                    raise NonFiniteError(message, step=step, fit=result()) from error
-                if mean is not None:
-                    mean.update()
-                history.add(value, engine, kl_now, time.perf_counter() - started)
+                    message = f"step {engine.taken}, after {engine.last_site}: {error}"
+                    raise NonFiniteError(message, step=engine.taken, fit=result()) from error
+                history.seconds += time.perf_counter() - started
                 bar.update()
                 bar.set_postfix_str(f"bound {history.recent:.2f} nats", refresh=False)
-                if evaluate.wanted and ((step + 1) % heldout_every == 0 or step + 1 == steps):
+                if judged:
                     with mean.installed() if mean is not None else nullcontext():
                         bound = evaluate()
                         history.heldout.append((step + 1, bound))
@@ -323,6 +332,7 @@ class _History:
     """What is kept of every step."""
 
     def __init__(self) -> None:
+        self.weights: list[float] = []
         self.losses: list[float] = []
         self.reconstruction: list[float] = []
         self.kl: list[float] = []
@@ -330,13 +340,13 @@ class _History:
         self.seconds = 0.0
         self.recent = math.nan  # the bound, smoothed over about twenty steps
 
-    def add(self, loss: float, engine: Engine, weight: float, seconds: float) -> None:
-        reconstruction, kl = engine.terms(loss)
-        self.losses.append(loss)
-        self.reconstruction.append(reconstruction)
-        self.kl.append(kl / weight if weight > 0 else math.nan)
-        self.seconds += seconds
-        self.recent = -loss if len(self.losses) == 1 else 0.95 * self.recent - 0.05 * loss
+    def add(self, steps: Iterable[Terms]) -> None:
+        for loss, reconstruction, kl in steps:
+            weight = self.weights[len(self.losses)]
+            self.recent = 0.95 * self.recent - 0.05 * loss if self.losses else -loss
+            self.losses.append(loss)
+            self.reconstruction.append(reconstruction)
+            self.kl.append(kl / weight if weight > 0 else math.nan)
 
 
 class _Heldout:

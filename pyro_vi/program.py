@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from functools import partial, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -385,9 +385,35 @@ def modules_of(*programs: Callable[..., Any]) -> list[nn.Module]:
     return list(found.values())
 
 
+class Rebound(NamedTuple):
+    """An attribute of a module, or an item of one, that is another object than it was."""
+
+    module: nn.Module
+    name: str
+    before: Any
+    after: Any
+
+
+def _numbers(module: nn.Module) -> Iterator[tuple[tuple[str, Any], Any]]:
+    """Numbers and tensors that a module keeps, in containers of its own too, by their places."""
+    for name, value in module.__dict__.items():
+        items = {name: value}
+        if type(value) in (dict, OrderedDict):
+            items = value
+        elif type(value) is list:
+            items = dict(enumerate(value))
+        for key, item in items.items():
+            if isinstance(item, (bool, int, float, Tensor)):
+                yield (name, key), item
+
+
 @contextmanager
-def substituted(modules: Iterable[nn.Module], memo: Mapping[int, Tensor]) -> Iterator[None]:
+def substituted(
+    modules: Iterable[nn.Module], memo: Mapping[int, Tensor]
+) -> Iterator[Callable[[], list[Rebound]]]:
     """Runs programs with other tensors in the place of their own, and forgets what they change.
+
+    Gives a function that tells which numbers and tensors they have bound to a module so far.
 
     Args:
         modules: the modules that they reach.
@@ -402,8 +428,14 @@ def substituted(modules: Iterable[nn.Module], memo: Mapping[int, Tensor]) -> Ite
     try:
         for module, attributes in zip(modules, map(copied.attributes, modules), strict=True):
             object.__setattr__(module, "__dict__", attributes)
+        kept = [dict(_numbers(module)) for module in modules]
         with store.scope({**state, "params": params, "constraints": {**state["constraints"]}}):
-            yield
+            yield lambda: [
+                Rebound(module, name, old.get((holder, name)), value)
+                for module, old in zip(modules, kept, strict=True)
+                for (holder, name), value in _numbers(module)
+                if value is not old.get((holder, name))
+            ]
     finally:
         store._param_to_name.update(names)  # of parameters that the store does not hold, too
         for module, attributes in zip(modules, before, strict=True):

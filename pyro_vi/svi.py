@@ -4,33 +4,25 @@
 parameter store. It evaluates Pyro's ELBOs through `pyro_vi.elbo`, which mends what is silently
 wrong in them, and works under `module_local_params` too. An eager step is evaluation (`_evaluate`),
 then update (`_update`); `pyro_vi.compiled` records both as one graph.
-
-`OneOptimizer` lets any torch optimizer serve as a Pyro optimizer, as one instance for all
-parameters: Pyro makes one instance a tensor, which is slow and cannot clip by the global norm.
 """
 
 from __future__ import annotations
 
-__all__ = ["SVI", "OneOptimizer", "eager_steps"]
+__all__ = ["SVI", "eager_steps"]
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import pyro
-import torch
 from pyro.infer import ELBO
 from pyro.infer.util import torch_item, zero_grads
 from pyro.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
 from pyro.util import warn_if_nan
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyro_vi.compiled import Recorder
 from pyro_vi.elbo import Told, told
-
-if TYPE_CHECKING:
-    from pyro_vi.compiled import Recorder
 
 
 class SVI(pyro.infer.SVI):
@@ -42,9 +34,10 @@ class SVI(pyro.infer.SVI):
         optim: a Pyro optimizer.
         loss: one of Pyro's ELBOs, or a loss function of (model, guide, *args, **kwargs).
         loss_and_grads: for a loss function, what computes its gradients too.
-        compile: whether steps are recorded as a graph and compiled (`pyro_vi.compiled`): True after
-            the first two, "auto" after 5,000, when as many to come will pay for it. A step that
-            cannot be recorded stays eager, with a warning that says why.
+        compile: whether steps are recorded as a graph and compiled (`pyro_vi.compiled`): True for
+            after the first two, "auto" for after 5,000, when as many to come would pay for the
+            seconds it takes, False for never. A step that cannot be recorded stays eager, with a
+            warning that says why.
 
     Example:
         >>> import pyro, torch
@@ -69,7 +62,7 @@ class SVI(pyro.infer.SVI):
         loss: ELBO | Callable[..., Any],
         loss_and_grads: Callable[..., Any] | None = None,
         *,
-        compile: bool | Literal["auto"] = False,
+        compile: bool | Literal["auto"] = "auto",
         **kwargs: Any,
     ) -> None:
         evaluated = told(loss) if isinstance(loss, ELBO) else loss
@@ -78,16 +71,15 @@ class SVI(pyro.infer.SVI):
         self._recorder: Recorder | None = None
         after = eager_steps(compile)
         if after is not None and self.told is not None:
-            from pyro_vi.compiled import Recorder  # torch's tracing takes a while to import
-
             self._recorder = Recorder(self, after=after)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One gradient step; returns the loss."""
         if self._recorder is not None and (found := self._recorder.find(args, kwargs)) is not None:
             recorded, batch = found
-            loss = recorded(batch).item()
-            if recorded.sound:
+            loss, *_, sound = recorded(batch).tolist()
+            if sound:
+                recorded.finish()
                 return warn_if_nan(loss, "loss")
         loss, parameters = self._evaluate(*args, **kwargs)
         self._update(parameters)
@@ -155,89 +147,3 @@ class _Parameters(Messenger):
         parameter = value.unconstrained() if hasattr(value, "unconstrained") else value
         if parameter.requires_grad:
             self.names.setdefault(parameter, msg["name"])
-
-
-class OneOptimizer(PyroOptim):
-    """A torch optimizer over all parameters at once, as a Pyro optimizer.
-
-    Args:
-        make: parameters -> torch optimizer, such as `partial(torch.optim.Adam, lr=1e-3)`.
-        schedule: optimizer -> learning-rate scheduler, stepped after every update.
-        clip_norm: the largest global norm of the gradient.
-
-    Raises:
-        TypeError: `make` gives something else than a torch optimizer, or `schedule` one that needs
-            a metric.
-        ValueError: a parameter that appears after the schedule was made for the others.
-
-    Example:
-        >>> from functools import partial
-        >>> import torch
-        >>> optim = OneOptimizer(partial(torch.optim.SGD, lr=0.5))
-        >>> p = torch.tensor([1.0], requires_grad=True)
-        >>> p.grad = torch.tensor([1.0])
-        >>> optim([p]); p
-        tensor([0.5000], requires_grad=True)
-    """
-
-    def __init__(
-        self,
-        make: Callable[[Iterable[Tensor]], Optimizer],
-        *,
-        schedule: Callable[[Optimizer], LRScheduler] | None = None,
-        clip_norm: float | None = None,
-    ) -> None:
-        super().__init__(make, {})
-        self._schedule, self._clip_norm = schedule, clip_norm
-        self._optimizer: Optimizer | None = None
-        self._scheduler: LRScheduler | None = None
-        self._known: dict[Tensor, None] = {}
-
-    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
-        params = list(params)
-        if new := [p for p in params if p not in self._known]:
-            self._add(new)
-        assert self._optimizer is not None
-        used = set(params)
-        for parameter in self._known:  # not even momentum moves what a step did not use
-            if parameter not in used:
-                parameter.grad = None
-        if self._clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(params, self._clip_norm)
-        self._optimizer.step()
-        if self._scheduler is not None:
-            self._scheduler.step()
-
-    def _add(self, new: list[Tensor]) -> None:
-        self._known.update(dict.fromkeys(new))
-        if self._scheduler is not None:
-            raise ValueError(
-                f"{len(new)} parameters appeared after the first step, and the learning-rate"
-                " schedule was made for those before: use every parameter in every step, or no"
-                " schedule"
-            )
-        if self._optimizer is not None:
-            self._optimizer.add_param_group({"params": new})
-            return
-        self._optimizer = self.pt_optim_constructor(new)
-        if not isinstance(self._optimizer, Optimizer):
-            raise TypeError(
-                "expected a callable that makes a torch optimizer from parameters, such as"
-                f" functools.partial(torch.optim.Adam, lr=1e-3); it made {self._optimizer!r}"
-            )
-        if isinstance(self._optimizer, torch.optim.LBFGS):
-            raise TypeError("expected an optimizer that steps without a closure, got LBFGS")
-        if self._schedule is not None:
-            self._scheduler = self._schedule(self._optimizer)
-            if isinstance(self._scheduler, ReduceLROnPlateau):
-                raise TypeError(
-                    "expected a schedule of the step alone, and ReduceLROnPlateau needs a metric"
-                )
-
-    def get_state(self) -> dict[str, Any]:
-        """The torch optimizer's state, and the scheduler's."""
-        return {
-            name: holder.state_dict()
-            for name, holder in (("optimizer", self._optimizer), ("scheduler", self._scheduler))
-            if holder is not None
-        }

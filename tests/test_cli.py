@@ -380,10 +380,10 @@ def test_samples_are_those_of_the_fit(run: Run, tmp_path: Path) -> None:
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a step is taken: what is wrong must be said before minutes of training."""
 
-    def step(*args: Any, **kwargs: Any) -> None:
+    def take(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("training began")
 
-    monkeypatch.setattr(fitting.Engine, "step", step)
+    monkeypatch.setattr(fitting.Engine, "take", take)
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -29,17 +29,19 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from pyro_vi import NonFiniteError, fit, warmup
+from pyro_vi import NonFiniteError, fit, fitting, warmup
 from pyro_vi.capture import Graph
-from pyro_vi.compiled import record
+from pyro_vi.compiled import Recorded, record
 from pyro_vi.denoisers import MLPDenoiser, UNet
 from pyro_vi.diffusion import Diffusion
+from pyro_vi.engine import Engine
 from pyro_vi.families import FullCovariance, LowRank, MeanField
 from pyro_vi.flows import Flow
 from pyro_vi.guides import Encoder, ForwardOrder, ForwardProcess, ReverseOrder
 from pyro_vi.models import DDPM, VAE, DDPMChain
+from pyro_vi.optimizers import OneOptimizer
 from pyro_vi.schedules import Cosine, Learned
-from pyro_vi.svi import SVI, OneOptimizer, eager_steps
+from pyro_vi.svi import SVI, eager_steps
 
 Programs = tuple[Callable[..., Any], Callable[..., Any], ELBO, tuple[Any, ...]]
 SCHOOLS = (SCHOOLS_Y.double(), SCHOOLS_SIGMA.double())
@@ -243,9 +245,16 @@ def test_a_recorded_step_is_the_eager_one(name: str) -> None:
                 for k, v in s.items():
                     svi.optim._optimizer.state[p][k].copy_(v)
 
-    recorded = record(model, guide, svi.loss_and_grads, svi.told, svi.optim, parameters, args, {})
+    recorded = record(svi, parameters, args, {})
+    assert recorded._rates  # the optimizer is in the graph
+
+    def replay() -> float:
+        loss = float(recorded(list(args))[0])
+        recorded.finish()
+        return loss
+
     runs = []
-    for step in (lambda: svi.step(*args), lambda: float(recorded(list(args)))):
+    for step in (lambda: svi.step(*args), replay):
         restored()
         torch.manual_seed(1)
         losses = [step() for _ in range(3)]
@@ -378,12 +387,72 @@ def test_recording_leaves_generators_and_buffers() -> None:
     svi._update(parameters)
     buffers = [b.clone() for b in decoder.buffers()]
     before, numbers = torch.get_rng_state(), np.random.get_state()[1].copy()
-    recorded = record(model, guide, svi.loss_and_grads, svi.told, svi.optim, parameters, args, {})
+    recorded = record(svi, parameters, args, {})
     assert torch.equal(before, torch.get_rng_state())
     assert (numbers == np.random.get_state()[1]).all()
     assert all(torch.equal(b, old) for b, old in zip(decoder.buffers(), buffers, strict=True))
     recorded(list(args))
     assert not torch.equal(next(decoder.buffers()), buffers[0])  # batch norm's, by the graph
+
+
+class Remembering(nn.Module):
+    """A decoder that keeps something from run to run, in one of several ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.calls, self.seen = how, 0, torch.zeros(())
+        self.register_buffer("mean", torch.zeros(()))
+        self.shift = nn.Parameter(torch.zeros(()))
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.how == "buffer":
+            self.mean = 0.9 * self.mean + 0.1 * z.detach()
+            return z + self.mean + self.shift
+        if self.how == "attribute":
+            self.seen = self.seen + 1.0
+            return z + self.seen + self.shift
+        if self.how == "number":
+            self.calls += 1
+            return z + self.calls + self.shift
+        self.seen = z.detach()  # which is never read
+        return z + self.shift
+
+
+def remembering(how: str) -> tuple[SVI, Tensor]:
+    pyro.clear_param_store()
+    net = Remembering(how)
+
+    def model(x: Tensor) -> None:
+        pyro.module("net", net)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(net(z), 1.0).expand(x.shape).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 0.5))
+
+    torch.manual_seed(0)
+    return SVI(model, guide, adam(), Trace_ELBO(), compile=True), torch.ones(3)
+
+
+@pytest.mark.usefixtures("recorded_alone")
+@pytest.mark.parametrize("how", ["buffer", "cache"])
+def test_buffers_that_are_bound_anew_are_followed(how: str) -> None:
+    svi, x = remembering(how)
+    found = [svi.step(x) for _ in range(6)]
+    assert svi._recorder._recorded
+    svi, x = remembering(how)
+    svi._recorder = None
+    assert found == pytest.approx([svi.step(x) for _ in range(6)], rel=1e-10)
+
+
+@pytest.mark.usefixtures("recorded_alone")
+@pytest.mark.parametrize(("how", "name"), [("attribute", "seen"), ("number", "calls")])
+def test_what_a_module_remembers_besides_is_refused(how: str, name: str) -> None:
+    svi, x = remembering(how)
+    with pytest.warns(UserWarning, match=f"Remembering sets its '{name}' in a run"):
+        for _ in range(3):
+            svi.step(x)
+    assert not svi._recorder._recorded
 
 
 class Odd:
@@ -455,14 +524,24 @@ FITS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture
+def read_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled steps are read as on a GPU, many at once."""
+    monkeypatch.setattr(
+        fitting, "Engine", lambda *args, **options: Engine(*args, **{**options, "late": True})
+    )
+
+
 @pytest.mark.usefixtures("recorded_alone")
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("name", FITS)
-def test_a_fit_is_the_same_compiled(name: str) -> None:
+def test_a_fit_is_the_same_compiled(name: str, late: bool, request: pytest.FixtureRequest) -> None:
     model, guide, loss, _ = vae(FullCovariance, TraceMeanField_ELBO())
     options = {"loss": loss, "steps": 8, "batch_size": 3, "progress": False, **FITS[name]}
-    eager, compiled = (
-        fit(model, guide, IMAGES, compile=compile, **options) for compile in (False, True)
-    )
+    eager = fit(model, guide, IMAGES, **options)
+    if late:
+        request.getfixturevalue("read_late")
+    compiled = fit(model, guide, IMAGES, compile=True, **options)
     for part in ("losses", "reconstruction", "kl", "heldout"):
         torch.testing.assert_close(
             getattr(compiled, part), getattr(eager, part), rtol=1e-6, atol=1e-8
@@ -470,7 +549,36 @@ def test_a_fit_is_the_same_compiled(name: str) -> None:
 
 
 @pytest.mark.usefixtures("recorded_alone")
-def test_a_bad_step_names_its_site_and_keeps_the_last_finite_parameters() -> None:
+def test_late_steps_after_a_bad_one_are_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that the graph finds bad and the eager step does not: as if nothing had been."""
+    model, guide, loss, _ = vae(FullCovariance, TraceMeanField_ELBO())
+    options = {"loss": loss, "steps": 12, "batch_size": 3, "progress": False}
+    eager = fit(model, guide, IMAGES, **options)
+    run, calls = Recorded.__call__, []
+
+    def once_bad(self: Recorded, batch: Any) -> Tensor:
+        calls.append(None)
+        if len(calls) == 4:
+            self._alive.fill_(False)
+        status = run(self, batch)
+        if len(calls) == 4:
+            status[3] = 0.0
+        return status
+
+    monkeypatch.setattr(Recorded, "__call__", once_bad)
+    monkeypatch.setattr(
+        fitting, "Engine", lambda *args, **options: Engine(*args, **{**options, "late": True})
+    )
+    compiled = fit(model, guide, IMAGES, compile=True, **options)
+    assert len(calls) == 10 + 6  # six after the bad one, twice
+    torch.testing.assert_close(compiled.losses, eager.losses, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.usefixtures("recorded_alone")
+@pytest.mark.parametrize("late", [False, True])
+def test_a_bad_step_names_its_site_and_keeps_the_last_finite_parameters(
+    late: bool, request: pytest.FixtureRequest
+) -> None:
     """Three steps to the cliff: the scale is the exponential of a parameter that runs away."""
 
     def model(x: Tensor) -> None:
@@ -490,6 +598,8 @@ def test_a_bad_step_names_its_site_and_keeps_the_last_finite_parameters() -> Non
 
     errors = []
     for compile in (False, True):
+        if compile and late:
+            request.getfixturevalue("read_late")
         with pytest.raises(NonFiniteError) as caught:
             fit(
                 model, slide, torch.zeros(4), optim=optim, steps=50, compile=compile, progress=False

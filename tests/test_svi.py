@@ -25,7 +25,7 @@ from pyro_vi import SVI
 from pyro_vi.families import MeanField
 from pyro_vi.guides import Encoder
 from pyro_vi.models import VAE
-from pyro_vi.svi import OneOptimizer
+from pyro_vi.optimizers import OneOptimizer
 
 Problem = tuple[Callable[..., object], Callable[..., object], tuple[Tensor, ...]]
 
