@@ -20,13 +20,13 @@ to another one later.
 
 from __future__ import annotations
 
-__all__ = ["Graph", "Losses", "Uncapturable", "capture"]
+__all__ = ["Graph", "PyrosQuestions", "Uncapturable", "capture"]
 
 import random
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
@@ -44,6 +44,8 @@ _ITEMS = {"pyro.infer.util"} | {
     f"pyro.infer.{kind}_elbo"
     for kind in ("trace", "trace_mean_field", "traceenum", "tracegraph", "renyi")
 }
+_PLATES = {"pyro.poutine.indep_messenger", "pyro.poutine.subsample_messenger"}
+_QUESTIONS = {torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.unbind, torch.arange}
 _WARNINGS = {"torch_isnan", "torch_isinf", "warn_if_nan", "warn_if_inf"}
 
 
@@ -52,50 +54,100 @@ class Uncapturable(Exception):
 
 
 class Graph:
-    """A recorded function of tensors.
+    """A recorded function of a batch of tensors.
 
     Args:
-        module: the record; it takes the inputs and then `constants`.
-        constants: tensors that the function read and was not given, by reference.
+        module: the record; it takes `held`, the batch, and then `constants`.
+        held: tensors that the function was given besides the batch, by reference.
+        constants: tensors that it read and was not given, by reference.
     """
 
-    def __init__(self, module: fx.GraphModule, constants: Sequence[Tensor]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, held: Sequence[Tensor], constants: Sequence[Tensor]
+    ) -> None:
         self.module, self.constants = module, tuple(constants)
-        self._inputs = [tensor.detach() for tensor in constants]
+        self._held = [tensor.detach() for tensor in held]  # the same memory
+        self._constants = [tensor.detach() for tensor in constants]
         self._run: Callable[..., Any] = module
 
-    def compile(self, inputs: Sequence[Tensor]) -> None:
-        """Hands the record to Inductor.
+    def compile(self, batch: Sequence[Tensor]) -> None:
+        """Hands the record to Inductor; on a GPU what it makes becomes a CUDA graph.
 
         Raises:
             Uncapturable: it was not compiled.
         """
+        inputs: list[Any] = [*self._held, *(t.detach() for t in batch), *self._constants]
         try:
             with warnings.catch_warnings():  # of torch about itself
                 warnings.simplefilter("ignore", DeprecationWarning)
                 warnings.simplefilter("ignore", FutureWarning)
                 import torch._inductor
 
-                self._run = torch._inductor.compile(
-                    self.module, [*inputs, *self._inputs], options={"fallback_random": True}
-                )
+                self._run = torch._inductor.compile(self.module, inputs, options=_OPTIONS)
         except Exception as error:
             raise Uncapturable(f"Inductor: {_first_line(error)}") from error
+        if inputs and all(tensor.is_cuda for tensor in inputs):
+            start = len(self._held)
+            self._run = _Launched(self._run, inputs, range(start, start + len(batch)))
 
-    def __call__(self, inputs: Sequence[Tensor]) -> Any:
-        return self._run(*inputs, *self._inputs)
+    def __call__(self, batch: Sequence[Tensor]) -> Any:
+        return self._run(*self._held, *batch, *self._constants)
 
 
-def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Graph:
+# Draws as an eager step's.
+_OPTIONS = {"fallback_random": True}
+
+
+class _Launched:
+    """A compiled function as a CUDA graph, which is launched as one.
+
+    Args:
+        run: the function; it may change its arguments in place.
+        inputs: its arguments.
+        batch: the places of those that differ from call to call, and are copied.
+    """
+
+    def __init__(
+        self, run: Callable[..., Any], inputs: Sequence[Tensor], batch: Iterable[int]
+    ) -> None:
+        self._places = list(batch)
+        self._inputs = list(inputs)
+        for place in self._places:
+            self._inputs[place] = inputs[place].clone()
+        before = [tensor.clone() for tensor in self._inputs]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.random.fork_rng(devices=_cuda(inputs)):
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # libraries allocate and choose in their first calls
+                    run(*self._inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._found = run(*self._inputs)
+        for tensor, value in zip(self._inputs, before, strict=True):
+            tensor.copy_(value)
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        for place in self._places:
+            self._inputs[place].copy_(inputs[place])
+        self._graph.replay()
+        return [tensor.clone() for tensor in self._found]
+
+
+def capture(function: Callable[..., Any], held: Sequence[Tensor], batch: Sequence[Tensor]) -> Graph:
     """Records a function of tensors, twice, and compares.
 
     Args:
-        function: takes tensors and returns a tuple of them; it may change its arguments in place.
-        inputs: tensors of the shapes that it will be called with.
+        function: takes `held` and a batch, and returns a tuple of tensors; it may change its
+            arguments in place.
+        held: tensors that every call is given.
+        batch: tensors of the shapes that it will be called with.
 
     Raises:
         Uncapturable: it depends on more than tensors, or on their values.
     """
+    inputs = [*held, *batch]
     before = _randomness()
     first, second = _record(function, inputs), _record(function, inputs)
     if _randomness() != before:
@@ -104,7 +156,7 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Graph:
         raise Uncapturable("two runs of the programs on equal shapes did different things")
     # What is the same object in both is a tensor from outside; literals are made anew.
     outside = {id(value) for value in _constants(first)} & {id(v) for v in _constants(second)}
-    return _lifted(second, outside)
+    return Graph(second, held, _lifted(second, outside))
 
 
 def _record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModule:
@@ -121,20 +173,37 @@ def _record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphM
             raise Uncapturable(f"{_first_line(error)}{_line(error)}") from error
 
 
-class Losses(TorchFunctionMode):
-    """Lets Pyro read a loss as a number: the number stays a tensor, and no warning hangs on it."""
+class PyrosQuestions(TorchFunctionMode):
+    """Answers what Pyro itself asks of a tensor, as it does in every step.
+
+    A loss that it reads as a number stays a tensor, and no warning hangs on it; a value is in its
+    distribution's support; and the indices of a whole plate are known without their values.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._indices: list[Tensor] = []  # of whole plates
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in (torch.Tensor.item, torch.Tensor.__bool__):
-            caller = sys._getframe(1)
-            name = caller.f_globals.get("__name__", "")
-            if func is torch.Tensor.item and name in _ITEMS:
-                return args[0].detach()
+        if func not in _QUESTIONS:
+            return func(*args, **(kwargs or {}))
+        caller = sys._getframe(1)
+        name = caller.f_globals.get("__name__", "")
+        if func is torch.Tensor.item and name in _ITEMS:
+            return args[0].detach()
+        if func is torch.Tensor.__bool__:
             if name == "pyro.util" and caller.f_code.co_name in _WARNINGS:
                 return False
-        return func(*args, **(kwargs or {}))
+            if name == "torch.distributions.distribution":  # validate_args of an older object
+                return True
+        found = func(*args, **(kwargs or {}))
+        if func is torch.arange and name in _PLATES:
+            self._indices.append(found)
+        if func is torch.Tensor.unbind and any(args[0] is known for known in self._indices):
+            return range(len(args[0]))  # what a loop asks for
+        return found
 
 
 def _constants(module: fx.GraphModule) -> list[Tensor]:
@@ -142,8 +211,12 @@ def _constants(module: fx.GraphModule) -> list[Tensor]:
     return [value for name in names if isinstance(value := getattr(module, name), Tensor)]
 
 
-def _lifted(module: fx.GraphModule, outside: set[int]) -> Graph:
-    """The same record with the tensors from outside as inputs, and single numbers as operations."""
+def _lifted(module: fx.GraphModule, outside: set[int]) -> list[Tensor]:
+    """Makes inputs of the tensors from outside, and operations of single numbers.
+
+    Returns:
+        The tensors, in the order of the new inputs.
+    """
     graph = module.graph
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     constants: list[Tensor] = []
@@ -166,7 +239,7 @@ def _lifted(module: fx.GraphModule, outside: set[int]) -> Graph:
             graph.erase_node(node)
     graph.lint()
     module.recompile()
-    return Graph(module, constants)
+    return constants
 
 
 def _randomness() -> Any:
@@ -184,10 +257,18 @@ def _first_line(error: BaseException) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """Where in a user's code it came about: the last line that is not a library's."""
+    """Where in a user's code it came about: the last line that is not a library's.
+
+    If there is none, the library's function that asked.
+    """
+    place = ""
     libraries = tuple(f"{name}." for name in ("torch", "pyro", "pyro_vi", "zuko"))
     for frame, number in reversed(list(traceback.walk_tb(error.__traceback__))):
-        name = frame.f_globals.get("__name__", "")
+        name, file = frame.f_globals.get("__name__", ""), frame.f_code.co_filename
+        if file.startswith("<"):
+            continue
         if not f"{name}.".startswith(libraries):
-            return f" ({frame.f_code.co_filename}:{number})"
-    return ""
+            return f" ({file}:{number})"
+        if not place and name.startswith(("pyro.", "torch.distributions")):
+            place = f" (in {name}.{frame.f_code.co_qualname})"
+    return place

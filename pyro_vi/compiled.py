@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as tree
 
-from pyro_vi.capture import Graph, Losses, Uncapturable, capture
+from pyro_vi.capture import Graph, PyrosQuestions, Uncapturable, capture
 from pyro_vi.elbo import assumptions
 from pyro_vi.optimizers import OneOptimizer, Rate, updates_of
 from pyro_vi.program import modules_of, substituted
@@ -103,13 +103,10 @@ class Recorder:
 def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
     """What a record is good for, None if for nothing; and the tensors of a batch."""
     if not kwargs and all(type(one) is Tensor and not one.requires_grad for one in args):
-        return tuple((one.shape, one.dtype, one.device) for one in args), list(args)
+        return tuple(map(_layout, args)), list(args)
     leaves, spec = tree.tree_flatten((args, kwargs))
     batch = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    key = [
-        (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf)
-        for leaf in leaves
-    ]
+    key = [_layout(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves]
     try:
         hash(tuple(key))
     except TypeError:
@@ -119,6 +116,10 @@ def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Ten
     return (spec, *key), batch
 
 
+def _layout(tensor: Tensor) -> Any:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
 class Recorded:
     """A recorded step, as a function of the batch.
 
@@ -126,7 +127,7 @@ class Recorded:
     Then nor is it in those after it, until they are taken back: so that steps may be read late.
 
     Args:
-        graph, held: what it runs, and on which tensors besides the batch.
+        graph: what it runs.
         alive: whether steps update, a scalar.
         rates, scheduler: the learning rates in the graph, and what changes them after a step.
         update: takes the gradients, where the optimizer is not in the graph.
@@ -139,7 +140,6 @@ class Recorded:
     def __init__(
         self,
         graph: Graph,
-        held: Sequence[Tensor],
         alive: Tensor,
         rates: Sequence[Rate],
         *,
@@ -148,14 +148,13 @@ class Recorded:
         is_stale: Callable[[], bool],
     ) -> None:
         self._graph, self._alive, self._rates = graph, alive, rates
-        self._held = [tensor.detach() for tensor in held]  # the same memory
         self._scheduler, self._update = scheduler, update
         self._gradients: Sequence[Tensor] = ()
         self.is_stale, self.may_be_late = is_stale, update is None
 
     def compile(self, batch: Sequence[Tensor]) -> None:
         """Hands it to Inductor."""
-        self._graph.compile([*self._held, *(tensor.detach() for tensor in batch)])
+        self._graph.compile(batch)
 
     def __call__(self, batch: Sequence[Tensor]) -> Tensor:
         """Takes a step, all of it that is in the graph.
@@ -166,7 +165,7 @@ class Recorded:
         """
         for rate in self._rates:
             rate.follow()
-        status, *self._gradients = self._graph([*self._held, *batch])
+        status, *self._gradients = self._graph(batch)
         return status
 
     def finish(self) -> None:
@@ -185,7 +184,7 @@ class Recorded:
         if device.type == "cuda":
             generators.append(torch.cuda.default_generators[device.index or 0])
         states = [generator.get_state() for generator in generators]
-        schedule = self._scheduler and {**self._scheduler.state_dict()}
+        schedule = {**self._scheduler.state_dict()} if self._scheduler is not None else {}
         rates = [rate.group["lr"] for rate in self._rates]
 
         def rewind() -> None:
@@ -250,7 +249,7 @@ def record(
         with (
             substituted(modules, {**fresh, **moved}) as rebound,
             assumptions() as assumed,
-            Losses(),
+            PyrosQuestions(),
             torch.enable_grad(),
         ):
             value = svi.loss_and_grads(svi.model, svi.guide, *inner, **named)
@@ -294,7 +293,7 @@ def record(
 
     kept = dict(vars(told))  # its terms are of the last eager step
     try:
-        graph = capture(step, [*held, *(leaves[place] for place in places)])
+        graph = capture(step, held, [leaves[place] for place in places])
     finally:
         told.__dict__.update(kept)
     for value, what in lost:
@@ -309,28 +308,38 @@ def record(
             parameter.grad = None
 
     return Recorded(
-        *(graph, held, alive, rates),
+        *(graph, alive, rates),
         scheduler=optim._scheduler if isinstance(optim, OneOptimizer) else None,
         update=update if updates is None else None,
-        is_stale=_watch(modules, [*parameters, *buffers]),
+        is_stale=_watch(svi, modules, [*parameters, *buffers]),
     )
 
 
-def _watch(modules: Iterable[nn.Module], tensors: Sequence[Tensor]) -> Callable[[], bool]:
-    """Asks whether one of these was replaced or frozen, or a module's mode set."""
+def _watch(svi: SVI, modules: Iterable[nn.Module], tensors: Sequence[Tensor]) -> Callable[[], bool]:
+    """Asks whether one of these was replaced, frozen or moved, or a module's mode set."""
     modules, used = list(modules), {id(tensor) for tensor in tensors}
     owners = [(m, kind) for m in modules for kind in ("_parameters", "_buffers")]
     held = [
-        (owner, kind, name, tensor, tensor.requires_grad)
+        (owner, kind, name, tensor, tensor.requires_grad, tensor.data_ptr())
         for owner, kind in [*owners, (pyro.get_param_store(), "_params")]
         for name, tensor in getattr(owner, kind).items()
         if id(tensor) in used
     ]
     modes = [(module, module.training) for module in modules]
-    return lambda: (
-        any(
-            getattr(owner, kind).get(name) is not tensor or tensor.requires_grad is not trained
-            for owner, kind, name, tensor, trained in held
-        )
-        or any(module.training != mode for module, mode in modes)
-    )
+    model, guide, optim, loss = svi.model, svi.guide, svi.optim, svi.loss_and_grads
+
+    def is_stale() -> bool:
+        if svi.model is not model or svi.guide is not guide:
+            return True
+        if svi.optim is not optim or svi.loss_and_grads is not loss:
+            return True
+        for owner, kind, name, tensor, trained, place in held:
+            if (
+                getattr(owner, kind).get(name) is not tensor
+                or tensor.requires_grad is not trained
+                or tensor.data_ptr() != place
+            ):
+                return True
+        return any(module.training != mode for module, mode in modes)
+
+    return is_stale

@@ -37,12 +37,17 @@ from pyro_vi.sites import draws_terms, is_delta
 class Told(ELBO):
     """A mixin over one of Pyro's ELBOs that keeps the terms of the last evaluation."""
 
+    _given: ELBO
     _terms: dict[str, Tensor]
     _observed: set[str]
 
     def forget(self) -> None:
         """Drops what was kept; call it before an evaluation."""
         self._terms, self._observed = {}, set()
+
+    def _guess_max_plate_nesting(self, *programs: Any) -> None:
+        super()._guess_max_plate_nesting(*programs)  # runs them, which draws
+        self._given.max_plate_nesting = self.max_plate_nesting
 
     def _keep(self, model_trace: Trace, guide_trace: Trace) -> None:
         for trace, whose in ((guide_trace, "guide"), (model_trace, "model")):
@@ -153,6 +158,7 @@ def told(loss: ELBO) -> ELBO:
         raise ValueError(f"RenyiELBO of order alpha = {loss.alpha} < 0 is no lower bound")
     ours: Told = kind.__new__(kind)
     ours.__dict__.update(vars(loss))  # the same settings
+    ours._given = loss
     ours.forget()
     return ours
 

@@ -129,7 +129,7 @@ class Engine(SVI):
         self._found: list[Terms] = []
         self._unread: list[_Unread] = []
         self.taken = 0
-        if compile_after is not None and self.told is not None:
+        if compile_after is not None:
             self._recorder = Recorder(
                 self,
                 after=compile_after,

@@ -240,8 +240,8 @@ def _fit_once(
         if not callable(program):
             raise TypeError(f"expected a callable as {name}, got {program!r}")
     check_decay(average)
-    after = eager_steps(compile, steps)
     _check_arguments(loss, steps, heldout, heldout_every, patience, clip_norm, seed)
+    after = eager_steps(compile, told(loss), steps)
     where = checked_device(device)
     batches = Batches(data, batch_size=batch_size, transform=transform, device=where)
     optimizer = _optimizer(optim, schedule, clip_norm)

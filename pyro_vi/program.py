@@ -397,7 +397,7 @@ class Rebound(NamedTuple):
 def _numbers(module: nn.Module) -> Iterator[tuple[tuple[str, Any], Any]]:
     """Numbers and tensors that a module keeps, in containers of its own too, by their places."""
     for name, value in module.__dict__.items():
-        items = {name: value}
+        items: dict[Any, Any] = {name: value}
         if type(value) in (dict, OrderedDict):
             items = value
         elif type(value) is list:

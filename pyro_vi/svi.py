@@ -10,6 +10,7 @@ from __future__ import annotations
 
 __all__ = ["SVI", "eager_steps"]
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -69,8 +70,8 @@ class SVI(pyro.infer.SVI):
         self.told: Told | None = evaluated if isinstance(evaluated, Told) else None
         super().__init__(model, guide, optim, evaluated, loss_and_grads, **kwargs)
         self._recorder: Recorder | None = None
-        after = eager_steps(compile)
-        if after is not None and self.told is not None:
+        after = eager_steps(compile, evaluated)
+        if after is not None:
             self._recorder = Recorder(self, after=after)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
@@ -105,23 +106,27 @@ class SVI(pyro.infer.SVI):
         zero_grads(parameters)
 
 
-def eager_steps(compile: object, steps: int | None = None) -> int | None:
+def eager_steps(compile: object, loss: object, steps: int | None = None) -> int | None:
     """How many eager steps come before the first compiled one; None if none is compiled.
 
     Args:
         compile: True, False, or "auto": then by the number of steps alone, never by the clock, so
             that the same seed gives the same run.
+        loss: what is evaluated; of `told`'s ELBOs alone a step can be recorded.
         steps: how many there will be; if that is not known, as many as there have been.
 
     Raises:
-        ValueError: something else.
+        ValueError: something else as `compile`.
     """
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"expected compile to be True, False or 'auto', got {compile!r}")
+    if compile is True and not isinstance(loss, Told):
+        name = getattr(loss, "__name__", type(loss).__name__)
+        warnings.warn(f"steps stay eager: those of {name} are not recorded", stacklevel=3)
+    if compile is False or not isinstance(loss, Told):
+        return None
     if compile is True:
         return _SETTLED
-    if compile is False:
-        return None
-    if compile != "auto":
-        raise ValueError(f"expected compile to be True, False or 'auto', got {compile!r}")
     if steps is None:
         return _WORTH
     return _SETTLED if steps >= _WORTH else None

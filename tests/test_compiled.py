@@ -15,7 +15,7 @@ import pytest
 import torch
 from programs import SCHOOLS_SIGMA, SCHOOLS_Y, eight_schools
 from pyro.distributions import constraints
-from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
@@ -34,6 +34,7 @@ from pyro_vi.capture import Graph
 from pyro_vi.compiled import Recorded, record
 from pyro_vi.denoisers import MLPDenoiser, UNet
 from pyro_vi.diffusion import Diffusion
+from pyro_vi.elbo import told
 from pyro_vi.engine import Engine
 from pyro_vi.families import FullCovariance, LowRank, MeanField
 from pyro_vi.flows import Flow
@@ -131,6 +132,18 @@ def subsampled() -> Programs:
     return model, AutoDiagonalNormal(model), Trace_ELBO(), ()
 
 
+def one_by_one() -> Programs:
+    """A plate in a loop, and a distribution that validates its values."""
+    prior = dist.Normal(0.0, 1.0, validate_args=True).expand([3]).to_event(1)
+
+    def model(x: Tensor) -> None:
+        w = pyro.sample("w", prior)
+        for i in pyro.plate("rows", len(x)):
+            pyro.sample(f"x{i}", dist.Normal(w[i], 1.0), obs=x[i])
+
+    return model, AutoNormal(model), Trace_ELBO(), (torch.tensor([0.5, -1.0, 2.0]),)
+
+
 def handled() -> Programs:
     """Scale, mask, condition, block and a factor."""
 
@@ -204,6 +217,7 @@ PROGRAMS: dict[str, Callable[[], Programs]] = {
     ),
     "sub-sampling plate": subsampled,
     "scale, mask, condition, block, factor": handled,
+    "sequential plate, validation": one_by_one,
     "VAE, mean-field": partial(vae, MeanField, TraceMeanField_ELBO()),
     "VAE, full covariance": partial(vae, FullCovariance, TraceMeanField_ELBO()),
     "VAE, low-rank": partial(vae, LowRank, TraceMeanField_ELBO()),
@@ -231,7 +245,8 @@ def test_a_recorded_step_is_the_eager_one(name: str) -> None:
     torch.manual_seed(0)
     model, guide, loss, args = PROGRAMS[name]()
     svi = SVI(model, guide, adam(), loss)
-    _, parameters = svi._evaluate(*args)
+    with pyro.validation_enabled(True):  # as it is in Pyro, unless turned off
+        _, parameters = svi._evaluate(*args)
     svi._update(parameters)
     start = [p.detach().clone() for p in parameters]
     state = {k: dict(v) for k, v in svi.optim._optimizer.state.items()}
@@ -273,7 +288,7 @@ def test_a_recorded_step_is_the_eager_one(name: str) -> None:
 @pytest.fixture
 def recorded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Records, and leaves Inductor out, which takes seconds a program."""
-    monkeypatch.setattr(Graph, "compile", lambda self, inputs: None)
+    monkeypatch.setattr(Graph, "compile", lambda self, batch: None)
 
 
 def run(optim: PyroOptim, compile: bool, steps: int = 6) -> tuple[SVI, list[float], Any]:
@@ -346,6 +361,7 @@ def test_batches_of_another_shape_stay_eager() -> None:
     assert all(isinstance(svi.step(x[:3]), float) for _ in range(3))
     assert len(svi._recorder._recorded) == 1 and losses[0] != losses[-1]
     svi.step(x.float())  # of another dtype
+    svi.step(torch.stack([x, x], -1)[:, 0])  # of other strides
     assert len(svi._recorder._recorded) == 1
 
 
@@ -363,8 +379,19 @@ def test_parameters_that_are_others_are_seen() -> None:
     assert all(not torch.equal(v, before[n]) for n, v in pyro.get_param_store().items())
 
 
+CHANGES: dict[str, Callable[[SVI, nn.Module], object]] = {
+    "mode": lambda svi, encoder: encoder.eval(),
+    "frozen": lambda svi, encoder: encoder.requires_grad_(False),
+    "moved": lambda svi, encoder: encoder.float().double(),
+    "optimizer": lambda svi, encoder: setattr(svi, "optim", adam()),
+    "model": lambda svi, encoder: setattr(svi, "model", poutine.scale(svi.model, scale=2.0)),
+}
+
+
 @pytest.mark.usefixtures("recorded_alone")
-def test_a_modules_mode_is_seen() -> None:
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")  # says Pyro
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_between_steps_is_seen(change: str) -> None:
     torch.manual_seed(0)
     model, guide, loss, args = by_pyro_module()
     encoder = guide.__closure__[0].cell_contents  # type: ignore[attr-defined]
@@ -372,7 +399,7 @@ def test_a_modules_mode_is_seen() -> None:
     for _ in range(4):
         svi.step(*args)
     assert svi._recorder._recorded
-    encoder.eval()
+    CHANGES[change](svi, encoder)
     svi.step(*args)
     assert not svi._recorder._recorded
 
@@ -617,6 +644,15 @@ def test_wrong_ways_to_compile_are_refused() -> None:
 
 
 def test_a_step_is_compiled_by_counts_alone() -> None:
-    assert [eager_steps("auto", steps) for steps in (4_999, 5_000)] == [None, 2]
-    assert eager_steps("auto") == 5_000
-    assert (eager_steps(True), eager_steps(False)) == (2, None)
+    loss = told(Trace_ELBO())
+    assert [eager_steps("auto", loss, steps) for steps in (4_999, 5_000)] == [None, 2]
+    assert eager_steps("auto", loss) == 5_000
+    assert (eager_steps(True, loss), eager_steps(False, loss)) == (2, None)
+
+
+def test_other_losses_stay_eager() -> None:
+    enumerated = TraceEnum_ELBO()
+    with pytest.warns(UserWarning, match="steps stay eager: those of TraceEnum_ELBO are not rec"):
+        svi = SVI(coin, coin_guide, pyro.optim.Adam({}), enumerated, compile=True)
+    assert svi._recorder is None
+    assert SVI(coin, coin_guide, pyro.optim.Adam({}), enumerated)._recorder is None

@@ -149,3 +149,15 @@ def test_a_parameter_that_a_step_does_not_use_stays() -> None:
 def test_what_makes_no_optimizer_is_an_error() -> None:
     with pytest.raises(TypeError, match="it made 3"):
         OneOptimizer(lambda params: 3)([torch.zeros(1, requires_grad=True)])
+
+
+def test_the_elbo_that_was_given_learns_how_deep_plates_are() -> None:
+    """Or it would run the programs to guess at its own next evaluation, and draw."""
+    found = []
+    for kind in (pyro.infer.SVI, SVI):
+        loss = Trace_ELBO(num_particles=2, vectorize_particles=True)
+        kind(normal_mean, normal_mean_guide, pyro.optim.Adam({}), loss).step(
+            torch.randn(10).double()
+        )
+        found.append(loss.max_plate_nesting)
+    assert found == [2, 2]
