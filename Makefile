@@ -1,6 +1,7 @@
 # make demo   compare the guide families on the digits; what comes out is in runs/digits
 # make test   the whole test suite
 # make lint   style, format and types
+# make bench  what a training step costs, against Pyro's, NumPyro's and hand-written PyTorch's
 # make clean  remove all that the targets above made, except runs/
 #
 # The first of them makes .venv and installs the package and its pinned dependencies there.
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -30,6 +31,13 @@ lint: $(VENV)/installed-lint
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/mypy .
 	cd build/mypy && ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 		--cache-dir ../../.mypy_cache -p pyro_vi
+
+bench: $(VENV)/installed-bench
+	$(BIN)/python benchmarks/svi_step.py
+	$(BIN)/python benchmarks/svi_step.py --first
+	$(BIN)/python benchmarks/svi_step.py --growth
+	$(BIN)/python benchmarks/svi_step.py --bounds
+	$(BIN)/python benchmarks/ddpm_step.py --compile
 
 clean:
 	rm -rf $(VENV) build dist pyro_vi.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -79,7 +79,7 @@ class Recorder:
         self, parameters: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Counts an eager step, and records its kind if it is time."""
-        if self._refused or len(self._recorded) >= _MOST:
+        if self._refused or not parameters or len(self._recorded) >= _MOST:
             return
         key, batch = _shape(args, kwargs)
         if key is None:
