@@ -26,11 +26,13 @@ from pyro_vi.capture import Graph, PyrosQuestions, Uncapturable, capture
 from pyro_vi.elbo import assumptions
 from pyro_vi.optimizers import OneOptimizer, Rate, updates_of
 from pyro_vi.program import modules_of, substituted
+from pyro_vi.reach import settings
 
 if TYPE_CHECKING:
     from pyro_vi.svi import SVI
 
 _MOST = 4  # graphs of an SVI
+_KINDS = 1_000  # shapes of batches, or numbers in them, that are counted
 _OTHER = 100  # batches of another shape than the first recorded one, before it is recorded too
 
 
@@ -41,7 +43,6 @@ class Recorder:
         svi: whose steps they are.
         after: eager steps before the first is recorded.
         scale, guard: as `record` takes them.
-        own: whether nobody else can change the programs meanwhile.
         announce: called before a step is compiled, which takes seconds.
     """
 
@@ -52,11 +53,10 @@ class Recorder:
         after: int,
         scale: float = 1.0,
         guard: bool = False,
-        own: bool = False,
         announce: Callable[[], object] = lambda: None,
     ) -> None:
         self._svi, self._after, self._scale, self._guard = svi, after, scale, guard
-        self._own, self._announce = own, announce
+        self._announce = announce
         self._recorded: dict[Any, Recorded] = {}
         self._seen: dict[Any, int] = {}
         self._refused = False
@@ -69,9 +69,11 @@ class Recorder:
         found = self._recorded.get(key)
         if found is None:
             return None
-        if not self._own and found.is_stale():
+        if (change := found.stale()) is not None:
             self._recorded.clear()
             self._seen.clear()
+            self._after *= 10  # it may well happen again
+            warnings.warn(f"steps are eager for a while: {change}", stacklevel=3)
             return None
         return found, batch
 
@@ -83,6 +85,10 @@ class Recorder:
             return
         key, batch = _shape(args, kwargs)
         if key is None:
+            return
+        if key not in self._seen and len(self._seen) == _KINDS:
+            self._refused = True
+            warnings.warn(f"steps stay eager: {_KINDS} batches of other shapes", stacklevel=4)
             return
         self._seen[key] = self._seen.get(key, 0) + 1
         if self._seen[key] < (max(self._after, _OTHER) if self._recorded else self._after):
@@ -133,7 +139,7 @@ class Recorded:
         update: takes the gradients, where the optimizer is not in the graph.
 
     Attributes:
-        is_stale: whether the programs' parameters, buffers or modes are others by now.
+        stale: asks what has changed since it was recorded so that it is no good, in words.
         may_be_late: whether a step can be finished before it is known what it found.
     """
 
@@ -145,12 +151,12 @@ class Recorded:
         *,
         scheduler: LRScheduler | None,
         update: Callable[[Sequence[Tensor]], None] | None,
-        is_stale: Callable[[], bool],
+        stale: Callable[[], str | None],
     ) -> None:
         self._graph, self._alive, self._rates = graph, alive, rates
         self._scheduler, self._update = scheduler, update
         self._gradients: Sequence[Tensor] = ()
-        self.is_stale, self.may_be_late = is_stale, update is None
+        self.stale, self.may_be_late = stale, update is None
 
     def compile(self, batch: Sequence[Tensor]) -> None:
         """Hands it to Inductor."""
@@ -311,12 +317,22 @@ def record(
         *(graph, alive, rates),
         scheduler=optim._scheduler if isinstance(optim, OneOptimizer) else None,
         update=update if updates is None else None,
-        is_stale=_watch(svi, modules, [*parameters, *buffers]),
+        stale=_watch(svi, modules, [*parameters, *buffers], graph.constants),
     )
 
 
-def _watch(svi: SVI, modules: Iterable[nn.Module], tensors: Sequence[Tensor]) -> Callable[[], bool]:
-    """Asks whether one of these was replaced, frozen or moved, or a module's mode set."""
+def _watch(
+    svi: SVI, modules: Iterable[nn.Module], tensors: Sequence[Tensor], read: Sequence[Tensor]
+) -> Callable[[], str | None]:
+    """Asks what a record was made of that is something else by now, in words.
+
+    Args:
+        svi: whose programs, loss and optimizer they are.
+        modules: those that the programs reach; their modes are watched.
+        tensors: parameters and buffers, which may be replaced, moved or frozen.
+        read: other tensors that were read. Where the programs read one by name, or a number, that
+            may be bound anew.
+    """
     modules, used = list(modules), {id(tensor) for tensor in tensors}
     owners = [(m, kind) for m in modules for kind in ("_parameters", "_buffers")]
     held = [
@@ -327,19 +343,34 @@ def _watch(svi: SVI, modules: Iterable[nn.Module], tensors: Sequence[Tensor]) ->
     ]
     modes = [(module, module.training) for module in modules]
     model, guide, optim, loss = svi.model, svi.guide, svi.optim, svi.loss_and_grads
+    named = [
+        place
+        for place in settings(model, guide)
+        if not isinstance(place[-1], Tensor) or any(place[-1] is tensor for tensor in read)
+    ]
 
-    def is_stale() -> bool:
+    def stale() -> str | None:
         if svi.model is not model or svi.guide is not guide:
-            return True
+            return "the model or the guide is another one"
         if svi.optim is not optim or svi.loss_and_grads is not loss:
-            return True
+            return "the loss or the optimizer is another one"
         for owner, kind, name, tensor, trained, place in held:
             if (
                 getattr(owner, kind).get(name) is not tensor
                 or tensor.requires_grad is not trained
                 or tensor.data_ptr() != place
             ):
-                return True
-        return any(module.training != mode for module, mode in modes)
+                return f"{name!r} was replaced, moved or frozen"
+        for module, mode in modes:
+            if module.training != mode:
+                return f"{type(module).__name__} is in another mode"
+        for name, holder, key, value in named:
+            now = holder.cell_contents if key is None else holder.get(key)
+            if now is not value and (isinstance(value, Tensor) or now != value):
+                return (
+                    f"{name!r} is another value (make it a tensor and fill_ it, or an argument of"
+                    " the step)"
+                )
+        return None
 
-    return is_stale
+    return stale

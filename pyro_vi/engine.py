@@ -135,7 +135,6 @@ class Engine(SVI):
                 after=compile_after,
                 scale=self._outside,
                 guard=True,
-                own=True,
                 announce=announce,
             )
 

@@ -1,4 +1,4 @@
-"""The modules that a Pyro program can reach, wherever it keeps them.
+"""What a Pyro program can reach, wherever it keeps it: modules, and the settings that it reads.
 
 A program is a module, or a function, a method, a partial (Pyro's handlers are partials) or an
 object that leads to modules: by its attributes, closure, arguments, containers, or the globals that
@@ -7,8 +7,9 @@ its code names. All of these are followed; library code is not.
 
 from __future__ import annotations
 
-__all__ = ["may_ask_modules", "reach"]
+__all__ = ["may_ask_modules", "reach", "settings"]
 
+import dis
 from collections.abc import Iterator, Mapping
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -60,6 +61,68 @@ def reach(
     # A root found early may sit inside one found later: name each tree once, by its topmost root.
     below = {id(m) for root in found.values() for m in root.modules() if m is not root}
     return {path: module for path, module in found.items() if id(module) not in below}
+
+
+def settings(*programs: Any) -> list[tuple[str, Any, Any, Any]]:
+    """The numbers, strings and tensors that programs read by name, where they are kept.
+
+    That is in closures, in globals that their code loads, in attributes of a user's objects and
+    modules, and in dictionaries of these.
+
+    Returns:
+        Of each a readable name, the cell or dictionary that holds it, its key there (None of a
+        cell), and the value.
+    """
+    found: list[tuple[str, Any, Any, Any]] = []
+    visited: set[int] = set()
+
+    def visit(value: Any, depth: int = 0) -> None:
+        if id(value) in visited or depth > _DEPTH or isinstance(value, (Tensor, ModuleType, type)):
+            return
+        visited.add(id(value))
+        for name, holder, key in _places(value):
+            held = _content(holder) if key is None else holder.get(key)
+            if isinstance(held, (bool, int, float, str, Tensor)):
+                found.append((name, holder, key, held))
+        for _, held in _held_by(value):
+            visit(held, depth + 1)
+
+    for program in programs:
+        visit(program)
+    return found
+
+
+def _places(value: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Where a function, or an object of a user's class, reads what it reads by name."""
+    if isinstance(value, FunctionType):
+        if _is_library(value.__module__):
+            return
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            yield name, cell, None
+        for name in _globals(value.__code__):
+            yield name, value.__globals__, name
+    elif isinstance(value, nn.Module):
+        for module in value.modules():
+            if not _is_library(type(module).__module__, "pyro_vi"):
+                for name in vars(module):
+                    if name not in _MODULE_INTERNALS:
+                        yield f"{type(module).__name__}.{name}", vars(module), name
+    elif type(value) is dict:
+        for name in value:
+            yield str(name), value, name
+    elif hasattr(value, "__dict__") and not _is_library(type(value).__module__, "pyro_vi"):
+        for name in vars(value):
+            yield f"{type(value).__name__}.{name}", vars(value), name
+
+
+def _globals(code: CodeType) -> Iterator[str]:
+    """The globals that a function loads, and the functions inside it."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _globals(constant)
 
 
 def may_ask_modules(value: Any) -> bool:
@@ -159,5 +222,5 @@ def _content(cell: CellType) -> Any:
         return None
 
 
-def _is_library(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in _LIBRARIES
+def _is_library(module: str | None, *others: str) -> bool:
+    return (module or "").partition(".")[0] in _LIBRARIES.union(others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -370,10 +371,11 @@ def test_parameters_that_are_others_are_seen() -> None:
     svi, _, _ = run(pyro.optim.Adam({"lr": 0.05}), True)
     x = torch.tensor([1.0] * 6 + [0.0] * 4)
     pyro.clear_param_store()
-    loss = svi.step(x)  # eager, with new parameters
+    with pytest.warns(UserWarning, match="'a' was replaced, moved or frozen"):
+        loss = svi.step(x)  # eager, with new parameters
     assert svi._recorder._recorded == {} and isinstance(loss, float)
     before = {name: value.clone() for name, value in pyro.get_param_store().items()}
-    for _ in range(3):
+    for _ in range(20):  # ten times as many as before
         svi.step(x)
     assert len(svi._recorder._recorded) == 1
     assert all(not torch.equal(v, before[n]) for n, v in pyro.get_param_store().items())
@@ -400,8 +402,69 @@ def test_what_changes_between_steps_is_seen(change: str) -> None:
         svi.step(*args)
     assert svi._recorder._recorded
     CHANGES[change](svi, encoder)
-    svi.step(*args)
+    with pytest.warns(UserWarning, match="steps are eager for a while: "):
+        svi.step(*args)
     assert not svi._recorder._recorded
+
+
+TEMPERATURE = 1.0
+
+
+class Annealed:
+    """A model that reads a number from one of the places where people keep them."""
+
+    def __init__(self, where: str) -> None:
+        self.where, self.beta, self.options = where, 1.0, {"beta": 1.0}
+        beta = 1.0
+
+        def read() -> float:
+            return beta
+
+        def bind(value: float) -> None:
+            nonlocal beta
+            beta = value
+
+        self.read, self.bind = read, bind
+
+    def set(self, value: float) -> None:
+        global TEMPERATURE
+        self.bind(value)
+        TEMPERATURE = self.beta = self.options["beta"] = value
+
+    def __call__(self, x: Tensor) -> None:
+        if self.where == "closure":
+            scale = self.read()
+        elif self.where == "global":
+            scale = TEMPERATURE
+        elif self.where == "dictionary":
+            scale = self.options["beta"]
+        else:
+            scale = self.beta
+        with poutine.scale(scale=scale):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0).expand(x.shape).to_event(1), obs=x)
+
+
+@pytest.mark.usefixtures("recorded_alone")
+@pytest.mark.parametrize("where", ["closure", "global", "dictionary", "attribute"])
+def test_numbers_that_change_are_seen(where: str) -> None:
+    def guide(x: Tensor) -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 0.5))
+
+    model, losses = Annealed(where), {}
+    for compile in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        model.set(1.0)
+        svi = SVI(model, guide, adam(), Trace_ELBO(), compile=compile)
+        x = torch.ones(3)
+        losses[compile] = [svi.step(x) for _ in range(4)]
+        assert compile is False or svi._recorder._recorded
+        model.set(0.3)
+        expected = pytest.warns(UserWarning, match="steps are eager for a while: .* another value")
+        with expected if compile else nullcontext():
+            losses[compile] += [svi.step(x) for _ in range(2)]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-10)
 
 
 @pytest.mark.usefixtures("recorded_alone")

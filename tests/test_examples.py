@@ -18,6 +18,7 @@ SHORT = {
     "vae_families": ("--steps", "12"),
     "linear_gaussian": ("--steps", "600"),
     "plain_pyro_svi": ("--steps", "25"),
+    "drop_in": ("--steps", "30"),
     "ddpm_gaussian": ("--steps", "120"),
     "ddpm_digits": ("--steps", "40"),
     "ddpm_fashion": (
@@ -291,6 +292,14 @@ def test_plain_pyro_svi_trains(printed: str) -> None:
     # All grey levels alike would give -64 log 17 nats, and no bound on discrete data is above 0.
     assert -64 * math.log(17) < test < 0
     assert train < later_train < 0 and test < later_test < 0
+
+
+@of("drop_in")
+def test_drop_in_is_the_same_run(printed: str) -> None:
+    pattern = rf"steps in +({NUMBER}) s, the last ones +({NUMBER}) ms each; ELBO ({NUMBER})"
+    runs = [tuple(map(float, found)) for found in re.findall(pattern, printed)]
+    (_, _, bound), (_, _, ours), (_, _, compiled) = runs
+    assert ours == bound and compiled == pytest.approx(bound, abs=0.011)
 
 
 def from_the_engine(source: str) -> list[str]:
