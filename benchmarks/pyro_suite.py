@@ -69,15 +69,16 @@ class _Recorded(svi.SVI):
         self._kept = _Gradients()
         kept = {"told": self.told, "optim": self._kept}
         self._programs = SimpleNamespace(loss_and_grads=self._plain, **kept)
-        self._direct = compiled.Recorder(self._programs, after=1)
         self.loss_and_grads = self._gradients
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         first, self._first, self._inside = self._first, False, True
         try:
             loss = super().step(*args, **kwargs)
-            if first and self._recorder is not None and self._recorder._recorded:
-                loss = super().step(*args, **kwargs)
+            for _ in range(2):  # one that proves the record, and one that is it
+                kinds = self._recorder._kinds.values() if self._recorder is not None else ()
+                if first and any(kind.recorded is not None for kind in kinds):
+                    loss = super().step(*args, **kwargs)
         finally:
             self._inside = False
         return loss
@@ -88,16 +89,16 @@ class _Recorded(svi.SVI):
             return self._plain(model, guide, *args, **kwargs)
         self._programs.model, self._programs.guide = model, guide
         before = {p: p.grad for p in pyro.get_param_store()._params.values()}
-        if (found := self._direct.find(args, kwargs)) is None:
-            state = torch.get_rng_state()
-            with svi._Parameters() as used:
-                loss = self._plain(model, guide, *args, **kwargs)
-            self._direct.after_eager(list(used.names), args, kwargs)
-            if (found := self._direct.find(args, kwargs)) is None:
-                return loss
-            torch.set_rng_state(state)
-        recorded, batch = found
-        loss = recorded(batch)[0].item()
+        state = torch.get_rng_state()
+        with svi._Parameters() as used:
+            loss = self._plain(model, guide, *args, **kwargs)
+        try:
+            recorded = compiled.record(self._programs, list(used.names), args, kwargs)
+        except capture.Uncapturable as error:
+            _now["refused"].append(str(error))
+            return loss
+        torch.set_rng_state(state)
+        loss = recorded(recorded._step.batch)[0].item()
         recorded.finish()
         for p, gradient in self._kept.found.items():  # added, as by a backward pass
             p.grad = gradient if before.get(p) is None else before[p] + gradient

@@ -26,7 +26,7 @@ import random
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
@@ -35,7 +35,7 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
@@ -44,6 +44,15 @@ _ITEMS = {"pyro.infer.util"} | {
     f"pyro.infer.{kind}_elbo"
     for kind in ("trace", "trace_mean_field", "traceenum", "tracegraph", "renyi")
 }
+# What asks a tensor for its value, what changes it in place besides methods that end in "_", and
+# what sets no more than a flag.
+_VALUES = {"item", "tolist", "numpy", "__array__", "is_nonzero"} | {
+    f"__{kind}__" for kind in ("bool", "float", "int", "index", "complex")
+}
+_CHANGES = {"__setitem__"} | {
+    f"__i{kind}__" for kind in ("add", "sub", "mul", "truediv", "pow", "and", "or", "xor")
+}
+_FLAGS = {"requires_grad_"}
 _PLATES = {"pyro.poutine.indep_messenger", "pyro.poutine.subsample_messenger"}
 _QUESTIONS = {torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.unbind, torch.arange}
 _WARNINGS = {"torch_isnan", "torch_isinf", "warn_if_nan", "warn_if_inf"}
@@ -87,8 +96,11 @@ class Graph:
         except Exception as error:
             raise Uncapturable(f"Inductor: {_first_line(error)}") from error
         if inputs and all(tensor.is_cuda for tensor in inputs):
-            start = len(self._held)
-            self._run = _Launched(self._run, inputs, range(start, start + len(batch)))
+            self._run = _Launched(self._run, inputs, len(self._held), len(batch))
+
+    def interpret(self, held: Sequence[Tensor], batch: Sequence[Tensor]) -> Any:
+        """Runs the record as it is, on other tensors."""
+        return self.module(*held, *batch, *self._constants)
 
     def __call__(self, batch: Sequence[Tensor]) -> Any:
         return self._run(*self._held, *batch, *self._constants)
@@ -102,19 +114,20 @@ class _Launched:
     """A compiled function as a CUDA graph, which is launched as one.
 
     Args:
-        run: the function; it may change its arguments in place.
+        run: the function; it may change its first arguments in place.
         inputs: its arguments.
-        batch: the places of those that differ from call to call, and are copied.
+        held: how many of them it may change.
+        batch: how many come then that differ from call to call, and are copied.
     """
 
     def __init__(
-        self, run: Callable[..., Any], inputs: Sequence[Tensor], batch: Iterable[int]
+        self, run: Callable[..., Any], inputs: Sequence[Tensor], held: int, batch: int
     ) -> None:
-        self._places = list(batch)
+        self._places = range(held, held + batch)
         self._inputs = list(inputs)
         for place in self._places:
             self._inputs[place] = inputs[place].clone()
-        before = [tensor.clone() for tensor in self._inputs]
+        before = [tensor.clone() for tensor in inputs[:held]]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.random.fork_rng(devices=_cuda(inputs)):
@@ -125,7 +138,7 @@ class _Launched:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
                 self._found = run(*self._inputs)
-        for tensor, value in zip(self._inputs, before, strict=True):
+        for tensor, value in zip(inputs, before, strict=False):
             tensor.copy_(value)
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
@@ -155,8 +168,10 @@ def capture(function: Callable[..., Any], held: Sequence[Tensor], batch: Sequenc
     if str(first.graph) != str(second.graph):
         raise Uncapturable("two runs of the programs on equal shapes did different things")
     # What is the same object in both is a tensor from outside; literals are made anew.
-    outside = {id(value) for value in _constants(first)} & {id(v) for v in _constants(second)}
-    return Graph(second, held, _lifted(second, outside))
+    pairs = list(zip(_constants(first), _constants(second), strict=True))
+    if not all(one is other or _equal(one, other) for one, other in pairs):
+        raise Uncapturable("two runs of the programs made other tensors of numbers")
+    return Graph(second, held, _lifted(second, {id(one) for one, other in pairs if one is other}))
 
 
 def _record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModule:
@@ -169,6 +184,8 @@ def _record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphM
         stack.enter_context(mode)
         try:
             return make_fx(function)(*fakes)
+        except Uncapturable as error:
+            raise Uncapturable(f"{error}{_line(error)}") from error
         except Exception as error:
             raise Uncapturable(f"{_first_line(error)}{_line(error)}") from error
 
@@ -187,6 +204,12 @@ class PyrosQuestions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if args and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor):
+            kind = getattr(func, "__name__", "")
+            if kind in _VALUES:
+                raise Uncapturable("the value of a tensor from outside of the programs")
+            if kind in _CHANGES or (kind[-1:] == "_" and kind[-2:] != "__" and kind not in _FLAGS):
+                raise Uncapturable("a tensor from outside of the programs is changed in place")
         if func not in _QUESTIONS:
             return func(*args, **(kwargs or {}))
         caller = sys._getframe(1)
@@ -207,8 +230,22 @@ class PyrosQuestions(TorchFunctionMode):
 
 
 def _constants(module: fx.GraphModule) -> list[Tensor]:
+    """What the record reads and was not given, in its order.
+
+    Raises:
+        Uncapturable: something else than tensors, such as a generator.
+    """
     names = [str(node.target) for node in module.graph.nodes if node.op == "get_attr"]
-    return [value for name in names if isinstance(value := getattr(module, name), Tensor)]
+    found = [getattr(module, name) for name in names]
+    if strange := [type(value).__name__ for value in found if not isinstance(value, Tensor)]:
+        raise Uncapturable(f"a {strange[0]} of the programs' own")
+    return found
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def _lifted(module: fx.GraphModule, outside: set[int]) -> list[Tensor]:

@@ -1,129 +1,34 @@
-"""Steps of an SVI as graphs (`pyro_vi.capture`).
+"""A step of an SVI as a graph (`pyro_vi.capture`).
 
 What is recorded is the eager step itself, Pyro's ELBO over the programs' own run, and the formula
-of the optimizer (Adam, AdamW, SGD, Pyro's ClippedAdam), whose learning rate may change. Any other
-optimizer stays outside, and takes the graph's gradients.
+of the optimizer (`pyro_vi.optimizers.Update`). Any optimizer without one stays outside, and takes
+the graph's gradients.
 
-The graph works on copies of the parameters and of the optimizer's state and writes them back at its
-end; with a guard only if loss and gradients are finite, so that the last finite ones survive.
+The graph works on copies of the parameters, the buffers and the optimizer's state, and writes them
+back at its end; with a guard only if loss and gradients are finite, so that the last finite ones
+survive.
 """
 
 from __future__ import annotations
 
-__all__ = ["Recorded", "Recorder", "record"]
+__all__ = ["Proof", "Recorded", "record"]
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import pyro
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as tree
 
 from pyro_vi.capture import Graph, PyrosQuestions, Uncapturable, capture
 from pyro_vi.elbo import assumptions
-from pyro_vi.optimizers import OneOptimizer, Rate, updates_of
+from pyro_vi.optimizers import OneOptimizer, Update, updates_of
 from pyro_vi.program import modules_of, substituted
-from pyro_vi.reach import settings
+from pyro_vi.reach import objects
+from pyro_vi.watch import watch
 
 if TYPE_CHECKING:
     from pyro_vi.svi import SVI
-
-_MOST = 4  # graphs of an SVI
-_KINDS = 1_000  # shapes of batches, or numbers in them, that are counted
-_OTHER = 100  # batches of another shape than the first recorded one, before it is recorded too
-
-
-class Recorder:
-    """The recorded steps of an SVI, one for each shape of a batch.
-
-    Args:
-        svi: whose steps they are.
-        after: eager steps before the first is recorded.
-        scale, guard: as `record` takes them.
-        announce: called before a step is compiled, which takes seconds.
-    """
-
-    def __init__(
-        self,
-        svi: SVI,
-        *,
-        after: int,
-        scale: float = 1.0,
-        guard: bool = False,
-        announce: Callable[[], object] = lambda: None,
-    ) -> None:
-        self._svi, self._after, self._scale, self._guard = svi, after, scale, guard
-        self._announce = announce
-        self._recorded: dict[Any, Recorded] = {}
-        self._seen: dict[Any, int] = {}
-        self._refused = False
-
-    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recorded, Any] | None:
-        """The recorded step for a batch, and its tensors; None if there is none."""
-        if not self._recorded:
-            return None
-        key, batch = _shape(args, kwargs)
-        found = self._recorded.get(key)
-        if found is None:
-            return None
-        if (change := found.stale()) is not None:
-            self._recorded.clear()
-            self._seen.clear()
-            self._after *= 10  # it may well happen again
-            warnings.warn(f"steps are eager for a while: {change}", stacklevel=3)
-            return None
-        return found, batch
-
-    def after_eager(
-        self, parameters: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Counts an eager step, and records its kind if it is time."""
-        if self._refused or not parameters or len(self._recorded) >= _MOST:
-            return
-        key, batch = _shape(args, kwargs)
-        if key is None:
-            return
-        if key not in self._seen and len(self._seen) == _KINDS:
-            self._refused = True
-            warnings.warn(f"steps stay eager: {_KINDS} batches of other shapes", stacklevel=4)
-            return
-        self._seen[key] = self._seen.get(key, 0) + 1
-        if self._seen[key] < (max(self._after, _OTHER) if self._recorded else self._after):
-            return
-        self._announce()
-        try:
-            recorded = record(
-                self._svi, parameters, args, kwargs, scale=self._scale, guard=self._guard
-            )
-            recorded.compile(batch)
-        except Uncapturable as error:
-            self._refused = True
-            warnings.warn(f"steps stay eager: {error}", stacklevel=4)
-        else:
-            self._recorded[key] = recorded
-
-
-def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
-    """What a record is good for, None if for nothing; and the tensors of a batch."""
-    if not kwargs and all(type(one) is Tensor and not one.requires_grad for one in args):
-        return tuple(map(_layout, args)), list(args)
-    leaves, spec = tree.tree_flatten((args, kwargs))
-    batch = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    key = [_layout(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves]
-    try:
-        hash(tuple(key))
-    except TypeError:
-        return None, batch
-    if any(one.requires_grad for one in batch):
-        return None, batch
-    return (spec, *key), batch
-
-
-def _layout(tensor: Tensor) -> Any:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 class Recorded:
@@ -133,30 +38,21 @@ class Recorded:
     Then nor is it in those after it, until they are taken back: so that steps may be read late.
 
     Args:
-        graph: what it runs.
-        alive: whether steps update, a scalar.
-        rates, scheduler: the learning rates in the graph, and what changes them after a step.
-        update: takes the gradients, where the optimizer is not in the graph.
+        step: what was recorded.
+        graph: the record.
+        stale: says what has changed since, so that the record is no good; None if nothing has.
 
     Attributes:
-        stale: asks what has changed since it was recorded so that it is no good, in words.
+        is_sure: whether every step is sound.
         may_be_late: whether a step can be finished before it is known what it found.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        alive: Tensor,
-        rates: Sequence[Rate],
-        *,
-        scheduler: LRScheduler | None,
-        update: Callable[[Sequence[Tensor]], None] | None,
-        stale: Callable[[], str | None],
-    ) -> None:
-        self._graph, self._alive, self._rates = graph, alive, rates
-        self._scheduler, self._update = scheduler, update
+    def __init__(self, step: _Step, graph: Graph, stale: Callable[[], str | None]) -> None:
+        self._step, self._graph, self.stale = step, graph, stale
+        self._following = [one for update in step.updates or () for one in update.following]
         self._gradients: Sequence[Tensor] = ()
-        self.stale, self.may_be_late = stale, update is None
+        self.is_sure, self.may_be_late = step.is_sure, step.updates is not None
+        self._scheduler = step.optim.scheduler if isinstance(step.optim, OneOptimizer) else None
 
     def compile(self, batch: Sequence[Tensor]) -> None:
         """Hands it to Inductor."""
@@ -169,40 +65,118 @@ class Recorded:
             (5,), float64: the loss, reconstruction and KL as `Told.terms` has them, and whether the
             step was finite (with a guard the gradients too) and sound, as 0 or 1.
         """
-        for rate in self._rates:
-            rate.follow()
+        for one in self._following:
+            one.follow()
         status, *self._gradients = self._graph(batch)
         return status
 
     def finish(self) -> None:
         """Does the rest of a step that updates, what is not in the graph."""
-        for rate in self._rates:
-            rate.decay()
-        if self._update is not None:
-            self._update(self._gradients)
+        for one in self._following:
+            one.lead()
+        if self._step.updates is None:
+            self._step.update_outside(self._gradients)
         elif self._scheduler is not None:
             self._scheduler.step()
 
     def rewinder(self) -> Callable[[], None]:
         """Takes random numbers and schedules back to where they are now, for steps that failed."""
-        device = self._alive.device
-        generators = [torch.default_generator]
-        if device.type == "cuda":
-            generators.append(torch.cuda.default_generators[device.index or 0])
+        generators = self._step.generators()
         states = [generator.get_state() for generator in generators]
         schedule = {**self._scheduler.state_dict()} if self._scheduler is not None else {}
-        rates = [rate.group["lr"] for rate in self._rates]
+        numbers = [one.number for one in self._following]
 
         def rewind() -> None:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
             if self._scheduler is not None:
                 self._scheduler.load_state_dict(schedule)
-            for rate, before in zip(self._rates, rates, strict=True):
-                rate.group["lr"] = before
-            self._alive.fill_(True)
+            for one, number in zip(self._following, numbers, strict=True):
+                one.number = number
+            self._step.alive.fill_(True)
 
         return rewind
+
+    def predict(self, batch: Sequence[Tensor]) -> Proof:
+        """What the record makes of a step that is about to be taken eagerly; changes nothing."""
+        rewind = self.rewinder()
+        for one in self._following:
+            one.follow()
+        before = [tensor.detach().clone() for tensor in self._step.held]
+        held = [tensor.clone() for tensor in before]
+        status, *gradients = self._graph.interpret(held, batch)
+        drawn = [generator.get_state() for generator in self._step.generators()]
+        rewind()
+        return Proof(self._step, before, held, status, gradients, drawn)
+
+
+class Proof:
+    """A step as its record predicts it, to be held against the eager one.
+
+    Args:
+        step: what was recorded.
+        before, after: the tensors that it holds, at the step's beginning and predicted end.
+        status, gradients: as the record returns them.
+        drawn: where the generators are then.
+    """
+
+    def __init__(
+        self,
+        step: _Step,
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        status: Tensor,
+        gradients: Sequence[Tensor],
+        drawn: Sequence[Tensor],
+    ) -> None:
+        self._step, self._before, self._after, self._drawn = step, before, after, drawn
+        self._status, self._gradients = status, gradients
+        self._differs = ""
+
+    def compare(self, loss: Any, parameters: Sequence[Tensor]) -> None:
+        """Looks at an evaluated step: its loss, and its gradients if they are the record's last."""
+        loss = torch.as_tensor(loss, dtype=torch.float64).detach()
+        dtype = self._step.parameters[0].dtype
+        if list(map(id, parameters)) != list(map(id, self._step.parameters)):
+            self._differs = "parameters"
+        elif self._status[4] and not _alike(self._status[0], loss.to(self._status), dtype):
+            self._differs = f"loss, {float(loss):g} and {float(self._status[0]):g},"
+        for parameter, gradient in zip(parameters, self._gradients, strict=False):
+            if parameter.grad is not None and not _alike(gradient, parameter.grad, dtype):
+                self._differs = self._differs or "gradient"
+
+    def check(self) -> None:
+        """Looks at an updated step; raises Uncapturable if it is another one than was predicted."""
+        if not self._status[4]:
+            raise Uncapturable("masks, scales or observations are not as in the step before")
+        step = self._step
+        if self._status[3] and not self._differs:
+            step.adopt_buffers()
+            for tensor, before, after in zip(step.held, self._before, self._after, strict=True):
+                if id(tensor) not in step.own and not _alike(after, tensor, tensor.dtype, before):
+                    self._differs = "update"
+        drawn = [generator.get_state() for generator in step.generators()]
+        if any(not torch.equal(a, b) for a, b in zip(drawn, self._drawn, strict=True)):
+            self._differs = self._differs or "number of draws"
+        if self._differs:
+            raise Uncapturable(
+                f"the step after the recorded one has another {self._differs} than its record:"
+                " the programs read something that changes from step to step"
+            )
+
+
+def _alike(
+    found: Tensor, expected: Tensor, dtype: torch.dtype, before: Tensor | None = None
+) -> bool:
+    """Whether two tensors, or their changes, are one but for rounding."""
+    if not dtype.is_floating_point:
+        return torch.equal(found, expected)
+    with torch.no_grad():
+        found, expected = found.double(), expected.double()
+        change = expected if before is None else expected - before
+        eps = torch.finfo(dtype).eps
+        bound = 10 * eps**0.5 * change.norm() + 100 * eps * expected.norm()
+        return bool((found - expected).norm() <= bound) or bool(expected.isnan().any())
 
 
 def record(
@@ -226,151 +200,194 @@ def record(
     Raises:
         Uncapturable: see `pyro_vi.capture`.
     """
-    told, optim = svi.told, svi.optim
-    assert told is not None
-    leaves, spec = tree.tree_flatten((args, kwargs))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    modules = modules_of(svi.model, svi.guide)
-    buffers = list(
-        {id(b): b for m in modules for b in m._buffers.values() if b is not None}.values()
-    )
-    updates = updates_of(optim, parameters)
-    state = [tensor for update in updates or () for tensor in update.tensors]
-    rates = [rate for update in updates or () for rate in update.rates]
-    alive = torch.ones((), dtype=torch.bool, device=parameters[0].device)
-    held = [*parameters, *buffers, *state, *(rate.tensor for rate in rates), alive]
-    clip = getattr(optim, "_clip_norm", None)
-    lost: list[tuple[Any, str]] = []
+    step = _Step(svi, parameters, args, kwargs, scale=scale, guard=guard)
+    assert svi.told is not None
+    kept = dict(vars(svi.told))  # its terms are of the last eager step
+    try:
+        graph = capture(step, step.held, step.batch)
+    finally:
+        svi.told.__dict__.update(kept)
+    for value, what in step.lost:
+        if not isinstance(value, Tensor | None) or any(value is read for read in graph.constants):
+            raise Uncapturable(f"{what}, and the next may read it")
+    changes = watch(svi, step.modules, parameters, step.updates or (), graph.constants)
+    return Recorded(step, graph, changes)
 
-    def step(*tensors: Tensor) -> tuple[Tensor, ...]:
-        own = dict(zip(map(id, held), tensors, strict=False))
-        batch = list(leaves)
-        for place, tensor in zip(places, tensors[len(held) :], strict=True):
-            batch[place] = tensor
-        inner, named = tree.tree_unflatten(batch, spec)
-        moved = {id(p): own[id(p)].clone().requires_grad_() for p in parameters}
-        fresh = {id(tensor): own[id(tensor)].clone() for tensor in (*buffers, *state)}
-        keys = {id(tensor): key for key, tensor in fresh.items()}
-        told.forget()
+
+class _Step:
+    """A step as a function of tensors: `held`, and those of a batch.
+
+    Attributes:
+        held: parameters, buffers, the optimizer's state, and numbers that the step follows.
+        own: those that are the record's alone, or an optimizer's that is not in it, by identity.
+        batch: the tensors of the batch that it is recorded with.
+        lost: what a module bound to itself in a run, and a graph would not: the object before, and
+            words.
+        is_sure: whether nothing is taken for granted.
+    """
+
+    def __init__(
+        self,
+        svi: SVI,
+        parameters: Sequence[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        scale: float,
+        guard: bool,
+    ) -> None:
+        self.svi, self.optim, self.parameters = svi, svi.optim, list(parameters)
+        self._scale, self._guard = scale, guard
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
+            raise Uncapturable("hooks on parameters, which a graph would not call")
+        # What a step did not use has a gradient of zero if it had one before: momentum moves it.
+        self._moves = [p.grad is not None for p in parameters]
+        self._leaves, self._spec = tree.tree_flatten((args, kwargs))
+        self._places = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
+        self.batch = [self._leaves[place] for place in self._places]
+        self.modules = modules_of(svi.model, svi.guide, *self._leaves)
+        self._objects = objects(svi.model, svi.guide)
+        self._places_of = _buffers(self.modules)
+        self._buffers = [buffer for _, _, buffer in self._places_of]
+        self.updates = updates_of(svi.optim, parameters)
+        self._state = [tensor for update in self.updates or () for tensor in update.tensors]
+        following = [one.tensor for update in self.updates or () for one in update.following]
+        self.alive = torch.ones((), dtype=torch.bool, device=parameters[0].device)
+        self.held = [*parameters, *self._buffers, *self._state, *following, self.alive]
+        outside = parameters if self.updates is None else ()
+        self.own = {id(tensor) for tensor in (*following, self.alive, *outside)}
+        self._validates = torch.distributions.Distribution._validate_args
+        self.lost: list[tuple[Any, str]] = []
+        self.is_sure = True
+        shared = {_storage(tensor) for tensor in (*parameters, *self._buffers)}
+        if any(_storage(tensor) in shared for tensor in self.batch):
+            raise Uncapturable("an argument that is a parameter or a buffer of the programs")
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        now = dict(zip(map(id, self.held), tensors, strict=False))
+        fresh = {id(tensor): now[id(tensor)].clone() for tensor in (*self._buffers, *self._state)}
+        moved = {id(p): _leaf(now[id(p)], p) for p in self.parameters}
+        loss, conditions, others = self._evaluate({**fresh, **moved}, tensors[len(self.held) :])
+        self.is_sure = not conditions
+        with torch.no_grad():
+            gradients = {
+                id(p): leaf.grad * self._scale if leaf.grad is not None else torch.zeros_like(leaf)
+                for (p, leaf), moves in zip(
+                    zip(self.parameters, moved.values(), strict=True), self._moves, strict=True
+                )
+                if leaf.grad is not None or moves
+            }
+            finite = loss.isfinite()
+            if self._guard:
+                norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+                finite = finite & norm.isfinite()
+            sound = torch.stack(conditions).all() if conditions else torch.ones_like(finite)
+            if self.updates is not None:
+                fresh |= {key: leaf.detach().clone() for key, leaf in moved.items()}
+                self._update(self.updates, fresh, gradients, now)
+            alive = now[id(self.alive)]
+            keep = alive & finite & sound if self._guard else sound
+            for key, new in (fresh | others).items():
+                guarded = self._guard or conditions
+                now[key].copy_(torch.where(keep, new, now[key]) if guarded else new)
+            if self._guard:
+                alive.copy_(keep)
+            status = self._status(loss, finite, sound)
+        if self.updates is not None:
+            return (status,)
+        return status, *(
+            gradients.get(id(p), torch.zeros_like(now[id(p)])) for p in self.parameters
+        )
+
+    def _evaluate(
+        self, memo: dict[int, Tensor], batch: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor], dict[int, Tensor]]:
+        """The loss with gradients, what was taken for granted, and buffers that are others then."""
+        leaves = list(self._leaves)
+        for place, tensor in zip(self._places, batch, strict=True):
+            leaves[place] = tensor
+        args, kwargs = tree.tree_unflatten(leaves, self._spec)
+        svi, keys = self.svi, {id(tensor): key for key, tensor in memo.items()}
+        assert svi.told is not None
+        svi.told.forget()
+        self.lost = []
+        others = {}
         with (
-            substituted(modules, {**fresh, **moved}) as rebound,
-            assumptions() as assumed,
+            substituted([*self.modules, *self._objects], memo) as rebound,
+            assumptions(validate=self._validates) as assumed,
             PyrosQuestions(),
             torch.enable_grad(),
         ):
-            value = svi.loss_and_grads(svi.model, svi.guide, *inner, **named)
-            others = {}
-            for module, name, before, after in rebound():
+            loss = svi.loss_and_grads(svi.model, svi.guide, *args, **kwargs)
+            for holder, name, before, after in rebound():
                 if id(before) in keys and isinstance(after, Tensor) and after.shape == before.shape:
                     others[keys[id(before)]] = after.detach()
                 else:
-                    lost.append((before, f"{type(module).__name__} sets its {name!r} in a run"))
-        with torch.no_grad():
-            gradients = {
-                key: leaf.grad * scale for key, leaf in moved.items() if leaf.grad is not None
-            }
-            value = torch.as_tensor(value).detach()
-            finite = value.isfinite()
-            if guard:
-                norm = torch.nn.utils.get_total_norm(list(gradients.values()))
-                finite = finite & norm.isfinite()
-            conditions = [torch.as_tensor(condition).all() for condition in assumed]
-            sound = torch.stack(conditions).all() if conditions else torch.ones_like(finite)
-            if updates is not None:
-                fresh |= {key: leaf.detach().clone() for key, leaf in moved.items()}
-                for key, gradient in gradients.items():
-                    fresh[key].grad = gradient.clone()
-                if clip is not None:
-                    torch.nn.utils.clip_grad_norm_([fresh[key] for key in gradients], clip)
-                for update in updates:
-                    update.apply(fresh, own)
-            changed = fresh | others
-            keep = own[id(alive)] & finite & sound if guard else sound
-            for key, new in changed.items():
-                guarded = guard or conditions
-                own[key].copy_(torch.where(keep, new, own[key]) if guarded else new)
-            if guard:
-                own[id(alive)].copy_(keep)
-            parts = (value, *told.terms(value), finite, sound)
-            status = torch.stack([part.to(value.device, torch.float64) for part in parts])
-        if updates is not None:
-            return (status,)
-        return status, *(gradients.get(id(p), torch.zeros_like(own[id(p)])) for p in parameters)
+                    what = f"{type(holder).__name__} sets its {name!r} in a run"
+                    self.lost.append((before, what))
+        return torch.as_tensor(loss).detach(), [torch.as_tensor(a).all() for a in assumed], others
 
-    kept = dict(vars(told))  # its terms are of the last eager step
-    try:
-        graph = capture(step, held, [leaves[place] for place in places])
-    finally:
-        told.__dict__.update(kept)
-    for value, what in lost:
-        if not isinstance(value, Tensor | None) or any(value is read for read in graph.constants):
-            raise Uncapturable(f"{what}, and the next may read it")
+    def _update(
+        self,
+        updates: Sequence[Update],
+        fresh: dict[int, Tensor],
+        gradients: dict[int, Tensor],
+        now: dict[int, Tensor],
+    ) -> None:
+        """Moves the fresh parameters, and the optimizer's state."""
+        for key, gradient in gradients.items():
+            fresh[key].grad = gradient.clone()
+        if isinstance(self.optim, OneOptimizer) and self.optim.clip_norm is not None:
+            clipped = [fresh[key] for key in gradients]
+            torch.nn.utils.clip_grad_norm_(clipped, self.optim.clip_norm)
+        for update in updates:
+            update.apply(fresh, now)
 
-    def update(gradients: Sequence[Tensor]) -> None:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+    def _status(self, loss: Tensor, finite: Tensor, sound: Tensor) -> Tensor:
+        assert self.svi.told is not None
+        parts = (loss, *self.svi.told.terms(loss), finite, sound)
+        place = torch.arange(len(parts), device=loss.device)
+        status = torch.zeros(len(parts), dtype=torch.float64, device=loss.device)
+        for i, part in enumerate(parts):  # in one kernel, which torch.stack would not be
+            status = torch.where(place == i, part.to(status), status)
+        return status
+
+    def adopt_buffers(self) -> None:
+        """Puts held buffers where an eager step has bound new ones, with their values."""
+        for module, name, held in self._places_of:
+            if (current := module._buffers[name]) is not held and current is not None:
+                held.copy_(current)
+                module._buffers[name] = held
+
+    def update_outside(self, gradients: Sequence[Tensor]) -> None:
+        """Lets an optimizer that is not in the graph step."""
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
-        optim(parameters)
-        for parameter in parameters:
+        self.optim(self.parameters)
+        for parameter in self.parameters:
             parameter.grad = None
 
-    return Recorded(
-        *(graph, alive, rates),
-        scheduler=optim._scheduler if isinstance(optim, OneOptimizer) else None,
-        update=update if updates is None else None,
-        stale=_watch(svi, modules, [*parameters, *buffers], graph.constants),
-    )
+    def generators(self) -> list[torch.Generator]:
+        """Where draws may come from."""
+        device = self.alive.device
+        if device.type != "cuda":
+            return [torch.default_generator]
+        return [torch.default_generator, torch.cuda.default_generators[device.index or 0]]
 
 
-def _watch(
-    svi: SVI, modules: Iterable[nn.Module], tensors: Sequence[Tensor], read: Sequence[Tensor]
-) -> Callable[[], str | None]:
-    """Asks what a record was made of that is something else by now, in words.
+def _leaf(value: Tensor, parameter: Tensor) -> Tensor:
+    """A copy that has a gradient; that of a module's parameter passes for one, as Pyro asks."""
+    leaf = value.clone().requires_grad_()
+    if isinstance(parameter, nn.Parameter):
+        leaf._is_param = True  # type: ignore[attr-defined]
+    return leaf
 
-    Args:
-        svi: whose programs, loss and optimizer they are.
-        modules: those that the programs reach; their modes are watched.
-        tensors: parameters and buffers, which may be replaced, moved or frozen.
-        read: other tensors that were read. Where the programs read one by name, or a number, that
-            may be bound anew.
-    """
-    modules, used = list(modules), {id(tensor) for tensor in tensors}
-    owners = [(m, kind) for m in modules for kind in ("_parameters", "_buffers")]
-    held = [
-        (owner, kind, name, tensor, tensor.requires_grad, tensor.data_ptr())
-        for owner, kind in [*owners, (pyro.get_param_store(), "_params")]
-        for name, tensor in getattr(owner, kind).items()
-        if id(tensor) in used
-    ]
-    modes = [(module, module.training) for module in modules]
-    model, guide, optim, loss = svi.model, svi.guide, svi.optim, svi.loss_and_grads
-    named = [
-        place
-        for place in settings(model, guide)
-        if not isinstance(place[-1], Tensor) or any(place[-1] is tensor for tensor in read)
-    ]
 
-    def stale() -> str | None:
-        if svi.model is not model or svi.guide is not guide:
-            return "the model or the guide is another one"
-        if svi.optim is not optim or svi.loss_and_grads is not loss:
-            return "the loss or the optimizer is another one"
-        for owner, kind, name, tensor, trained, place in held:
-            if (
-                getattr(owner, kind).get(name) is not tensor
-                or tensor.requires_grad is not trained
-                or tensor.data_ptr() != place
-            ):
-                return f"{name!r} was replaced, moved or frozen"
-        for module, mode in modes:
-            if module.training != mode:
-                return f"{type(module).__name__} is in another mode"
-        for name, holder, key, value in named:
-            now = holder.cell_contents if key is None else holder.get(key)
-            if now is not value and (isinstance(value, Tensor) or now != value):
-                return (
-                    f"{name!r} is another value (make it a tensor and fill_ it, or an argument of"
-                    " the step)"
-                )
-        return None
+def _buffers(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
+    """Every buffer once, with a module that has it and its name there."""
+    found = {id(b): (m, n, b) for m in modules for n, b in m._buffers.items() if b is not None}
+    return list(found.values())
 
-    return stale
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

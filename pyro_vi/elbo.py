@@ -31,7 +31,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vi.sites import draws_terms, is_delta
+from pyro_vi.sites import draws_terms, is_delta, is_deterministic
 
 
 class Told(ELBO):
@@ -42,7 +42,8 @@ class Told(ELBO):
     _observed: set[str]
 
     def forget(self) -> None:
-        """Drops what was kept; call it before an evaluation."""
+        """Drops what was kept, and reads the settings again; call it before an evaluation."""
+        self.__dict__.update(vars(self._given))
         self._terms, self._observed = {}, set()
 
     def _guess_max_plate_nesting(self, *programs: Any) -> None:
@@ -58,6 +59,7 @@ class Told(ELBO):
                     self._terms[key] = self._terms[key] + term if key in self._terms else term
                     if site["is_observed"]:
                         self._observed.add(key)
+                        _assume_in_support(site)
 
     def terms(self, loss: Tensor | float) -> tuple[Tensor, Tensor]:
         """Reconstruction and KL, scalars, where `loss` is what the evaluation returned."""
@@ -157,9 +159,8 @@ def told(loss: ELBO) -> ELBO:
     if isinstance(loss, RenyiELBO) and loss.alpha < 0:
         raise ValueError(f"RenyiELBO of order alpha = {loss.alpha} < 0 is no lower bound")
     ours: Told = kind.__new__(kind)
-    ours.__dict__.update(vars(loss))  # the same settings
     ours._given = loss
-    ours.forget()
+    ours.forget()  # and has the same settings
     return ours
 
 
@@ -245,16 +246,26 @@ def _is_one(scale: Any) -> bool:
     return _holds((torch.as_tensor(scale) == 1).all())
 
 
-_assumed: ContextVar[list[Tensor] | None] = ContextVar("assumed", default=None)
+class _Assumptions(list[Tensor]):
+    """Conditions; `validate` says whether those of distributions belong to them."""
+
+    validate = False
+
+
+_assumed: ContextVar[_Assumptions | None] = ContextVar("assumed", default=None)
 
 
 @contextmanager
-def assumptions() -> Iterator[list[Tensor]]:
+def assumptions(*, validate: bool) -> Iterator[list[Tensor]]:
     """Collects the conditions that an evaluation depends on, and takes all of them to hold.
 
     So that it can be recorded from tensors without values; the record checks them at every replay.
+
+    Args:
+        validate: whether observations are assumed to be in their distributions' support.
     """
-    found: list[Tensor] = []
+    found = _Assumptions()
+    found.validate = validate
     token = _assumed.set(found)
     try:
         yield found
@@ -268,3 +279,12 @@ def _holds(condition: Tensor) -> bool:
         return bool(condition)
     assumed.append(condition)
     return True
+
+
+def _assume_in_support(site: Any) -> None:
+    assumed = _assumed.get()
+    if assumed is not None and assumed.validate and not is_deterministic(site):
+        try:
+            assumed.append(site["fn"].support.check(site["value"]))
+        except (AttributeError, NotImplementedError):  # it has none, or no check
+            return

@@ -22,7 +22,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vi.compiled import Recorded, Recorder
+from pyro_vi.compiled import Recorded
+from pyro_vi.recorder import Recorder
 from pyro_vi.scaling import KLWeight, PerDataPoint, Structure
 from pyro_vi.svi import SVI
 
@@ -180,6 +181,8 @@ class Engine(SVI):
             for i, (step, row) in enumerate(zip(unread, rows, strict=True)):
                 loss, reconstruction, kl, finite, sound = row
                 if not (finite and sound):
+                    if not sound and self._recorder is not None:
+                        self._recorder.was_unsound()
                     self._take_again(unread[i:])
                     break
                 if self._waits_for(step.recorded):
@@ -201,6 +204,8 @@ class Engine(SVI):
         self._found.append(Terms(*(term * self._outside for term in terms)))
 
     def _take_eagerly(self, *args: Any, **kwargs: Any) -> None:
+        if self._recorder is not None:
+            self._recorder.before(args, kwargs)
         with self._last:
             loss, parameters = self._evaluate(*args, **kwargs)
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -217,9 +222,11 @@ class Engine(SVI):
             raise FloatingPointError(f"the loss is {loss:g}, but {_first_bad(parameters)}")
         if self._outside != 1.0:
             torch._foreach_mul_(gradients, self._outside)
+        if self._recorder is not None:
+            self._recorder.evaluated(loss, parameters)
         self._update(parameters)
         if self._recorder is not None:
-            self._recorder.after_eager(parameters, args, kwargs)
+            self._recorder.after(args, kwargs, parameters)
         if self.told is None:
             self._add(loss, math.nan, math.nan)
         else:

@@ -10,7 +10,7 @@ changes no record.
 
 from __future__ import annotations
 
-__all__ = ["OneOptimizer", "Rate", "Update", "updates_of"]
+__all__ = ["Following", "OneOptimizer", "Update", "updates_of"]
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from pyro.optim import PyroOptim
 from pyro.optim.clipped_adam import ClippedAdam
+from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -31,6 +32,9 @@ class OneOptimizer(PyroOptim):
         make: parameters -> torch optimizer, such as `partial(torch.optim.Adam, lr=1e-3)`.
         schedule: optimizer -> learning-rate scheduler, stepped after every update.
         clip_norm: the largest global norm of the gradient.
+
+    Attributes:
+        torch_optimizer, scheduler: what was made, at the first step; None before.
 
     Raises:
         TypeError: `make` gives something else than a torch optimizer, or `schedule` one that needs
@@ -55,123 +59,163 @@ class OneOptimizer(PyroOptim):
         clip_norm: float | None = None,
     ) -> None:
         super().__init__(make, {})
-        self._schedule, self._clip_norm = schedule, clip_norm
-        self._optimizer: Optimizer | None = None
-        self._scheduler: LRScheduler | None = None
+        self._schedule, self.clip_norm = schedule, clip_norm
+        self.torch_optimizer: Optimizer | None = None
+        self.scheduler: LRScheduler | None = None
         self._known: dict[Tensor, None] = {}
+        self._waiting: dict[str, Any] = {}
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         params = list(params)
         if new := [p for p in params if p not in self._known]:
             self._add(new)
-        assert self._optimizer is not None
+        assert self.torch_optimizer is not None
         used = set(params)
         for parameter in self._known:  # not even momentum moves what a step did not use
             if parameter not in used:
                 parameter.grad = None
-        if self._clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(params, self._clip_norm)
-        self._optimizer.step()
-        if self._scheduler is not None:
-            self._scheduler.step()
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(params, self.clip_norm)
+        self.torch_optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
 
     def _add(self, new: list[Tensor]) -> None:
         self._known.update(dict.fromkeys(new))
-        if self._scheduler is not None:
+        if self.scheduler is not None:
             raise ValueError(
                 f"{len(new)} parameters appeared after the first step, and the learning-rate"
                 " schedule was made for those before: use every parameter in every step, or no"
                 " schedule"
             )
-        if self._optimizer is not None:
-            self._optimizer.add_param_group({"params": new})
+        if self.torch_optimizer is not None:
+            self.torch_optimizer.add_param_group({"params": new})
             return
-        self._optimizer = self.pt_optim_constructor(new)
-        if not isinstance(self._optimizer, Optimizer):
+        self.torch_optimizer = self.pt_optim_constructor(new)
+        if not isinstance(self.torch_optimizer, Optimizer):
             raise TypeError(
                 "expected a callable that makes a torch optimizer from parameters, such as"
-                f" functools.partial(torch.optim.Adam, lr=1e-3); it made {self._optimizer!r}"
+                f" functools.partial(torch.optim.Adam, lr=1e-3); it made {self.torch_optimizer!r}"
             )
-        if isinstance(self._optimizer, torch.optim.LBFGS):
+        if isinstance(self.torch_optimizer, torch.optim.LBFGS):
             raise TypeError("expected an optimizer that steps without a closure, got LBFGS")
         if self._schedule is not None:
-            self._scheduler = self._schedule(self._optimizer)
-            if isinstance(self._scheduler, ReduceLROnPlateau):
+            self.scheduler = self._schedule(self.torch_optimizer)
+            if isinstance(self.scheduler, ReduceLROnPlateau):
                 raise TypeError(
                     "expected a schedule of the step alone, and ReduceLROnPlateau needs a metric"
                 )
+
+        self._load()
+
+    def _load(self) -> None:
+        for name, holder in (("optimizer", self.torch_optimizer), ("scheduler", self.scheduler)):
+            if holder is not None and name in self._waiting:
+                holder.load_state_dict(self._waiting.pop(name))
+
+    def set_state(self, state_dict: dict[str, Any]) -> None:
+        """Takes what `get_state` gave; before the first step it is kept until then."""
+        if strangers := sorted(state_dict.keys() - {"optimizer", "scheduler"}):
+            raise ValueError(f"expected the state of one optimizer for all, got keys {strangers}")
+        self._waiting = dict(state_dict)
+        self._load()
 
     def get_state(self) -> dict[str, Any]:
         """The torch optimizer's state, and the scheduler's."""
         return {
             name: holder.state_dict()
-            for name, holder in (("optimizer", self._optimizer), ("scheduler", self._scheduler))
+            for name, holder in (("optimizer", self.torch_optimizer), ("scheduler", self.scheduler))
             if holder is not None
         }
 
 
-class Rate:
-    """The learning rate of a group, as a tensor that follows it."""
+class Following:
+    """A number of an optimizer as a tensor, which follows it, and leads it after a step.
 
-    def __init__(self, group: dict[str, Any], like: Tensor) -> None:
-        self.group, self._last = group, math.nan
-        self._decay = group.get("lrd", 1.0)  # ClippedAdam's own schedule
-        self.tensor = torch.zeros((), dtype=torch.float64, device=like.device)
+    Args:
+        holder, key: where the optimizer keeps the number.
+        device: of the tensor.
+        factor, increment: what a step makes of the number; of a rate before it is used.
+    """
+
+    def __init__(
+        self,
+        holder: dict[str, Any],
+        key: str,
+        device: torch.device,
+        *,
+        factor: float = 1.0,
+        increment: int = 0,
+    ) -> None:
+        self._holder, self._key, self._factor, self._increment = holder, key, factor, increment
+        self._last: float = math.nan
+        self.tensor = torch.zeros((), dtype=torch.float64, device=device)
+
+    @property
+    def number(self) -> Any:
+        """What the optimizer keeps."""
+        return self._holder[self._key]
+
+    @number.setter
+    def number(self, value: Any) -> None:
+        self._holder[self._key] = value
+
+    def _next(self) -> Any:
+        return self.number * self._factor + self._increment
 
     def follow(self) -> None:
-        """Sets the tensor to the rate of the next step."""
-        rate = self.group["lr"] * self._decay
-        if rate != self._last:
-            self._last = rate
-            self.tensor.fill_(rate)
+        """Sets the tensor to what the next step uses."""
+        if (number := self._next()) != self._last:
+            self._last = number
+            self.tensor.fill_(number)
 
-    def decay(self) -> None:
-        """Sets the group's rate to that of the last step."""
-        self.group["lr"] = self._last
+    def lead(self) -> None:
+        """Sets the number to what the last step used."""
+        if self._factor != 1.0 or self._increment:
+            self.number = self._next()
 
 
 class Update:
-    """A torch optimizer's step on some of its parameters, as tensors alone."""
+    """A torch optimizer's step on some of its parameters, as tensors alone.
+
+    Attributes:
+        optimizer: whose formula and state it has.
+        following: its numbers that change from step to step.
+        tensors: its state.
+    """
 
     def __init__(self, optimizer: Optimizer, used: set[int], clips: dict[int, Any]) -> None:
-        self._optimizer, self._clips = optimizer, clips
-        self._groups = [
-            (group, [p for p in group["params"] if id(p) in used])
-            for group in optimizer.param_groups
-        ]
-        self.rates = [Rate(group, own[0]) for group, own in self._groups if own]
-        self._groups = [(group, own) for group, own in self._groups if own]
-        for _, own in self._groups:
-            for p in own:
-                if "step" in (state := optimizer.state.get(p, {})):
-                    dtype = torch.float64 if isinstance(optimizer, ClippedAdam) else None
-                    state["step"] = torch.as_tensor(state["step"], dtype=dtype).to(p.device)
-        self.tensors = [
-            value
-            for _, own in self._groups
-            for p in own
-            for value in optimizer.state.get(p, {}).values()
-            if isinstance(value, Tensor)
-        ]
+        self.optimizer, self._clips = optimizer, clips
+        self._groups: list[tuple[dict[str, Any], list[Tensor], Following]] = []
+        self._counts: dict[int, Following] = {}
+        for group in optimizer.param_groups:
+            if own := [p for p in group["params"] if id(p) in used]:
+                decay = group.get("lrd", 1.0)  # ClippedAdam's own schedule
+                rate = Following(group, "lr", own[0].device, factor=decay)
+                self._groups.append((group, own, rate))
+        states = [(p, optimizer.state.get(p, {})) for _, own, _ in self._groups for p in own]
+        for p, state in states:
+            if isinstance(state.get("step"), int):
+                self._counts[id(p)] = Following(state, "step", p.device, increment=1)
+        self.following = [*(rate for *_, rate in self._groups), *self._counts.values()]
+        self.tensors = [v for _, state in states for v in state.values() if isinstance(v, Tensor)]
 
-    def apply(self, fresh: dict[int, Tensor], own: dict[int, Tensor]) -> None:
+    def apply(self, fresh: dict[int, Tensor], now: dict[int, Tensor]) -> None:
         """Moves the parameters among the fresh tensors, in place, and their state."""
-        for (group, params), rate in zip(self._groups, self.rates, strict=True):
-            lr = own[id(rate.tensor)]
-            moved = [p for p in params if fresh[id(p)].grad is not None]
-            for p in moved:
+        for group, params, rate in self._groups:
+            for p in params:
+                mine = fresh[id(p)]
+                if mine.grad is None:
+                    continue
                 if (clip := self._clips.get(id(p))) is not None:
-                    clip(fresh[id(p)])
-            state = {
-                fresh[id(p)]: {
+                    clip(mine)
+                state = {
                     key: fresh[id(value)] if isinstance(value, Tensor) else value
-                    for key, value in self._optimizer.state.get(p, {}).items()
+                    for key, value in self.optimizer.state.get(p, {}).items()
                 }
-                for p in moved
-            }
-            update = _FORMULAS[type(self._optimizer)]
-            for p in moved:
-                update(fresh[id(p)], lr, group, state[fresh[id(p)]])
+                if id(p) in self._counts:
+                    state["step"] = now[id(self._counts[id(p)].tensor)]
+                _FORMULAS[type(self.optimizer)](mine, now[id(rate.tensor)], group, state)
 
 
 def _sgd(p: Tensor, lr: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
@@ -190,7 +234,7 @@ def _clipped_adam(p: Tensor, lr: Tensor, group: dict[str, Any], state: dict[str,
     assert p.grad is not None
     gradient = p.grad.clamp(-group["clip_norm"], group["clip_norm"])
     first, second = group["betas"]
-    step = state["step"].add_(1)
+    step = state["step"]
     if group["weight_decay"] != 0:
         gradient = gradient + group["weight_decay"] * p
     mean, square = state["exp_avg"], state["exp_avg_sq"]
@@ -231,18 +275,22 @@ _FORMULAS: dict[type, Callable[..., None]] = {
 def updates_of(optim: PyroOptim, parameters: Sequence[Tensor]) -> list[Update] | None:
     """The optimizers of the parameters; None if one of them has no form of tensors alone."""
     clips: dict[int, Any] = {}
-    if isinstance(optim, OneOptimizer):
-        found = [optim._optimizer] if optim._optimizer is not None else []
-    else:
+    if isinstance(optim, OneOptimizer) and type(optim).__call__ is OneOptimizer.__call__:
+        found: list[Any] = [optim.torch_optimizer]
+    elif type(optim).__call__ in (PyroOptim.__call__, PyroLRScheduler.__call__):
         objects = [optim.optim_objs.get(p) for p in parameters]
         found = [getattr(one, "optimizer", one) for one in objects]  # behind a scheduler
         clips = {id(p): clip for p, clip in optim.grad_clip.items() if clip is not None}
-    updates = []
+    else:
+        return None
     for optimizer in found:
-        if type(optimizer) not in _FORMULAS:
+        if type(optimizer) not in _FORMULAS or _hooked(optimizer):
             return None
         for group in optimizer.param_groups:
             if group.get("differentiable") or isinstance(group["lr"], Tensor):
                 return None
-        updates.append(Update(optimizer, set(map(id, parameters)), clips))
-    return updates
+    return [Update(optimizer, set(map(id, parameters)), clips) for optimizer in found]
+
+
+def _hooked(optimizer: Optimizer) -> bool:
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)

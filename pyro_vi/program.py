@@ -357,8 +357,8 @@ class _Copy:
     def __init__(self, memo: Mapping[int, Any]) -> None:
         self._memo = dict(memo)
 
-    def attributes(self, module: nn.Module) -> dict[str, Any]:
-        return {name: self._value(value) for name, value in module.__dict__.items()}
+    def attributes(self, holder: Any) -> dict[str, Any]:
+        return {name: self._value(value) for name, value in holder.__dict__.items()}
 
     def _value(self, value: Any) -> Any:
         if id(value) in self._memo:
@@ -386,17 +386,17 @@ def modules_of(*programs: Callable[..., Any]) -> list[nn.Module]:
 
 
 class Rebound(NamedTuple):
-    """An attribute of a module, or an item of one, that is another object than it was."""
+    """An attribute of an object, or an item of one, that is another than it was."""
 
-    module: nn.Module
+    holder: Any
     name: str
     before: Any
     after: Any
 
 
-def _numbers(module: nn.Module) -> Iterator[tuple[tuple[str, Any], Any]]:
-    """Numbers and tensors that a module keeps, in containers of its own too, by their places."""
-    for name, value in module.__dict__.items():
+def _numbers(holder: Any) -> Iterator[tuple[tuple[str, Any], Any]]:
+    """Numbers and tensors that an object keeps, in containers of its own too, by their places."""
+    for name, value in holder.__dict__.items():
         items: dict[Any, Any] = {name: value}
         if type(value) in (dict, OrderedDict):
             items = value
@@ -409,37 +409,37 @@ def _numbers(module: nn.Module) -> Iterator[tuple[tuple[str, Any], Any]]:
 
 @contextmanager
 def substituted(
-    modules: Iterable[nn.Module], memo: Mapping[int, Tensor]
+    holders: Iterable[Any], memo: Mapping[int, Tensor]
 ) -> Iterator[Callable[[], list[Rebound]]]:
     """Runs programs with other tensors in the place of their own, and forgets what they change.
 
-    Gives a function that tells which numbers and tensors they have bound to a module so far.
+    Gives a function that tells which numbers and tensors they have bound to a holder so far.
 
     Args:
-        modules: the modules that they reach.
+        holders: the modules and other objects that they reach.
         memo: what stands for a parameter or a buffer, of a module or of the store (unconstrained),
             by its identity.
     """
-    modules, copied = list(modules), _Copy(memo)
-    before = [module.__dict__ for module in modules]
+    holders, copied = list(holders), _Copy(memo)
+    before = [holder.__dict__ for holder in holders]
     store = pyro.get_param_store()
     state, names = store.get_state(), dict(store._param_to_name)
     params = {name: memo.get(id(tensor), tensor) for name, tensor in state["params"].items()}
     try:
-        for module, attributes in zip(modules, map(copied.attributes, modules), strict=True):
-            object.__setattr__(module, "__dict__", attributes)
-        kept = [dict(_numbers(module)) for module in modules]
+        for holder, attributes in zip(holders, map(copied.attributes, holders), strict=True):
+            object.__setattr__(holder, "__dict__", attributes)
+        kept = [dict(_numbers(holder)) for holder in holders]
         with store.scope({**state, "params": params, "constraints": {**state["constraints"]}}):
             yield lambda: [
-                Rebound(module, name, old.get((holder, name)), value)
-                for module, old in zip(modules, kept, strict=True)
-                for (holder, name), value in _numbers(module)
-                if value is not old.get((holder, name))
+                Rebound(holder, place[-1], old.get(place), value)
+                for holder, old in zip(holders, kept, strict=True)
+                for place, value in _numbers(holder)
+                if value is not old.get(place)
             ]
     finally:
         store._param_to_name.update(names)  # of parameters that the store does not hold, too
-        for module, attributes in zip(modules, before, strict=True):
-            object.__setattr__(module, "__dict__", attributes)
+        for holder, attributes in zip(holders, before, strict=True):
+            object.__setattr__(holder, "__dict__", attributes)
 
 
 @contextmanager

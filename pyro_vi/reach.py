@@ -7,10 +7,10 @@ its code names. All of these are followed; library code is not.
 
 from __future__ import annotations
 
-__all__ = ["may_ask_modules", "reach", "settings"]
+__all__ = ["may_ask_modules", "objects", "reach", "settings"]
 
 import dis
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -66,30 +66,43 @@ def reach(
 def settings(*programs: Any) -> list[tuple[str, Any, Any, Any]]:
     """The numbers, strings and tensors that programs read by name, where they are kept.
 
-    That is in closures, in globals that their code loads, in attributes of a user's objects and
-    modules, and in dictionaries of these.
+    That is in closures, in globals that their code loads, in attributes of modules and of a user's
+    objects, and in dictionaries of these.
 
     Returns:
         Of each a readable name, the cell or dictionary that holds it, its key there (None of a
         cell), and the value.
     """
-    found: list[tuple[str, Any, Any, Any]] = []
-    visited: set[int] = set()
-
-    def visit(value: Any, depth: int = 0) -> None:
-        if id(value) in visited or depth > _DEPTH or isinstance(value, (Tensor, ModuleType, type)):
-            return
-        visited.add(id(value))
+    found = []
+    for value in _reached(programs):
         for name, holder, key in _places(value):
             held = _content(holder) if key is None else holder.get(key)
             if isinstance(held, (bool, int, float, str, Tensor)):
                 found.append((name, holder, key, held))
-        for _, held in _held_by(value):
-            visit(held, depth + 1)
-
-    for program in programs:
-        visit(program)
     return found
+
+
+def objects(*programs: Any) -> list[Any]:
+    """The instances of a user's own classes that programs reach, modules left out."""
+    return [
+        value
+        for value in _reached(programs)
+        if type(getattr(value, "__dict__", None)) is dict
+        and not isinstance(value, (nn.Module, FunctionType, MethodType, partial))
+        and not _is_library(type(value).__module__, "pyro_vi")
+    ]
+
+
+def _reached(programs: Iterable[Any]) -> Iterator[Any]:
+    visited: set[int] = set()
+    waiting = [(program, 0) for program in programs]
+    while waiting:
+        value, depth = waiting.pop()
+        if id(value) in visited or depth > _DEPTH or isinstance(value, (Tensor, ModuleType, type)):
+            continue
+        visited.add(id(value))
+        yield value
+        waiting += [(held, depth + 1) for _, held in _held_by(value)]
 
 
 def _places(value: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -103,10 +116,9 @@ def _places(value: Any) -> Iterator[tuple[str, Any, Any]]:
             yield name, value.__globals__, name
     elif isinstance(value, nn.Module):
         for module in value.modules():
-            if not _is_library(type(module).__module__, "pyro_vi"):
-                for name in vars(module):
-                    if name not in _MODULE_INTERNALS:
-                        yield f"{type(module).__name__}.{name}", vars(module), name
+            for name in vars(module):
+                if name not in _MODULE_INTERNALS:
+                    yield f"{type(module).__name__}.{name}", vars(module), name
     elif type(value) is dict:
         for name in value:
             yield str(name), value, name

@@ -22,8 +22,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from pyro_vi.compiled import Recorder
 from pyro_vi.elbo import Told, told
+from pyro_vi.recorder import Recorder
 
 
 class SVI(pyro.infer.SVI):
@@ -76,19 +76,34 @@ class SVI(pyro.infer.SVI):
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One gradient step; returns the loss."""
-        if self._recorder is not None and (found := self._recorder.find(args, kwargs)) is not None:
-            recorded, batch = found
-            loss, *_, sound = recorded(batch).tolist()
-            if sound:
-                recorded.finish()
-                return warn_if_nan(loss, "loss")
+        recorder = self._recorder
+        if recorder is not None:
+            if (found := recorder.find(args, kwargs)) is not None:
+                recorded, batch = found
+                rewind = None if recorded.is_sure else recorded.rewinder()
+                loss, *_, sound = recorded(batch).tolist()
+                if sound:
+                    recorded.finish()
+                    return warn_if_nan(loss, "loss")
+                assert rewind is not None
+                rewind()
+                recorder.was_unsound()
+            recorder.before(args, kwargs)
         loss, parameters = self._evaluate(*args, **kwargs)
+        if recorder is not None:
+            recorder.evaluated(loss, parameters)
         self._update(parameters)
-        if self._recorder is not None:
-            self._recorder.after_eager(parameters, args, kwargs)
+        if recorder is not None:
+            recorder.after(args, kwargs, parameters)
         if isinstance(loss, tuple):
             return type(loss)(map(torch_item, loss))
         return torch_item(loss)
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss without a step; as `pyro.infer.SVI`."""
+        if self.told is not None:
+            self.told.forget()
+        return super().evaluate_loss(*args, **kwargs)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
         """The loss, and the unconstrained parameters that the programs used, with gradients."""

@@ -1,0 +1,198 @@
+"""Which steps of an SVI are compiled: when a kind of batch gets a graph, and whether it is good.
+
+A kind of batch is what a record is good for: the layouts of its tensors, its other arguments, the
+handlers around the step. Each is counted. After some eager steps one is recorded; the next step is
+taken both ways, and only if loss, updates and generators come out alike is the record compiled and
+used. From then on it is asked before every step whether anything that it was made of is something
+else by now (`pyro_vi.watch`).
+"""
+
+from __future__ import annotations
+
+__all__ = ["Recorder"]
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
+from torch.utils import _pytree as tree
+
+from pyro_vi.capture import Uncapturable
+from pyro_vi.compiled import Proof, Recorded, record
+
+if TYPE_CHECKING:
+    from pyro_vi.svi import SVI
+
+_MOST = 4  # graphs of an SVI
+_KINDS = 1_000  # kinds of batches that are counted
+_OTHER = 100  # batches of another kind than the first recorded one, before it is recorded too
+_UNSOUND = 3  # steps that were not as a record takes for granted, before it is dropped
+
+
+@dataclass
+class _Kind:
+    """A kind of batch: its eager steps so far, and its record."""
+
+    seen: int = 0
+    recorded: Recorded | None = None
+    is_proven: bool = False
+    is_refused: bool = False
+
+
+class Recorder:
+    """The recorded steps of an SVI, one for each kind of batch.
+
+    Around an eager step call `before`, `evaluated` once there are gradients, and `after`.
+
+    Args:
+        svi: whose steps they are.
+        after: eager steps before the first is recorded.
+        scale, guard: as `record` takes them.
+        announce: called before a step is compiled, which takes seconds.
+    """
+
+    def __init__(
+        self,
+        svi: SVI,
+        *,
+        after: int,
+        scale: float = 1.0,
+        guard: bool = False,
+        announce: Callable[[], object] | None = None,
+    ) -> None:
+        self._svi, self._after, self._scale, self._guard = svi, after, scale, guard
+        self._announce = announce
+        self._kinds: dict[Any, _Kind] = {}
+        self._proof: Proof | None = None
+        self._unsound = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, or on disk: nothing is recorded yet."""
+        return {**vars(self), "_kinds": {}, "_proof": None}
+
+    @property
+    def recorded(self) -> list[Recorded]:
+        """The records that are in use."""
+        found = [kind.recorded for kind in self._kinds.values() if kind.is_proven]
+        return [one for one in found if one is not None]
+
+    def find(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Recorded, list[Tensor]] | None:
+        """The recorded step for a batch, and its tensors; None if the step is to be eager."""
+        key, batch = _key(args, kwargs)
+        kind = self._kinds.get(key)
+        if kind is None or not kind.is_proven or kind.recorded is None:
+            return None
+        if (change := kind.recorded.stale()) is not None:
+            self._drop(f"steps are eager for a while: {change}")
+            return None
+        return kind.recorded, batch
+
+    def was_unsound(self) -> None:
+        """Counts a recorded step in which what was taken for granted did not hold."""
+        self._unsound += 1
+        if self._unsound == _UNSOUND:
+            self._unsound = 0
+            self._drop(
+                "steps are eager for a while: masks or scales that were alike in model and guide"
+                " are not always, or observations are outside of their support"
+            )
+
+    def _drop(self, why: str) -> None:
+        self._kinds.clear()
+        self._after *= 10  # it may well happen again
+        warnings.warn(why, stacklevel=4)
+
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before an eager step: predicts it, if a record is to be proven by it."""
+        self._proof = None
+        key, batch = _key(args, kwargs)
+        kind = self._kinds.get(key)
+        if kind is not None and kind.recorded is not None and not kind.is_refused:
+            if kind.recorded.stale() is None:
+                self._proof = kind.recorded.predict(batch)
+            else:
+                kind.recorded = None
+
+    def evaluated(self, loss: Any, parameters: Sequence[Tensor]) -> None:
+        """In an eager step, when there are gradients and nothing is updated."""
+        if self._proof is not None:
+            self._proof.compare(loss, parameters)
+
+    def after(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: Sequence[Tensor]
+    ) -> None:
+        """After an eager step: counts it, and records its kind, or compiles it, if it is time."""
+        key, batch = _key(args, kwargs)
+        kind = self._kinds.get(key)
+        if kind is None:
+            if key is None or not parameters or len(self._kinds) > _KINDS:
+                return
+            if len(self._kinds) == _KINDS:
+                self._stay(key, f"{_KINDS} kinds of batches, by their shapes or other arguments")
+                return
+            kind = self._kinds[key] = _Kind()
+        if kind.is_refused:
+            return
+        kind.seen += 1
+        try:
+            if self._proof is not None and kind.recorded is not None:
+                self._proof.check()
+                if self._announce is not None:
+                    self._announce()
+                kind.recorded.compile(batch)
+                kind.is_proven = True
+            elif kind.recorded is None and self._is_time(kind):
+                if isinstance(key, _Strange):
+                    raise Uncapturable(str(key))
+                kind.recorded = record(
+                    self._svi, parameters, args, kwargs, scale=self._scale, guard=self._guard
+                )
+        except Uncapturable as error:
+            self._stay(key, str(error))
+        finally:
+            self._proof = None
+
+    def _is_time(self, kind: _Kind) -> bool:
+        others = [one for one in self._kinds.values() if one.recorded is not None]
+        if len(others) >= _MOST:
+            return False
+        return kind.seen >= (max(self._after, _OTHER) if others else self._after)
+
+    def _stay(self, key: Any, why: str) -> None:
+        self._kinds[key] = _Kind(is_refused=True)
+        warnings.warn(f"steps stay eager: {why}", stacklevel=5)
+
+
+class _Strange(str):
+    """A kind of batch that no record is good for, in words."""
+
+
+def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+    """What a record is good for, None where a step is not to be counted; and a batch's tensors."""
+    if not torch.is_grad_enabled():
+        return None, []
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return _Strange("autocast around a step: put it around the network (Autocast)"), []
+    around = (torch.get_default_dtype(), *_PYRO_STACK)
+    if not kwargs and all(type(one) is Tensor for one in args):
+        leaves, spec = list(args), None
+    else:
+        leaves, spec = tree.tree_flatten((args, kwargs))
+    batch, key = [], [around, spec]
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            if leaf.requires_grad or leaf.layout is not torch.strided or leaf.is_nested:
+                return _Strange("an argument that is no plain tensor, or has a gradient"), []
+            key.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
+            batch.append(leaf)
+        elif isinstance(leaf, (bool, int, float, str, type(None), torch.dtype, torch.device)):
+            key.append((type(leaf), repr(leaf)))
+        else:
+            return _Strange(f"an argument of type {type(leaf).__name__}"), []
+    return tuple(key), batch
