@@ -379,7 +379,7 @@ def _leaf(value: Tensor, parameter: Tensor) -> Tensor:
     """A copy that has a gradient; that of a module's parameter passes for one, as Pyro asks."""
     leaf = value.clone().requires_grad_()
     if isinstance(parameter, nn.Parameter):
-        leaf._is_param = True  # type: ignore[attr-defined]
+        leaf._is_param = True
     return leaf
 
 

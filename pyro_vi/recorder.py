@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as tree
 
 from pyro_vi.capture import Uncapturable
@@ -193,6 +193,8 @@ def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tenso
             batch.append(leaf)
         elif isinstance(leaf, (bool, int, float, str, type(None), torch.dtype, torch.device)):
             key.append((type(leaf), repr(leaf)))
+        elif isinstance(leaf, nn.Module):  # what it keeps is watched
+            key.append(leaf)
         else:
             return _Strange(f"an argument of type {type(leaf).__name__}"), []
     return tuple(key), batch
