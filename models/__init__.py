@@ -13,6 +13,7 @@ __all__ = [
     "LearnedGaussian",
     "LinearGaussian",
     "PixelGaussian",
+    "PredictiveVAE",
 ]
 
 from pyro_vi.models.ddpm import DDPM, DDPMChain
@@ -27,4 +28,5 @@ from pyro_vi.models.likelihoods import (
     PixelGaussian,
 )
 from pyro_vi.models.linear_gaussian import LinearGaussian
+from pyro_vi.models.predictive_vae import PredictiveVAE
 from pyro_vi.models.vae import VAE

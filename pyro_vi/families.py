@@ -235,6 +235,32 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"expected {name} to be at least 1, got {size}")
 
 
+def check_data(dtype: torch.dtype | None = None, **data: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Raises an error unless all data, by name with the shape of a point, are (N, *shape).
+
+    Args:
+        dtype: What all of them must have; None for any floating point dtype.
+        data: Tensors, each with the shape of one data point.
+
+    Raises:
+        TypeError: Data of another dtype.
+        ValueError: Data of another shape, or of different numbers of data points.
+    """
+    for name, (value, shape) in data.items():
+        if value.dim() == 0 or tuple(value.shape[1:]) != shape:
+            raise ValueError(f"expected {name} of shape (N, *{shape}), got {tuple(value.shape)}")
+        if not value.is_floating_point():
+            raise TypeError(f"expected {name} of a floating point dtype, got {value.dtype}")
+        if dtype is not None and value.dtype != dtype:
+            raise TypeError(
+                f"expected {name} of the program's dtype, {dtype}, got {value.dtype}: convert the"
+                " data (.float()) or the programs (.double())"
+            )
+    lengths = {name: len(value) for name, (value, _) in data.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"expected one number of data points, got {lengths}")
+
+
 def check_context(context: Tensor, context_dim: int) -> None:
     """Raises ValueError unless the context's last dimension is `context_dim`."""
     if context.dim() == 0 or context.shape[-1] != context_dim:

@@ -6,6 +6,7 @@ Our own form is one `xarray.DataTree` with ArviZ's groups:
     sample_stats                                lp = log p(x, z), log_q = log q(z), log_weight
     log_likelihood                              log p(x | z) of every observation, by observed site
     posterior_predictive, prior_predictive      observed sites, drawn
+    predictions                                 observed sites, drawn for other data points
     observed_data, constant_data                the data, and what else the programs were given
     fit                                         training, bounds and k-hat
 
@@ -55,6 +56,7 @@ def datatree(
     restarts: bool = True,
     dims: Mapping[str, Sequence[str]] | None = None,
     coords: Mapping[str, Any] | None = None,
+    predictions: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> xarray.DataTree:
     """The draws and all that belongs to them, in ArviZ's groups.
@@ -71,6 +73,9 @@ def datatree(
         restarts: whether each restart of the fit is a chain; else the best is the only one.
         dims: names of all of a site's axes but draws, by site, instead of those above.
         coords: labels by axis name; by default 0, 1, 2, ....
+        predictions: draws by observed site, (S, *plates, *shape) each, of data points that may be
+            others, such as `PredictiveVAE.predict` gives for new x; `coords` label neither these
+            nor an axis that has another size here.
         seed: of predictive and prior draws.
 
     Returns:
@@ -80,7 +85,8 @@ def datatree(
     Raises:
         ValueError: a site named like an axis, two sites whose names become one, an axis named like
             a sample axis, names or labels of another number than a site or an axis has, or for
-            sites or axes that are none; a seed that is none.
+            sites or axes that are none; predictions of a site that is not observed; a seed that is
+            none.
 
     Warns:
         UserWarning: restarts that disagree, by R-hat.
@@ -134,6 +140,14 @@ def datatree(
             prior = {name: values for name, values in prior.items() if kept(name)}
             groups["prior"] = names.sites(_stacked([prior]))
             groups["prior_predictive"] = names.sites(_stacked([predictive]))
+    if predictions:
+        if strangers := sorted(predictions.keys() - posterior.log_likelihood.keys()):
+            raise ValueError(
+                f"predictions are of observed sites, and {strangers} are none: expected some of"
+                f" {sorted(posterior.log_likelihood)}"
+            )
+        drawn = {name: values.cpu() for name, values in predictions.items()}
+        groups["predictions"] = names.sites(_stacked([drawn]))
     stats = [{"lp": one.log_p, "log_q": one.log_q} for one in chains]
     if not posterior.point:
         for one in stats:
@@ -228,6 +242,7 @@ class _Names:
         self, posterior: Posterior, dims: Mapping[str, Sequence[str]], coords: Mapping[str, Any]
     ) -> None:
         self._plates, self._dims, self._coords = posterior.dims, dims, coords
+        self._plate = _plain(posterior.plate)
         if strangers := sorted(dims.keys() - posterior.dims.keys() - posterior.data()[1].keys()):
             raise ValueError(
                 f"dims are for sites, and there are none named {strangers}: expected some of"
@@ -283,6 +298,9 @@ class _Names:
         for axes, values in variables.values():
             for axis, size in zip(axes, np.shape(values), strict=True):
                 given = self._coords.get(axis)
+                other = group == "predictions" and given is not None
+                if other and (axis == self._plate or len(given) != size):
+                    given = None  # of other data points
                 if given is not None and len(given) != size:
                     raise ValueError(
                         f"axis {axis!r} has {size} elements, and coords give {len(given)} labels"

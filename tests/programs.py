@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
+
+from pyro_vi.augmentation import InputNoise
+from pyro_vi.families import SCALE_FLOOR, FullCovariance
+from pyro_vi.guides import PairEncoder
+from pyro_vi.models import Gaussian, PredictiveVAE
 
 SCHOOLS_Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 SCHOOLS_SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
@@ -84,3 +91,71 @@ def beta_bernoulli(x: Tensor) -> None:
 def beta_bernoulli_guide(x: Tensor) -> None:
     """Its exact guide."""
     pyro.sample("bias", dist.Beta(2.0 + x.sum(), 1.0 + len(x) - x.sum()))
+
+
+class LinearPair:
+    """A linear-Gaussian model of y given x with its exact guide: every answer is known.
+
+    z | x ~ N(A x + a, L L'),    y | x, z ~ N(W z + C x + c, s^2 I),    all of them float64.
+    """
+
+    def __init__(
+        self, noise: InputNoise | None = None, target_noise: InputNoise | None = None
+    ) -> None:
+        generator = torch.Generator().manual_seed(3)
+
+        def drawn(*shape: int) -> Tensor:
+            return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+        self.s = 0.7
+        self.a_x, self.a = drawn(2, 3), drawn(2)
+        self.tril = torch.tensor([[0.8, 0.0], [0.5, 1.2]], dtype=torch.float64)
+        self.w, self.c_x, self.c = drawn(4, 2), drawn(4, 3), drawn(4)
+        self.x = drawn(6, 3)
+        self.y = self.predictive(self.x).mean + drawn(6, 4)
+
+        noises = {"noise": noise, "target_noise": target_noise}
+        self.model = PredictiveVAE(
+            *((3,), (4,), _linear(self.a_x, self.a, self.tril)),
+            likelihood=Gaussian(self.s),
+            network=lambda shape, width: nn.Identity(),
+            decoder=lambda dim, shape: nn.Sequential(nn.Linear(dim, 4), nn.Unflatten(-1, shape)),
+            **noises,
+        ).double()
+        with torch.no_grad():
+            self.model.decoder[0].weight.copy_(torch.cat([self.w, self.c_x], 1))
+            self.model.decoder[0].bias.copy_(self.c)
+        prior = torch.cholesky_inverse(self.tril)  # a precision
+        covariance = (prior + self.w.T @ self.w / self.s**2).inverse()
+        on_y = covariance @ self.w.T / self.s**2
+        on_x = covariance @ prior @ self.a_x - on_y @ self.c_x
+        bias = covariance @ prior @ self.a - on_y @ self.c
+        tril = torch.linalg.cholesky(covariance)
+        self.guide = PairEncoder(
+            *((3,), (4,), _linear(torch.cat([on_x, on_y], 1), bias, tril)),
+            network=lambda shape, width: nn.Identity(),
+            **noises,
+        ).double()
+
+    @property
+    def slope(self) -> Tensor:
+        """B of E[y | x] = B x + b."""
+        return self.w @ self.a_x + self.c_x
+
+    def predictive(self, x: Tensor) -> dist.MultivariateNormal:
+        """The exact p(y | x)."""
+        mean = x @ self.slope.T + self.w @ self.a + self.c
+        covariance = self.w @ self.tril @ self.tril.T @ self.w.T + self.s**2 * torch.eye(4).double()
+        return dist.MultivariateNormal(mean, covariance)
+
+
+def _linear(weight: Tensor, bias: Tensor, tril: Tensor) -> FullCovariance:
+    """The family whose mean is linear in the context and whose covariance is one for all."""
+    family = FullCovariance(*weight.shape).double()
+    shift = math.log(math.expm1(1 - SCALE_FLOOR))
+    raw = torch.log(torch.expm1(tril.diagonal() - SCALE_FLOOR)) - shift  # undoes `positive`
+    with torch.no_grad():
+        family.head.weight.zero_()
+        family.head.weight[: len(bias)] = weight
+        family.head.bias.copy_(torch.cat([bias, raw, tril[1, :1]]))
+    return family

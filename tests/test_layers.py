@@ -23,6 +23,7 @@ SCRIPTS = sorted(
 BUILDING_BLOCKS = tuple(
     f"pyro_vi.{name}"
     for name in (
+        "augmentation",
         "denoisers",
         "diffusion",
         "families",
