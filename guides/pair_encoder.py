@@ -28,7 +28,7 @@ class PairEncoder(PyroModule):
     .. math:: q(z \mid x, y) = \mathrm{family}(\mathrm{network}(x, y))
 
     With `noise` it reads x_t in place of x while it trains, with `target_noise` y_t in place of y:
-    give the model the same.
+    the model has the same. A fitted model reads x itself, and takes guides without noise.
 
     Args:
         shape_x: The shape of one x.

@@ -146,8 +146,8 @@ def datatree(
                 f"predictions are of observed sites, and {strangers} are none: expected some of"
                 f" {sorted(posterior.log_likelihood)}"
             )
-        drawn = {name: values.cpu() for name, values in predictions.items()}
-        groups["predictions"] = names.sites(_stacked([drawn]))
+        there = {name: values.cpu() for name, values in predictions.items()}
+        groups["predictions"] = names.sites(_stacked([there]))
     stats = [{"lp": one.log_p, "log_q": one.log_q} for one in chains]
     if not posterior.point:
         for one in stats:
@@ -298,10 +298,10 @@ class _Names:
         for axes, values in variables.values():
             for axis, size in zip(axes, np.shape(values), strict=True):
                 given = self._coords.get(axis)
-                other = group == "predictions" and given is not None
-                if other and (axis == self._plate or len(given) != size):
+                fits = given is None or len(given) == size
+                if group == "predictions" and (axis == self._plate or not fits):
                     given = None  # of other data points
-                if given is not None and len(given) != size:
+                elif given is not None and not fits:
                     raise ValueError(
                         f"axis {axis!r} has {size} elements, and coords give {len(given)} labels"
                     )

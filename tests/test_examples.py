@@ -25,6 +25,7 @@ SHORT = {
         *("--data", "fashion", "--chain", "10", "--steps", "3", "--batch-size", "4"),
         *("--test-images", "8", "--quiet"),
     ),
+    "noise_augmentation": ("--steps", "30", "--seeds", "1", "--sizes", "40", "80"),
     "eight_schools": ("--steps", "250", "--nuts", "100"),
     "regression_families": ("--steps", "300"),
 }
@@ -281,6 +282,16 @@ def test_ddpm_fashion_tells_its_curve_and_its_bound(printed: str) -> None:
     assert [step for step, _ in curve] == [1, 2, 3] and all(8 < bits < 20 for _, bits in curve)
     bits, error = numbers(re.findall(r"8 test images: (.+) bits", printed)[0])
     assert 0 < error < bits < 20 and bits + 4 * error > 8  # of eight images and few steps
+
+
+@of("noise_augmentation")
+def test_noise_augmentation_says_what_it_gains(printed: str) -> None:
+    assert printed.startswith("log p(lower half | upper half) of 360 test images, nats per image")
+    rows = [numbers(line) for line in printed.splitlines() if re.match(r" +\d+ +-", line)]
+    assert [int(row[0]) for row in rows] == [40, 80]
+    for _, none, noisy, back, *gains in rows:
+        assert all(-32 * math.log(17) < density < -32 for density in (none, noisy, back))
+        assert gains == pytest.approx([noisy - none, back - none], abs=0.011)
 
 
 @of("plain_pyro_svi")
