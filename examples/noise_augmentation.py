@@ -1,5 +1,4 @@
-"""Does noise on the inputs help a predictor that has few data? The lower half of a digit, given the
-upper one.
+"""Does noise on the inputs help a predictor that has few data? Half a digit, given the other half.
 
 A conditional VAE predicts 4x8 pixels from 4x8 others,
 

@@ -42,7 +42,7 @@ class PredictiveVAE(PyroModule):
 
     Predictions need x alone: `predict` draws y. Of held-out pairs,
     `Fit.log_predictive_density((x, y))` is an importance-weighted estimate of log p(y | x), by the
-    guide's draws.
+    guide's draws. (`Fit.predict((x, y))` draws new y from the z of the pair, which has seen y.)
 
     With `noise` the program reads x_t in place of x while it trains, in prior and likelihood. Given
     to the guide as well, the bound is one on the average of log p(y | x_t) over the noise, not on

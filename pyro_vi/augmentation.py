@@ -15,6 +15,8 @@ The first is a bound on what it was without the noise, since it is one at every 
     log p(x_0) - E ELBO(x_0; q(z | x_t)) = E KL(q(z | x_t) || p(z | x_0)) >= 0.
 
 The second is a bound on another density, that of y given a noisy input, and none on p(y | x_0).
+(`RenyiELBO` averages inside the logarithm, over the noise too: its bounds are those on log p(x_0)
+and on log E p(y | x_t).)
 
 Noise is there in training alone, as dropout is: in `eval()`, and so in a fit's programs, posteriors
 and predictions, the input is that of t = 0 and nothing is drawn.
