@@ -340,11 +340,11 @@ def test_svi_records_it_and_sees_its_end(monkeypatch: pytest.MonkeyPatch) -> Non
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss, compile=True)
     for _ in range(4):
         svi.step(*args)
-    assert len(svi._recorder._recorded) == 1
+    assert len(svi._recorder.recorded) == 1
     model.eval()
     guide.eval()
     svi.step(*args)
-    assert not svi._recorder._recorded
+    assert not svi._recorder.recorded
 
 
 # -------------------------------------------------------------------------------------- errors
