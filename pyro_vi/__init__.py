@@ -13,8 +13,8 @@ from pyro_vi.fitting import NonFiniteError, fit
 from pyro_vi.posterior import Posterior
 from pyro_vi.reporting import report
 from pyro_vi.rows import Row
-from pyro_vi.scaling import warmup
 from pyro_vi.svi import SVI
+from pyro_vi.weighting import warmup
 
 __all__ = [
     "SVI",

@@ -51,8 +51,8 @@ from pyro_vi.models import (
 )
 from pyro_vi.program import check_seed, checked_device
 from pyro_vi.reporting import report
-from pyro_vi.scaling import warmup
 from pyro_vi.schedules import Cosine, Learned, Linear, Schedule
+from pyro_vi.weighting import warmup
 
 _CONTEXT = 128  # width of the encoder's output, the families' context
 

@@ -1,6 +1,6 @@
 """The engine of fit(): SVI in nats per data point that refuses to step on a NaN.
 
-Trace_ELBO and TraceMeanField_ELBO are sums over sites, which `PerDataPoint` and `KLWeight` scale
+Trace_ELBO and TraceMeanField_ELBO are sums over sites, which `PerDataPoint` and `TermWeights` scale
 site by site. An importance-weighted bound is not: scaled sites inside its logarithm would bound
 nothing, so that its mean over data points is taken outside.
 """
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from pyro_vi.compiled import Recorded
 from pyro_vi.recorder import Recorder
-from pyro_vi.scaling import KLWeight, PerDataPoint, Structure
+from pyro_vi.scaling import PerDataPoint, Structure
 from pyro_vi.svi import SVI
+from pyro_vi.weighting import TermWeights
 
 
 class Scaling:
@@ -37,16 +38,16 @@ class Scaling:
         guide: Callable[..., Any],
         loss: ELBO,
         structure: Structure,
-        kl_weight: float | Callable[[int], float] = 1.0,
+        weights: TermWeights,
     ) -> None:
-        self._kl, self.outside = (KLWeight(), KLWeight(guide=True)), 1.0
+        self.weights, self.outside = weights, 1.0
         self.model, self.guide = model, guide
         if isinstance(loss, RenyiELBO):
             # Scaled sites inside the logsumexp would be no bound: the mean is taken outside it.
-            if callable(kl_weight) or kl_weight != 1.0:
+            if not weights.plain:
                 raise ValueError(
-                    "an importance-weighted bound (RenyiELBO) has no KL to weight: use"
-                    " Trace_ELBO with kl_weight, or kl_weight=1"
+                    "an importance-weighted bound (RenyiELBO) has no KL to weight, and no"
+                    " reconstruction: use Trace_ELBO, or kl_weight=1 and reconstruction_weight=1"
                 )
             if structure.batch < structure.total and not structure.is_local:
                 raise ValueError(
@@ -56,13 +57,8 @@ class Scaling:
                 )
             self.outside = 1 / structure.batch
             return
-        weights = PerDataPoint(structure.plate, total=structure.total)
-        self.model, self.guide = weights(self._kl[0](model)), weights(self._kl[1](guide))
-
-    def weigh_kl(self, weight: float) -> None:
-        """Sets the KL weight of the next step."""
-        for handler in self._kl:
-            handler.weight = weight
+        scaled = PerDataPoint(structure.plate, total=structure.total)
+        self.model, self.guide = scaled(weights.model(model)), scaled(weights.guide(guide))
 
 
 class _LastSite(Messenger):
@@ -78,7 +74,10 @@ class _LastSite(Messenger):
 
 
 class Terms(NamedTuple):
-    """What a step found, in nats per data point."""
+    """What a step found, in nats per data point.
+
+    Reconstruction and KL are as they are without their weights; NaN where a weight is 0.
+    """
 
     loss: float
     reconstruction: float
@@ -91,6 +90,7 @@ class _Unread:
 
     recorded: Recorded
     status: Tensor
+    weights: tuple[float, float]
     batch: tuple[tuple[Any, ...], dict[str, Any]]
     rewind: Callable[[], None]
 
@@ -125,7 +125,7 @@ class Engine(SVI):
         late: bool = False,
     ) -> None:
         super().__init__(scaling.model, scaling.guide, optim, loss, compile=False)
-        self._outside, self.is_late = scaling.outside, late
+        self._outside, self._weights, self.is_late = scaling.outside, scaling.weights, late
         self._last = _LastSite()
         self._found: list[Terms] = []
         self._unread: list[_Unread] = []
@@ -157,8 +157,9 @@ class Engine(SVI):
             self._take_eagerly(*args, **kwargs)
             return
         recorded, batch = found
+        weights = self._weigh(self.taken + len(self._unread))
         rewind = recorded.rewinder()
-        self._unread.append(_Unread(recorded, recorded(batch), (args, kwargs), rewind))
+        self._unread.append(_Unread(recorded, recorded(batch), weights, (args, kwargs), rewind))
         if self._waits_for(recorded):
             self._settle()
         else:
@@ -187,7 +188,7 @@ class Engine(SVI):
                     break
                 if self._waits_for(step.recorded):
                     step.recorded.finish()
-                self._add(loss, reconstruction, kl)
+                self._add(loss, reconstruction, kl, step.weights)
 
     def _take_again(self, steps: Sequence[_Unread]) -> None:
         """The first eagerly, which names the site if it is bad."""
@@ -199,11 +200,23 @@ class Engine(SVI):
             args, kwargs = step.batch
             self.take(*args, **kwargs)
 
-    def _add(self, *terms: float) -> None:
+    def _weigh(self, step: int) -> tuple[float, float]:
+        """Sets the weights of reconstruction and KL to those of a step, and says what they are."""
+        self._weights.at(step)
+        return self._weights.reconstruction, self._weights.kl
+
+    def _add(
+        self, loss: float, reconstruction: float, kl: float, weights: tuple[float, float]
+    ) -> None:
         self.taken += 1
-        self._found.append(Terms(*(term * self._outside for term in terms)))
+        unweighted = (
+            term / weight if weight > 0 else math.nan
+            for term, weight in zip((reconstruction, kl), weights, strict=True)
+        )
+        self._found.append(Terms(*(term * self._outside for term in (loss, *unweighted))))
 
     def _take_eagerly(self, *args: Any, **kwargs: Any) -> None:
+        weights = self._weigh(self.taken)
         if self._recorder is not None:
             self._recorder.before(args, kwargs)
         with self._last:
@@ -228,9 +241,9 @@ class Engine(SVI):
         if self._recorder is not None:
             self._recorder.after(args, kwargs, parameters)
         if self.told is None:
-            self._add(loss, math.nan, math.nan)
+            self._add(loss, math.nan, math.nan, weights)
         else:
-            self._add(loss, self.told.reconstruction(), self.told.kl(loss))
+            self._add(loss, self.told.reconstruction(), self.told.kl(loss), weights)
 
 
 def _first_bad(parameters: Iterable[Tensor]) -> str:

@@ -50,8 +50,9 @@ from pyro_vi.program import (
     seeded,
 )
 from pyro_vi.restarts import best_of, disagreement, move
-from pyro_vi.scaling import PerDataPoint, Structure, check_weight
+from pyro_vi.scaling import PerDataPoint, Structure
 from pyro_vi.svi import SVI, eager_steps
+from pyro_vi.weighting import TermWeights
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def fit(
     batch_size: int | None = None,
     transform: Callable[[Any], Any] | None = None,
     kl_weight: float | Callable[[int], float] = 1.0,
+    reconstruction_weight: float | Callable[[int], float] = 1.0,
     schedule: Callable[[Optimizer], LRScheduler] | None = None,
     clip_norm: float | None = None,
     average: float | None = None,
@@ -117,15 +119,16 @@ def fit(
         batch_size: rows of a minibatch along the first axis (B); sites inside the plate then weigh
             1/B and all others 1/N. None passes the data as they are.
         transform: applied to each batch, such as `pyro_vi.data.binarize`.
-        kl_weight: weight on the latent sites' KL, at least 0: a number, or a function of the step
-            such as `pyro_vi.scaling.warmup(1_000)`.
+        kl_weight, reconstruction_weight: weights on the bound's two terms, at least 0: numbers, or
+            functions of the step such as `pyro_vi.weighting.warmup(1_000)` and `cyclical(1_000)`.
+            What they weigh is said at `pyro_vi.weighting.TermWeights`.
         schedule: torch optimizer -> learning-rate scheduler, stepped after every step.
         clip_norm: the largest global norm of the gradient.
         average: the decay of an exponential moving average of the parameters, such as 0.999, which
             is what the held-out bounds are of and the fit ends with (`pyro_vi.averaging`), unless
             it breaks off; None for the parameters themselves.
         heldout: data for the bound on held-out data while training, every `heldout_every` steps
-            and at the end, with `eval()` modules and a KL weight of 1. Latents must be local.
+            and at the end, with `eval()` modules and weights of 1. Latents must be local.
         heldout_every: steps between evaluations.
         patience: stop after this many evaluations without a better held-out bound, and keep the
             best parameters. Needs `heldout`.
@@ -147,7 +150,7 @@ def fit(
 
     Returns:
         The fit: programs bound to their trained parameters, losses (negative bounds in nats per
-        data point, at the step's KL weight), reconstruction and KL apart, time.
+        data point, at the step's weights), reconstruction and KL apart and unweighted, time.
 
     Raises:
         NonFiniteError: a loss or gradient that is not finite; names the step and the site, and
@@ -179,6 +182,7 @@ def fit(
         batch_size=batch_size,
         transform=transform,
         kl_weight=kl_weight,
+        reconstruction_weight=reconstruction_weight,
         schedule=schedule,
         clip_norm=clip_norm,
         average=average,
@@ -221,6 +225,7 @@ def _fit_once(
     batch_size: int | None,
     transform: Callable[[Any], Any] | None,
     kl_weight: float | Callable[[int], float],
+    reconstruction_weight: float | Callable[[int], float],
     schedule: Callable[[Optimizer], LRScheduler] | None,
     clip_norm: float | None,
     average: float | None,
@@ -245,7 +250,9 @@ def _fit_once(
     where = checked_device(device)
     batches = Batches(data, batch_size=batch_size, transform=transform, device=where)
     optimizer = _optimizer(optim, schedule, clip_norm)
-    weight = kl_weight if callable(kl_weight) else _constant(check_weight(kl_weight))
+    weights = TermWeights(
+        reconstruction=reconstruction_weight, kl=kl_weight, device=batches.device or where
+    )
     state = State({"model": model, "guide": guide}, device=where)
     with seeded(seed + restart, where), state.installed(), warnings.catch_warnings():
         # Pyro warns of NaN and goes on; here a NaN is an error, raised below.
@@ -259,7 +266,7 @@ def _fit_once(
         if restart:
             move(state, model, guide)
         evaluate = _Heldout(model, guide, loss, heldout, batches, structure, state, seed)
-        scaling = Scaling(model, guide, loss, structure, kl_weight)
+        scaling = Scaling(model, guide, loss, structure, weights)
         bar = tqdm(
             total=steps,
             desc=progress if isinstance(progress, str) else None,
@@ -281,9 +288,6 @@ def _fit_once(
         kept: dict[str, Tensor] | None = None
         with bar:
             for step in range(steps):
-                kl_now = check_weight(weight(step))
-                scaling.weigh_kl(kl_now)
-                history.weights.append(kl_now)
                 args, kwargs = next(stream)
                 judged = evaluate.wanted and ((step + 1) % heldout_every == 0 or step + 1 == steps)
                 started = time.perf_counter()
@@ -332,7 +336,6 @@ class _History:
     """What is kept of every step."""
 
     def __init__(self) -> None:
-        self.weights: list[float] = []
         self.losses: list[float] = []
         self.reconstruction: list[float] = []
         self.kl: list[float] = []
@@ -342,11 +345,10 @@ class _History:
 
     def add(self, steps: Iterable[Terms]) -> None:
         for loss, reconstruction, kl in steps:
-            weight = self.weights[len(self.losses)]
             self.recent = 0.95 * self.recent - 0.05 * loss if self.losses else -loss
             self.losses.append(loss)
             self.reconstruction.append(reconstruction)
-            self.kl.append(kl / weight if weight > 0 else math.nan)
+            self.kl.append(kl)
 
 
 class _Heldout:
@@ -457,7 +459,7 @@ def _result(
     structure: Structure,
     batches: Batches,
 ) -> Fit:
-    trained = sum(tensor.numel() for tensor in state.parameters().values())
+    trained = sum(tensor.numel() for tensor in structure.parameters)
     trains_model = structure.trains_model  # asked before gradients are turned off
     state.freeze()
     rows = RowIndependence.of(structure, model, guide, batches.first())
@@ -568,7 +570,3 @@ class _Scheduled(PyroOptim):
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         self._scheduler(params, *args, **kwargs)
         self._scheduler.step()
-
-
-def _constant(value: float) -> Callable[[int], float]:
-    return lambda step: value

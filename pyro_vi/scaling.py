@@ -1,4 +1,4 @@
-"""What a data point is, and the weights of the bound's terms, as effect handlers.
+"""What a data point is, and what it weighs in a bound, as an effect handler.
 
 With batch size B of N data points, the sites inside plate "data" weigh 1/B and all others 1/N, in
 model and guide alike, so that one minibatch estimates
@@ -7,14 +7,12 @@ model and guide alike, so that one minibatch estimates
                      + sum_n E_q[log p(x_n, z_n | theta) - log q(z_n)] )
 
 in nats per data point. A plate that sub-samples by itself scales its sites by N/B already; then
-every site weighs 1/N. `KLWeight` multiplies the latent sites of the model and every site of the
-guide: beta-VAE's weight (Higgins et al., 2017, beta-VAE: Learning Basic Visual Concepts with a
-Constrained Variational Framework), constant or warmed up.
+every site weighs 1/N.
 """
 
 from __future__ import annotations
 
-__all__ = ["KLWeight", "PerDataPoint", "Structure", "warmup"]
+__all__ = ["PerDataPoint", "Structure"]
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -192,10 +190,13 @@ class Structure:
     @property
     def trains_model(self) -> bool:
         """Whether the model uses a parameter with a gradient."""
-        values = [s["value"] for s in self.model_trace.nodes.values() if s["type"] == "param"]
-        return any(
-            (v.unconstrained() if hasattr(v, "unconstrained") else v).requires_grad for v in values
-        )
+        return bool(_parameters(self.model_trace))
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The unconstrained parameters with a gradient that the programs use, each once."""
+        found = _parameters(self.model_trace) + _parameters(self.guide_trace)
+        return list({id(parameter): parameter for parameter in found}.values())
 
     @property
     def plates(self) -> dict[str, int]:
@@ -289,6 +290,12 @@ def _latents(trace: Trace, *, auxiliary: bool = True) -> list[str]:
         and not site_is_subsample(site)
         and (auxiliary or not site["infer"].get("is_auxiliary"))
     ]
+
+
+def _parameters(trace: Trace) -> list[Tensor]:
+    values = [site["value"] for site in trace.nodes.values() if site["type"] == "param"]
+    found = [v.unconstrained() if hasattr(v, "unconstrained") else v for v in values]
+    return [parameter for parameter in found if parameter.requires_grad]
 
 
 def _observed(trace: Trace) -> list[str]:
@@ -424,63 +431,6 @@ class PerDataPoint(Messenger):
                 msg["scale"] = msg["scale"] / (frame.full_size if itself else frame.size)
                 return
         msg["scale"] = msg["scale"] / self.total
-
-
-class KLWeight(Messenger):
-    """Multiplies the KL of the latent sites by a weight, which may change from step to step.
-
-    In the model the latent sites are weighted, in the guide every site: its auxiliary sites and
-    factors belong to the KL too.
-
-    Args:
-        weight: at least 0; 1 is the plain bound.
-        guide: whether the program is the guide.
-    """
-
-    def __init__(self, weight: float = 1.0, *, guide: bool = False) -> None:
-        super().__init__()
-        self._guide = guide
-        self._tensor = torch.tensor(weight, dtype=torch.float64)  # for a recorded step to read
-        self._weight = weight
-
-    @property
-    def weight(self) -> float:
-        """The weight of the next step."""
-        return self._weight
-
-    @weight.setter
-    def weight(self, weight: float) -> None:
-        if weight != self._weight:
-            self._weight = weight
-            self._tensor.fill_(weight)
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if (self._guide or not msg["is_observed"]) and not site_is_subsample(msg):
-            weight = self._tensor if torch.compiler.is_compiling() else self._weight
-            msg["scale"] = msg["scale"] * weight
-
-
-def warmup(steps: int) -> Callable[[int], float]:
-    """A weight that rises linearly from 1/steps to 1 over the first `steps` steps.
-
-    Raises:
-        ValueError: fewer than one step.
-
-    Example:
-        >>> weight = warmup(100)
-        >>> weight(0), weight(49), weight(500)
-        (0.01, 0.5, 1.0)
-    """
-    if steps < 1:
-        raise ValueError(f"expected at least one step of warm-up, got {steps}")
-    return lambda step: min(1.0, (step + 1) / steps)
-
-
-def check_weight(weight: float) -> float:
-    """The weight as a float; raises ValueError unless it is finite and at least 0."""
-    if not isinstance(weight, (int, float, Tensor)) or not 0 <= float(weight) < float("inf"):
-        raise ValueError(f"expected a KL weight of at least 0, got {weight!r}")
-    return float(weight)
 
 
 def log_prob_rows(site: Mapping[str, Any], plate: str) -> Tensor:

@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from pyro_vi.elbo import told
-from pyro_vi.scaling import KLWeight, PerDataPoint, Structure, check_weight, warmup
+from pyro_vi.scaling import PerDataPoint, Structure
 
 
 def bound(kind: type, x: Tensor, total: int, draws: int) -> Tensor:
@@ -63,32 +63,6 @@ def test_a_plate_that_subsamples_itself_is_left_alone() -> None:
     assert float(trace.nodes["mean"]["scale"]) == pytest.approx(1 / 10)
 
 
-def test_the_kl_weight_reaches_latents_and_every_guide_site() -> None:
-    x = torch.randn(5).double()
-    guide = AutoNormal(normal_mean)
-    guide(x)
-    model_trace = pyro.poutine.trace(KLWeight(0.25)(normal_mean)).get_trace(x)
-    guide_trace = pyro.poutine.trace(KLWeight(0.25, guide=True)(guide)).get_trace(x)
-    assert model_trace.nodes["x"]["scale"] == 1
-    assert model_trace.nodes["mean"]["scale"] == 0.25
-    scales = [site["scale"] for _, site in guide_trace.nodes.items() if site["type"] == "sample"]
-    assert scales == [0.25, 0.25]  # the auxiliary site and the latent
-
-
-@pytest.mark.parametrize("kind", [Trace_ELBO, TraceMeanField_ELBO])
-def test_the_weighted_bound_is_reconstruction_minus_weighted_kl(kind: type) -> None:
-    x = torch.randn(5).double()
-    values = []
-    for beta in (1.0, 0.25):
-        model, guide = KLWeight(beta)(normal_mean), KLWeight(beta, guide=True)(normal_mean_guide)
-        loss = told(kind())
-        torch.manual_seed(0)
-        value = float(loss.loss(model, guide, x))
-        values.append((loss.reconstruction(), loss.kl(value)))
-    assert values[1][0] == pytest.approx(values[0][0], abs=1e-6)
-    assert values[1][1] == pytest.approx(0.25 * values[0][1], abs=1e-6)
-
-
 def test_an_autoguide_of_a_plate_that_subsamples_itself_keeps_parameters_for_all() -> None:
     x = torch.randn(10).double()
 
@@ -102,15 +76,6 @@ def test_an_autoguide_of_a_plate_that_subsamples_itself_keeps_parameters_for_all
 
     found = Structure.of(model, AutoNormal(model, create_plates=plates), (x,), {})
     assert (found.batch, found.total) == (4, 10)
-
-
-def test_warmup_and_weights() -> None:
-    assert [warmup(4)(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    with pytest.raises(ValueError, match="at least one step of warm-up, got 0"):
-        warmup(0)
-    for bad in (-0.1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="KL weight of at least 0"):
-            check_weight(bad)
 
 
 def structure(model: object, guide: object, batch_size: int | None = 3) -> Structure:

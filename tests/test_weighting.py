@@ -1,26 +1,44 @@
-"""Weights of the steps: the simple loss is the squared error of the noise, and weights scale."""
+"""Weights of a bound's terms, and of a diffusion's steps: weights scale, and one is no weight."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import pyro.poutine as poutine
 import pytest
 import torch
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from programs import normal_mean, normal_mean_guide
+from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
 from test_ddpm import trio
 from torch import Tensor
 
-from pyro_vi import fit
+from pyro_vi import SVI, Fit, fit, fitting
+from pyro_vi.capture import Graph
+from pyro_vi.compiled import Recorded
 from pyro_vi.diffusion import Diffusion
 from pyro_vi.elbo import told
-from pyro_vi.guides import ForwardProcess
+from pyro_vi.engine import Engine
+from pyro_vi.families import FullCovariance, MeanField
+from pyro_vi.guides import Encoder, ForwardProcess
+from pyro_vi.models import VAE
+from pyro_vi.networks import MLPDecoder, MLPEncoder
 from pyro_vi.schedules import Cosine, Learned, Linear
 from pyro_vi.sites import At
 from pyro_vi.stepwise import step_bound
-from pyro_vi.weighting import Simple, StepWeight, Truncated
+from pyro_vi.weighting import (
+    Simple,
+    StepWeight,
+    TermWeights,
+    Truncated,
+    check_weight,
+    cyclical,
+    warmup,
+)
 
 torch.set_num_threads(1)
 
@@ -158,3 +176,291 @@ def test_what_are_no_weights_are_refused() -> None:
         StepWeight("simple")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"expected the program's Diffusion, got Cosine\(\)"):
         Simple(Cosine(5))  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------ reconstruction and KL
+
+IMAGES = torch.rand(6, 1, 3, 3, generator=torch.Generator().manual_seed(0)).double().round()
+
+
+def vae(family: type = MeanField) -> tuple[VAE, Encoder]:
+    model = VAE((1, 3, 3), 2, decoder=partial(MLPDecoder, hidden=(5,)))
+    return model, Encoder((1, 3, 3), family(2, 6), network=partial(MLPEncoder, hidden=(5,)))
+
+
+def one(step: int) -> float:
+    return 1.0
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO(), TraceMeanField_ELBO()])
+@pytest.mark.parametrize("weights", [TermWeights(), TermWeights(reconstruction=one, kl=one)])
+def test_weights_of_one_are_the_plain_bound(loss: ELBO, weights: TermWeights) -> None:
+    model, guide = vae()
+    found = []
+    for programs in ((model, guide), (weights.model(model), weights.guide(guide))):
+        torch.manual_seed(0)
+        parameters = [*model.parameters(), *guide.parameters()]
+        for parameter in parameters:
+            parameter.grad = None
+        value = told(loss).loss_and_grads(*programs, IMAGES)
+        found.append((value, [parameter.grad for parameter in parameters]))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_a_fit_with_weights_of_one_is_the_plain_fit() -> None:
+    options = {"loss": TraceMeanField_ELBO(), "steps": 4, "batch_size": 3, "progress": False}
+    plain = fit(*vae(), IMAGES, **options)
+    torch.manual_seed(0)
+    model, guide = vae()
+    plain = fit(model, guide, IMAGES, **options)
+    weighted = fit(model, guide, IMAGES, kl_weight=one, reconstruction_weight=one, **options)
+    for part in ("losses", "reconstruction", "kl"):
+        assert torch.equal(getattr(plain, part), getattr(weighted, part))
+    tensors = weighted.model.state.tensors()
+    assert all(torch.equal(t, tensors[name]) for name, t in plain.model.state.tensors().items())
+
+
+@pytest.mark.parametrize("kind", [Trace_ELBO, TraceMeanField_ELBO])
+def test_the_weighted_bound_is_the_weighted_sum_of_its_terms(kind: type) -> None:
+    x = torch.randn(5)
+    weights = TermWeights(reconstruction=3.0, kl=0.25)
+    loss = told(kind())
+    values = []
+    for model, guide in (
+        (normal_mean, normal_mean_guide),
+        (weights.model(normal_mean), weights.guide(normal_mean_guide)),
+    ):
+        torch.manual_seed(0)
+        loss.forget()
+        values.append((float(loss.loss(model, guide, x)), loss.reconstruction()))
+    (plain, reconstruction), (weighted, scaled) = values
+    assert scaled == pytest.approx(3 * reconstruction, rel=1e-12)
+    kl = plain + reconstruction
+    assert weighted == pytest.approx(0.25 * kl - 3 * reconstruction, rel=1e-12)
+
+
+def test_the_weights_reach_observed_sites_latents_and_every_guide_site() -> None:
+    x = torch.randn(5)
+
+    def model(x: Tensor) -> None:
+        normal_mean(x)
+        pyro.deterministic("twice", 2 * x)
+
+    guide = AutoNormal(model)
+    guide(x)
+    weights = TermWeights(reconstruction=2.0, kl=0.25)
+    sites = poutine.trace(weights.model(model)).get_trace(x).nodes
+    assert [sites[name]["scale"] for name in ("x", "mean", "twice")] == [2.0, 0.25, 1.0]
+    sites = poutine.trace(weights.guide(guide)).get_trace(x).nodes
+    scales = [site["scale"] for site in sites.values() if site["type"] == "sample"]
+    assert scales == [0.25, 0.25]  # the auxiliary site and the latent
+
+    def factor(x: Tensor) -> None:
+        normal_mean_guide(x)
+        pyro.factor("bonus", x.sum(), has_rsample=True)
+
+    sites = poutine.trace(weights.guide(factor)).get_trace(x).nodes
+    assert sites["bonus"]["scale"] == 0.25
+
+
+def test_schedules() -> None:
+    assert [warmup(4)(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    half = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert [cyclical(10)(step) for step in range(30)] == pytest.approx(half * 3)
+    whole = [0.0, 0.25, 0.5, 0.75]
+    assert [cyclical(4, ratio=1.0)(step) for step in range(8)] == whole * 2
+    assert [cyclical(1)(step) for step in range(3)] == [0.0] * 3
+    with pytest.raises(ValueError, match="at least one step of warm-up, got 0"):
+        warmup(0)
+    with pytest.raises(ValueError, match="at least one step in a period, got 0"):
+        cyclical(0)
+    for ratio in (0.0, 1.5):
+        with pytest.raises(ValueError, match=f"ratio above 0 and at most 1, got {ratio}"):
+            cyclical(10, ratio=ratio)
+
+
+def test_a_schedule_is_followed_by_hand() -> None:
+    weights = TermWeights(reconstruction=lambda step: 1.0 + step, kl=cyclical(4))
+    assert (weights.reconstruction, weights.kl, weights.plain) == (1.0, 0.0, False)
+    weights.at(5)
+    assert (weights.reconstruction, weights.kl) == (6.0, 0.5)
+    sites = poutine.trace(weights.model(normal_mean)).get_trace(torch.ones(3)).nodes
+    assert (sites["x"]["scale"], sites["mean"]["scale"]) == (6.0, 0.5)
+
+
+@pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf"), "a", None, True, torch.ones(2)])
+def test_weights_that_are_no_weights(bad: Any) -> None:
+    with pytest.raises(ValueError, match="KL weight of at least 0, got"):
+        check_weight(bad)
+    with pytest.raises(ValueError, match="reconstruction weight of at least 0, got"):
+        TermWeights(reconstruction=bad)
+    weights = TermWeights(kl=lambda step: bad if step else 1.0)
+    with pytest.raises(ValueError, match="KL weight of at least 0, got"):
+        weights.at(1)
+    options = {"steps": 3, "progress": False}
+    with pytest.raises(ValueError, match="reconstruction weight of at least 0, got"):
+        fit(normal_mean, normal_mean_guide, torch.ones(3), reconstruction_weight=bad, **options)
+
+
+def test_weights_of_sites_that_are_not_there() -> None:
+    x = torch.ones(3)
+
+    def prior(x: Tensor) -> None:
+        pyro.sample("mean", dist.Normal(0.0, 1.0))
+
+    def likelihood(x: Tensor) -> None:
+        pyro.param("loc", torch.tensor(0.0))
+        pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1), obs=x)
+
+    message = r"weight 2 on the reconstruction expected observed sites of the model.*\['mean'\]"
+    with pytest.raises(ValueError, match=message):
+        TermWeights(reconstruction=2.0).model(prior)(x)
+    message = r"weight 0\.25 on the KL expected latent sites of the model.*\['x'\]"
+    with pytest.raises(ValueError, match=message):
+        TermWeights(kl=warmup(4)).model(likelihood)(x)
+    message = r"weight 0\.25 on the KL expected sample sites of the guide.*\[\]"
+    with pytest.raises(ValueError, match=message):
+        fit(likelihood, lambda x: None, x, kl_weight=warmup(4), steps=2, progress=False)
+    with pytest.raises(ValueError, match=r"expected sample sites of the guide.*\[\]"):
+        TermWeights(kl=0.0).guide(lambda x: None)(x)
+    with pytest.raises(ZeroDivisionError):  # a run that breaks off has said enough
+        TermWeights(kl=0.0).guide(lambda x: 1 / 0)(x)
+
+
+@pytest.mark.parametrize("name", ["kl_weight", "reconstruction_weight"])
+@pytest.mark.parametrize("weight", [0.5, warmup(3)])
+def test_an_importance_weighted_bound_takes_no_weights(name: str, weight: Any) -> None:
+    options = {"loss": RenyiELBO(num_particles=2), "steps": 2, "progress": False, name: weight}
+    with pytest.raises(ValueError, match="has no KL to weight, and no reconstruction"):
+        fit(normal_mean, normal_mean_guide, torch.ones(3), **options)
+    weights = TermWeights(**{name.removesuffix("_weight"): weight})
+    loss = told(RenyiELBO(num_particles=2))
+    with pytest.raises(ValueError, match="importance-weighted bound of scaled sites"):
+        loss.loss(weights.model(normal_mean), weights.guide(normal_mean_guide), torch.ones(3))
+
+
+def test_fits_report_terms_and_heldout_bounds_without_the_weights() -> None:
+    model, guide = vae()
+    options = {
+        "loss": TraceMeanField_ELBO(),
+        "optim": partial(torch.optim.SGD, lr=0.0),
+        "steps": 4,
+        "heldout": IMAGES[:2],
+        "heldout_every": 2,
+        "progress": False,
+    }
+    plain = fit(model, guide, IMAGES, **options)
+    weighted = fit(
+        *(model, guide, IMAGES), kl_weight=cyclical(4), reconstruction_weight=warmup(4), **options
+    )
+    rise, cycle = torch.tensor([0.25, 0.5, 0.75, 1.0]), torch.tensor([0.0, 0.5, 1.0, 1.0])
+    torch.testing.assert_close(weighted.reconstruction, plain.reconstruction)
+    torch.testing.assert_close(weighted.kl[1:], plain.kl[1:])
+    assert bool(weighted.kl[0].isnan())  # a weight of 0 leaves nothing to divide
+    expected = cycle * plain.kl - rise * plain.reconstruction
+    torch.testing.assert_close(weighted.losses, expected)
+    assert torch.equal(weighted.heldout, plain.heldout)
+    without = fit(model, guide, IMAGES, kl_weight=0.0, reconstruction_weight=0.0, **options)
+    assert bool((without.losses == 0).all())
+
+
+@pytest.fixture
+def recorded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records, and leaves Inductor out, which takes seconds a program."""
+    monkeypatch.setattr(Graph, "compile", lambda self, batch: None)
+
+
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled steps are read as on a GPU, many at once."""
+    monkeypatch.setattr(
+        fitting, "Engine", lambda *args, **options: Engine(*args, **{**options, "late": True})
+    )
+
+
+def scheduled(compile: bool) -> Fit:
+    torch.manual_seed(0)
+    model, guide = vae(FullCovariance)
+    return fit(
+        *(model, guide, IMAGES),
+        loss=TraceMeanField_ELBO(),
+        steps=12,
+        batch_size=3,
+        kl_weight=cyclical(5),
+        reconstruction_weight=warmup(9),
+        compile=compile,
+        progress=False,
+    )
+
+
+def assert_same(one: Fit, other: Fit) -> None:
+    for part in ("losses", "reconstruction", "kl"):
+        torch.testing.assert_close(
+            getattr(one, part), getattr(other, part), rtol=1e-9, atol=1e-10, equal_nan=True
+        )
+
+
+@pytest.mark.usefixtures("recorded_alone")
+@pytest.mark.parametrize("read", [lambda monkeypatch: None, late])
+def test_recorded_steps_follow_the_schedules(
+    read: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager = scheduled(compile=False)
+    read(monkeypatch)
+    calls = []
+    run = Recorded.__call__
+    monkeypatch.setattr(
+        Recorded, "__call__", lambda self, batch: calls.append(None) or run(self, batch)
+    )
+    assert_same(scheduled(compile=True), eager)
+    assert len(calls) == 10
+
+
+@pytest.mark.usefixtures("recorded_alone")
+def test_late_steps_that_are_taken_again_have_their_own_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    eager = scheduled(compile=False)
+    run, calls = Recorded.__call__, []
+
+    def once_bad(self: Recorded, batch: Any) -> Tensor:
+        calls.append(None)
+        if len(calls) == 4:
+            self._alive.fill_(False)
+        status = run(self, batch)
+        if len(calls) == 4:
+            status[3] = 0.0
+        return status
+
+    monkeypatch.setattr(Recorded, "__call__", once_bad)
+    late(monkeypatch)
+    assert_same(scheduled(compile=True), eager)
+    assert len(calls) == 10 + 6  # six after the bad one, twice
+
+
+@pytest.mark.usefixtures("recorded_alone")
+def test_a_recorded_step_by_hand_follows_the_schedules() -> None:
+    runs = []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        weights = TermWeights(kl=warmup(6), reconstruction=cyclical(3))
+        pair = weights.model(normal_mean), weights.guide(normal_mean_guide)
+        svi = SVI(*pair, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), compile=compile)
+        losses = []
+        for step in range(7):
+            weights.at(step)
+            losses.append(svi.step(torch.ones(4)))
+        runs.append(losses)
+    assert svi._recorder._recorded
+    assert runs[1] == pytest.approx(runs[0], rel=1e-10)
+
+
+def test_weights_live_where_the_programs_do(device: torch.device) -> None:
+    model, guide = vae()
+    fitted = fit(
+        *(model, guide, IMAGES), kl_weight=warmup(3), steps=5, device=device, progress=False
+    )
+    assert bool(fitted.losses.isfinite().all())
+    weights = TermWeights(kl=warmup(3), device=device)
+    assert weights._kl._tensor.device.type == device.type
