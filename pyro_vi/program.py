@@ -13,6 +13,7 @@ A `Program` is a callable bound to a state. It calls like the original, on its o
 from __future__ import annotations
 
 __all__ = [
+    "Bound",
     "Program",
     "State",
     "check_count",
@@ -24,7 +25,7 @@ __all__ = [
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy, deepcopy
 from functools import partial, wraps
 from typing import Any, NamedTuple
@@ -238,7 +239,7 @@ class Program:
         self.function, self.state, self.name = function, state, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.state.installed(), _Bound(self.state):
+        with self.state.installed(), Bound(self.state.installed):
             return self.function(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -258,36 +259,42 @@ class Program:
         return f"Program({kind}, {sum(t.numel() for t in self.state.tensors().values())} values)"
 
 
-class _Bound(Messenger):
-    """Binds distributions that ask modules, whenever they are asked themselves, to a state."""
+class Bound(Messenger):
+    """Binds distributions that ask modules to what is installed in these while a program runs.
 
-    def __init__(self, state: State) -> None:
+    They are asked after the run too, whenever a density is computed.
+
+    Args:
+        installed: makes the context in which they are to ask.
+    """
+
+    def __init__(self, installed: Callable[[], AbstractContextManager[None]]) -> None:
         super().__init__()
-        self._state = state
+        self._installed = installed
 
     def _pyro_sample(self, msg: Any) -> None:
         if may_ask_modules(msg["fn"]):
-            msg["fn"] = _bound(msg["fn"], self._state)
+            msg["fn"] = _bound(msg["fn"], self._installed)
 
 
-def _bound(fn: Any, state: State) -> Any:
-    """A distribution whose draws and densities run on a state, of the same type as it was."""
+def _bound(fn: Any, installed: Callable[[], AbstractContextManager[None]]) -> Any:
+    """A distribution whose draws and densities run in a context, of the same type as it was."""
 
     def within(method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
         def run(*args: Any, **kwargs: Any) -> Any:
-            with state.installed():
+            with installed():
                 return method(*args, **kwargs)
 
         return run
 
     fn = copy(fn)
     expand = fn.expand
-    fn.expand = lambda *args, **kwargs: _bound(expand(*args, **kwargs), state)
+    fn.expand = lambda *args, **kwargs: _bound(expand(*args, **kwargs), installed)
     for name in ("sample", "rsample", "log_prob"):
         setattr(fn, name, within(getattr(fn, name)))
     if isinstance(fn, torch.distributions.Independent):
-        fn.base_dist = _bound(fn.base_dist, state)  # its elements' densities are asked for too
+        fn.base_dist = _bound(fn.base_dist, installed)  # its elements' densities are asked for too
     return fn
 
 
