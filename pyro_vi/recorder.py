@@ -184,7 +184,8 @@ def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tenso
         leaves, spec = list(args), None
     else:
         leaves, spec = tree.tree_flatten((args, kwargs))
-    batch, key = [], [around, spec]
+    batch: list[Tensor] = []
+    key: list[Any] = [around, spec]
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             if leaf.requires_grad or leaf.layout is not torch.strided or leaf.is_nested:

@@ -413,7 +413,7 @@ def test_recorded_steps_follow_the_schedules(
         Recorded, "__call__", lambda self, batch: calls.append(None) or run(self, batch)
     )
     assert_same(scheduled(compile=True), eager)
-    assert len(calls) == 10
+    assert len(calls) == 9
 
 
 @pytest.mark.usefixtures("recorded_alone")
@@ -426,7 +426,7 @@ def test_late_steps_that_are_taken_again_have_their_own_weights(
     def once_bad(self: Recorded, batch: Any) -> Tensor:
         calls.append(None)
         if len(calls) == 4:
-            self._alive.fill_(False)
+            self._step.alive.fill_(False)
         status = run(self, batch)
         if len(calls) == 4:
             status[3] = 0.0
@@ -435,7 +435,7 @@ def test_late_steps_that_are_taken_again_have_their_own_weights(
     monkeypatch.setattr(Recorded, "__call__", once_bad)
     late(monkeypatch)
     assert_same(scheduled(compile=True), eager)
-    assert len(calls) == 10 + 6  # six after the bad one, twice
+    assert len(calls) == 9 + 5  # five after the bad one, twice
 
 
 @pytest.mark.usefixtures("recorded_alone")
@@ -452,7 +452,7 @@ def test_a_recorded_step_by_hand_follows_the_schedules() -> None:
             weights.at(step)
             losses.append(svi.step(torch.ones(4)))
         runs.append(losses)
-    assert svi._recorder._recorded
+    assert svi._recorder.recorded
     assert runs[1] == pytest.approx(runs[0], rel=1e-10)
 
 
