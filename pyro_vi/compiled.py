@@ -49,7 +49,9 @@ class Recorded:
 
     def __init__(self, step: _Step, graph: Graph, stale: Callable[[], str | None]) -> None:
         self._step, self._graph, self.stale = step, graph, stale
-        self._following = [one for update in step.updates or () for one in update.following]
+        self._updates = step.updates or []
+        self._rates = [rate for update in self._updates for rate in update.rates]
+        self._finished = 0
         self._gradients: Sequence[Tensor] = ()
         self.is_sure, self.may_be_late = step.is_sure, step.updates is not None
         self._scheduler = step.optim.scheduler if isinstance(step.optim, OneOptimizer) else None
@@ -65,15 +67,18 @@ class Recorded:
             (5,), float64: the loss, reconstruction and KL as `Told.terms` has them, and whether the
             step was finite (with a guard the gradients too) and sound, as 0 or 1.
         """
-        for one in self._following:
-            one.follow()
+        for rate in self._rates:
+            rate.follow()
         status, *self._gradients = self._graph(batch)
         return status
 
     def finish(self) -> None:
         """Does the rest of a step that updates, what is not in the graph."""
-        for one in self._following:
-            one.lead()
+        self._finished += 1
+        for rate in self._rates:
+            rate.lead()
+        for update in self._updates:
+            update.lead()
         if self._step.updates is None:
             self._step.update_outside(self._gradients)
         elif self._scheduler is not None:
@@ -84,24 +89,32 @@ class Recorded:
         generators = self._step.generators()
         states = [generator.get_state() for generator in generators]
         schedule = {**self._scheduler.state_dict()} if self._scheduler is not None else {}
-        numbers = [one.number for one in self._following]
+        rates = [rate.group["lr"] for rate in self._rates]
+        finished = self._finished
 
         def rewind() -> None:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
             if self._scheduler is not None:
                 self._scheduler.load_state_dict(schedule)
-            for one, number in zip(self._following, numbers, strict=True):
-                one.number = number
+            for rate, before in zip(self._rates, rates, strict=True):
+                rate.group["lr"] = before
+            for update in self._updates:
+                update.lead(finished - self._finished)
+            self._finished = finished
             self._step.alive.fill_(True)
 
         return rewind
 
+    def resync(self) -> bool:
+        """After an eager step: reads the optimizer's counts again; False if they go apart."""
+        return all([count.resync() for update in self._updates for count in update.counts])
+
     def predict(self, batch: Sequence[Tensor]) -> Proof:
         """What the record makes of a step that is about to be taken eagerly; changes nothing."""
         rewind = self.rewinder()
-        for one in self._following:
-            one.follow()
+        for rate in self._rates:
+            rate.follow()
         before = [tensor.detach().clone() for tensor in self._step.held]
         held = [tensor.clone() for tensor in before]
         status, *gradients = self._graph.interpret(held, batch)
@@ -218,7 +231,7 @@ class _Step:
     """A step as a function of tensors: `held`, and those of a batch.
 
     Attributes:
-        held: parameters, buffers, the optimizer's state, and numbers that the step follows.
+        held: parameters, buffers, the optimizer's state, its rates and counts, and `alive`.
         own: those that are the record's alone, or an optimizer's that is not in it, by identity.
         batch: the tensors of the batch that it is recorded with.
         lost: what a module bound to itself in a run, and a graph would not: the object before, and
@@ -251,7 +264,9 @@ class _Step:
         self._buffers = [buffer for _, _, buffer in self._places_of]
         self.updates = updates_of(svi.optim, parameters)
         self._state = [tensor for update in self.updates or () for tensor in update.tensors]
-        following = [one.tensor for update in self.updates or () for one in update.following]
+        following = [
+            one.tensor for update in self.updates or () for one in (*update.rates, *update.counts)
+        ]
         self.alive = torch.ones((), dtype=torch.bool, device=parameters[0].device)
         self.held = [*parameters, *self._buffers, *self._state, *following, self.alive]
         outside = parameters if self.updates is None else ()

@@ -10,7 +10,7 @@ changes no record.
 
 from __future__ import annotations
 
-__all__ = ["Following", "OneOptimizer", "Update", "updates_of"]
+__all__ = ["OneOptimizer", "Rate", "Update", "updates_of"]
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -129,50 +129,62 @@ class OneOptimizer(PyroOptim):
         }
 
 
-class Following:
-    """A number of an optimizer as a tensor, which follows it, and leads it after a step.
+class Rate:
+    """The learning rate of a group as a tensor, which follows it.
 
-    Args:
-        holder, key: where the optimizer keeps the number.
-        device: of the tensor.
-        factor, increment: what a step makes of the number; of a rate before it is used.
+    Attributes:
+        tensor: the rate of the next step, a scalar, float64.
     """
 
-    def __init__(
-        self,
-        holder: dict[str, Any],
-        key: str,
-        device: torch.device,
-        *,
-        factor: float = 1.0,
-        increment: int = 0,
-    ) -> None:
-        self._holder, self._key, self._factor, self._increment = holder, key, factor, increment
-        self._last: float = math.nan
+    def __init__(self, group: dict[str, Any], device: torch.device) -> None:
+        self.group, self._last = group, math.nan
+        self._decay = group.get("lrd", 1.0)  # ClippedAdam's own schedule, before it is used
         self.tensor = torch.zeros((), dtype=torch.float64, device=device)
 
-    @property
-    def number(self) -> Any:
-        """What the optimizer keeps."""
-        return self._holder[self._key]
-
-    @number.setter
-    def number(self, value: Any) -> None:
-        self._holder[self._key] = value
-
-    def _next(self) -> Any:
-        return self.number * self._factor + self._increment
-
     def follow(self) -> None:
-        """Sets the tensor to what the next step uses."""
-        if (number := self._next()) != self._last:
-            self._last = number
-            self.tensor.fill_(number)
+        """Sets the tensor to the rate of the next step."""
+        rate = self.group["lr"] * self._decay
+        if rate != self._last:
+            self._last = rate
+            self.tensor.fill_(rate)
 
     def lead(self) -> None:
-        """Sets the number to what the last step used."""
-        if self._factor != 1.0 or self._increment:
-            self.number = self._next()
+        """Sets the group's rate to that of the last step."""
+        if self._decay != 1.0:
+            self.group["lr"] = self._last
+
+
+class _Count:
+    """How many steps some parameters have taken, and Adam's corrections of the bias at the next.
+
+    Those are tensors of their own, one step ahead: in the formula itself, Inductor would take the
+    powers again for every few numbers of a parameter.
+
+    Attributes:
+        tensor: (3,), float64: the number n of the next step, 1 / (1 - beta_1^n), and the root of
+            1 - beta_2^n.
+    """
+
+    def __init__(self, states: Sequence[dict[str, Any]], betas: Any, device: torch.device) -> None:
+        self.states, self._betas = list(states), betas
+        self.tensor = torch.zeros(3, dtype=torch.float64, device=device)
+        self.resync()
+
+    def resync(self) -> bool:
+        """Reads the steps again; False if the parameters have not taken equally many."""
+        counts = {float(state["step"]) for state in self.states}
+        self.tensor.copy_(self._corrections(torch.tensor(counts.pop() + 1, dtype=torch.float64)))
+        return not counts
+
+    def _corrections(self, n: Tensor) -> Tensor:
+        first, second = self._betas
+        place = torch.arange(3, device=n.device)
+        size, root = 1 / (1 - first**n), (1 - second**n).sqrt()
+        return torch.where(place == 0, n, torch.where(place == 1, size, root))
+
+    def ahead(self, tensor: Tensor) -> Tensor:
+        """What the tensor is after a step."""
+        return self._corrections(tensor[0] + 1)
 
 
 class Update:
@@ -180,25 +192,35 @@ class Update:
 
     Attributes:
         optimizer: whose formula and state it has.
-        following: its numbers that change from step to step.
-        tensors: its state.
+        rates: the learning rates of its groups.
+        counts: of parameters that have taken equally many steps.
+        tensors: its state, but for numbers of steps.
     """
 
     def __init__(self, optimizer: Optimizer, used: set[int], clips: dict[int, Any]) -> None:
         self.optimizer, self._clips = optimizer, clips
-        self._groups: list[tuple[dict[str, Any], list[Tensor], Following]] = []
-        self._counts: dict[int, Following] = {}
+        self._groups: list[tuple[dict[str, Any], list[Tensor], Rate]] = []
         for group in optimizer.param_groups:
             if own := [p for p in group["params"] if id(p) in used]:
-                decay = group.get("lrd", 1.0)  # ClippedAdam's own schedule
-                rate = Following(group, "lr", own[0].device, factor=decay)
-                self._groups.append((group, own, rate))
-        states = [(p, optimizer.state.get(p, {})) for _, own, _ in self._groups for p in own]
-        for p, state in states:
-            if isinstance(state.get("step"), int):
-                self._counts[id(p)] = Following(state, "step", p.device, increment=1)
-        self.following = [*(rate for *_, rate in self._groups), *self._counts.values()]
-        self.tensors = [v for _, state in states for v in state.values() if isinstance(v, Tensor)]
+                self._groups.append((group, own, Rate(group, own[0].device)))
+        self.rates = [rate for *_, rate in self._groups]
+        together: dict[Any, list[Tensor]] = {}
+        self.tensors: list[Tensor] = []
+        for group, own, _ in self._groups:
+            for p in own:
+                state = optimizer.state.get(p, {})
+                if "step" in state:
+                    together.setdefault((group["betas"], float(state["step"])), []).append(p)
+                own_state = {key: v for key, v in state.items() if key != "step"}
+                self.tensors += [v for v in own_state.values() if isinstance(v, Tensor)]
+        self._count: dict[int, _Count] = {}
+        for (betas, _), own in together.items():
+            count = _Count([optimizer.state[p] for p in own], betas, own[0].device)
+            self._count |= {id(p): count for p in own}
+        self.counts = list(dict.fromkeys(self._count.values()))
+        states = [state for count in self.counts for state in count.states]
+        self._numbers = [state for state in states if not isinstance(state["step"], Tensor)]
+        self._steps = [state["step"] for state in states if isinstance(state["step"], Tensor)]
 
     def apply(self, fresh: dict[int, Tensor], now: dict[int, Tensor]) -> None:
         """Moves the parameters among the fresh tensors, in place, and their state."""
@@ -212,10 +234,20 @@ class Update:
                 state = {
                     key: fresh[id(value)] if isinstance(value, Tensor) else value
                     for key, value in self.optimizer.state.get(p, {}).items()
+                    if key != "step"
                 }
-                if id(p) in self._counts:
-                    state["step"] = now[id(self._counts[id(p)].tensor)]
+                if id(p) in self._count:
+                    _, state["size"], state["root"] = now[id(self._count[id(p)].tensor)].unbind()
                 _FORMULAS[type(self.optimizer)](mine, now[id(rate.tensor)], group, state)
+        for count in self.counts:
+            fresh[id(count.tensor)] = count.ahead(now[id(count.tensor)])
+
+    def lead(self, steps: int = 1) -> None:
+        """Counts steps in the optimizer's state; fewer than none where they are taken back."""
+        if self._steps:
+            torch._foreach_add_(self._steps, steps)
+        for state in self._numbers:
+            state["step"] += steps
 
 
 def _sgd(p: Tensor, lr: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
@@ -234,14 +266,13 @@ def _clipped_adam(p: Tensor, lr: Tensor, group: dict[str, Any], state: dict[str,
     assert p.grad is not None
     gradient = p.grad.clamp(-group["clip_norm"], group["clip_norm"])
     first, second = group["betas"]
-    step = state["step"]
     if group["weight_decay"] != 0:
         gradient = gradient + group["weight_decay"] * p
     mean, square = state["exp_avg"], state["exp_avg_sq"]
     mean.mul_(first).add_(gradient, alpha=1 - first)
     centred = gradient - mean if group["centered_variance"] else gradient
     square.mul_(second).addcmul_(centred, centred, value=1 - second)
-    size = lr * (1 - second**step).sqrt() / (1 - first**step)
+    size = lr * state["root"] * state["size"]
     p.sub_(size * mean / (square.sqrt() + group["eps"]))
 
 
@@ -249,7 +280,6 @@ def _adam(p: Tensor, lr: Tensor, group: dict[str, Any], state: dict[str, Any]) -
     assert p.grad is not None
     gradient = -p.grad if group["maximize"] else p.grad
     first, second = group["betas"]
-    step = state["step"].add_(1).double()  # as the eager step's Python numbers
     if group["weight_decay"] != 0 and group["decoupled_weight_decay"]:
         p.mul_(1 - lr * group["weight_decay"])
     elif group["weight_decay"] != 0:
@@ -260,8 +290,8 @@ def _adam(p: Tensor, lr: Tensor, group: dict[str, Any], state: dict[str, Any]) -
     if group["amsgrad"]:
         square = torch.maximum(state["max_exp_avg_sq"], square)
         state["max_exp_avg_sq"].copy_(square)
-    root = square.sqrt() / (1 - second**step).sqrt()
-    p.sub_(lr / (1 - first**step) * mean / (root + group["eps"]))
+    root = square.sqrt() / state["root"]
+    p.sub_(lr * state["size"] * mean / (root + group["eps"]))
 
 
 _FORMULAS: dict[type, Callable[..., None]] = {

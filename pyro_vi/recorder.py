@@ -140,6 +140,10 @@ class Recorder:
         if kind.is_refused:
             return
         kind.seen += 1
+        found = [one.recorded for one in self._kinds.values() if one.recorded is not None]
+        if not all([one.resync() for one in found]):
+            self._drop("steps are eager for a while: parameters took steps apart")
+            return
         try:
             if self._proof is not None and kind.recorded is not None:
                 self._proof.check()

@@ -48,9 +48,7 @@ def watch(
     tensors |= {id(p): p for p in parameters}
     marks = [(p, p.requires_grad, p.data_ptr(), bool(p._backward_hooks)) for p in tensors.values()]
     groups = [
-        (group, [(k, v) for k, v in group.items() if k not in ("lr", "params")])
-        for update in updates
-        for group in update.optimizer.param_groups
+        (group, {**group, "lr": None}) for one in updates for group in one.optimizer.param_groups
     ]
     objects = getattr(svi.optim, "optim_objs", {})
     ones = [(p, objects.get(p)) for p in parameters]
@@ -88,11 +86,10 @@ def watch(
                 or bool(tensor._backward_hooks) is not hooked
             ):
                 return "a parameter or buffer was frozen, thawed, moved or hooked"
-        for group, items in groups:
-            for key, value in items:
-                now = group.get(key)
-                if now is not value and now != value:
-                    return f"the optimizer's {key!r} is {now!r}, and was {value!r}"
+        for group, before in groups:
+            if (now := {**group, "lr": None}) != before:
+                changed = [key for key in now if now[key] is not before.get(key)]
+                return f"the optimizer has other {' and '.join(map(repr, changed))}"
         if any(objects.get(parameter) is not one for parameter, one in ones):
             return "the optimizer was reset"
         for state, parameter, key, value in states:
