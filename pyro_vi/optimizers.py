@@ -244,8 +244,8 @@ class Update:
 
     def lead(self, steps: int = 1) -> None:
         """Counts steps in the optimizer's state; fewer than none where they are taken back."""
-        if self._steps:
-            torch._foreach_add_(self._steps, steps)
+        for step in self._steps:
+            step += steps
         for state in self._numbers:
             state["step"] += steps
 
