@@ -194,7 +194,7 @@ class Update:
         optimizer: whose formula and state it has.
         rates: the learning rates of its groups.
         counts: of parameters that have taken equally many steps.
-        tensors: its state, but for numbers of steps.
+        tensors: its state.
     """
 
     def __init__(self, optimizer: Optimizer, used: set[int], clips: dict[int, Any]) -> None:
@@ -211,16 +211,17 @@ class Update:
                 state = optimizer.state.get(p, {})
                 if "step" in state:
                     together.setdefault((group["betas"], float(state["step"])), []).append(p)
-                own_state = {key: v for key, v in state.items() if key != "step"}
-                self.tensors += [v for v in own_state.values() if isinstance(v, Tensor)]
+                self.tensors += [
+                    v for v in state.values() if isinstance(v, Tensor) and v.device == p.device
+                ]
         self._count: dict[int, _Count] = {}
         for (betas, _), own in together.items():
             count = _Count([optimizer.state[p] for p in own], betas, own[0].device)
             self._count |= {id(p): count for p in own}
         self.counts = list(dict.fromkeys(self._count.values()))
+        inside = set(map(id, self.tensors))
         states = [state for count in self.counts for state in count.states]
-        self._numbers = [state for state in states if not isinstance(state["step"], Tensor)]
-        self._steps = [state["step"] for state in states if isinstance(state["step"], Tensor)]
+        self._outside = [state for state in states if id(state["step"]) not in inside]
 
     def apply(self, fresh: dict[int, Tensor], now: dict[int, Tensor]) -> None:
         """Moves the parameters among the fresh tensors, in place, and their state."""
@@ -234,8 +235,10 @@ class Update:
                 state = {
                     key: fresh[id(value)] if isinstance(value, Tensor) else value
                     for key, value in self.optimizer.state.get(p, {}).items()
-                    if key != "step"
+                    if key != "step" or id(value) in fresh
                 }
+                if "step" in state:
+                    state["step"].add_(1)
                 if id(p) in self._count:
                     _, state["size"], state["root"] = now[id(self._count[id(p)].tensor)].unbind()
                 _FORMULAS[type(self.optimizer)](mine, now[id(rate.tensor)], group, state)
@@ -243,10 +246,11 @@ class Update:
             fresh[id(count.tensor)] = count.ahead(now[id(count.tensor)])
 
     def lead(self, steps: int = 1) -> None:
-        """Counts steps in the optimizer's state; fewer than none where they are taken back."""
-        for step in self._steps:
-            step += steps
-        for state in self._numbers:
+        """Counts steps that the graph does not: numbers, and tensors on another device.
+
+        Fewer than none where they are taken back.
+        """
+        for state in self._outside:
             state["step"] += steps
 
 

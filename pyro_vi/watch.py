@@ -52,14 +52,10 @@ def watch(
     ]
     objects = getattr(svi.optim, "optim_objs", {})
     ones = [(p, objects.get(p)) for p in parameters]
-    states = [
-        (update.optimizer.state, p, key, value)
-        for update in updates
-        for p in update.optimizer.state
-        for key, value in update.optimizer.state[p].items()
-        if isinstance(value, Tensor)
-    ]
-    options = list(vars(svi.told._given).items()) if svi.told is not None else []
+    states = [(update.optimizer, update.optimizer.state) for update in updates]
+    assert svi.told is not None
+    given = svi.told._given
+    options = {**vars(given)}
     known = [
         place
         for place in settings(svi.model, svi.guide)
@@ -92,13 +88,11 @@ def watch(
                 return f"the optimizer has other {' and '.join(map(repr, changed))}"
         if any(objects.get(parameter) is not one for parameter, one in ones):
             return "the optimizer was reset"
-        for state, parameter, key, value in states:
-            if state[parameter].get(key) is not value:
+        for optimizer, state in states:
+            if optimizer.state is not state:
                 return "the optimizer's state was loaded"
-        for key, value in options:
-            now = vars(svi.told._given).get(key) if svi.told is not None else value
-            if now is not value and now != value:
-                return f"the loss's {key!r} is {now!r}, and was {value!r}"
+        if vars(given) != options:
+            return "the loss has other settings"
         for name, holder, place, value in known:
             now = holder.cell_contents if place is None else holder.get(place)
             if now is not value and (isinstance(value, Tensor) or now != value):
