@@ -65,7 +65,7 @@ def medians(steps: dict[str, Step], x: Tensor, rounds: int) -> dict[str, float]:
     """Milliseconds by name, interleaved."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
-        for _ in range(3):  # the third is compiled, if one is
+        for _ in range(4):  # the fourth is compiled, if one is
             step(x)
     for _ in range(rounds):
         for name, step in steps.items():

@@ -924,8 +924,10 @@ def read_late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("recorded_alone")
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize(
+    ("name", "late"),
+    [*((name, False) for name in FITS), ("warm-up", True), ("schedule and clipping", True)],
+)
 def test_a_fit_is_the_same_compiled(name: str, late: bool, request: pytest.FixtureRequest) -> None:
     model, guide, loss, _ = vae(FullCovariance, TraceMeanField_ELBO())
     options = {"loss": loss, "steps": 8, "batch_size": 3, "progress": False, **FITS[name]}
