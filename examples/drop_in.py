@@ -79,14 +79,15 @@ axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
 width = max(1, options.steps // 100)
 for name, svi in runs.items():
     losses, seconds, bound = train(svi)
-    last = (seconds[-1] - seconds[-width - 1]) / width
+    last = (seconds[-1] - seconds[-options.steps // 4]) / (options.steps // 4)
     print(
         f"{name:28}{options.steps:,} steps in {seconds[-1]:5.1f} s, the last ones"
         f" {1e3 * last:6.3f} ms each; ELBO {bound:.2f}"
     )
     smooth = torch.tensor(losses).unfold(0, width, width).mean(-1)
     axes.plot(seconds[width - 1 :: width], smooth, label=name)
-axes.set(xlabel="seconds", ylabel=f"loss in nats, mean of {width} steps", ylim=(31, 36))
+axes.set(xlabel="seconds", ylabel=f"loss in nats, mean of {width} steps")
+axes.set_ylim(top=sorted(losses)[len(losses) // 2] + 5)
 axes.legend(frameon=False)
 axes.spines[["top", "right"]].set_visible(False)
 options.out.parent.mkdir(parents=True, exist_ok=True)

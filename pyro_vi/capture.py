@@ -161,10 +161,16 @@ def capture(function: Callable[..., Any], held: Sequence[Tensor], batch: Sequenc
         Uncapturable: it depends on more than tensors, or on their values.
     """
     inputs = [*held, *batch]
-    before = _randomness()
-    first, second = _record(function, inputs), _record(function, inputs)
-    if _randomness() != before:
-        raise Uncapturable("random numbers of Python or NumPy, which a graph would repeat")
+    before, python, numpys = _randomness(), random.getstate(), np.random.get_state()
+    try:
+        first, second = _record(function, inputs), _record(function, inputs)
+        if _randomness() != before:
+            raise Uncapturable(
+                "random numbers of Python or NumPy, which a graph would repeat: draw torch's"
+            )
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpys)
     if str(first.graph) != str(second.graph):
         raise Uncapturable("two runs of the programs on equal shapes did different things")
     # What is the same object in both is a tensor from outside; literals are made anew.
@@ -289,6 +295,8 @@ def _cuda(inputs: Sequence[Tensor]) -> list[int]:
 
 
 def _first_line(error: BaseException) -> str:
+    if type(error).__name__.startswith("DataDependent"):
+        return "a tensor was asked for its value (item, float, a branch, a shape)"
     text = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

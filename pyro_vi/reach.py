@@ -7,14 +7,15 @@ its code names. All of these are followed; library code is not.
 
 from __future__ import annotations
 
-__all__ = ["may_ask_modules", "objects", "reach", "settings"]
+__all__ = ["may_ask_modules", "objects", "reach", "setting", "settings"]
 
 import dis
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
@@ -23,6 +24,7 @@ _LIBRARIES = set(
     "arviz builtins collections functools logging matplotlib numpy pandas pyro scipy sklearn"
     " threading torch tqdm weakref xarray zuko".split()
 )  # their objects and functions lead to no module of a user's
+_SETTINGS = (bool, int, float, str, Tensor, list, tuple, np.ndarray, np.generic)
 _MODULE_INTERNALS = set(vars(nn.Module()))
 
 
@@ -64,22 +66,35 @@ def reach(
 
 
 def settings(*programs: Any) -> list[tuple[str, Any, Any, Any]]:
-    """The numbers, strings and tensors that programs read by name, where they are kept.
+    """Numbers, strings, tensors, arrays, lists and tuples that programs read by name.
 
-    That is in closures, in globals that their code loads, in attributes of modules and of a user's
-    objects, and in dictionaries of these.
+    They are looked for in closures, defaults, globals that the code loads, attributes of modules,
+    of a user's objects and their classes, dictionaries, and the arguments of partials.
 
     Returns:
-        Of each a readable name, the cell or dictionary that holds it, its key there (None of a
-        cell), and the value.
+        Of each a readable name, the cell, mapping or function that holds it, its key there, and the
+        value. `setting` reads it again.
     """
     found = []
     for value in _reached(programs):
         for name, holder, key in _places(value):
-            held = _content(holder) if key is None else holder.get(key)
-            if isinstance(held, (bool, int, float, str, Tensor)):
+            held = setting(holder, key)
+            if isinstance(held, type) and not _is_library(held.__module__, "pyro_vi"):
+                for inner in vars(held):
+                    if isinstance(vars(held)[inner], _SETTINGS):
+                        found.append((f"{name}.{inner}", vars(held), inner, vars(held)[inner]))
+            elif isinstance(held, _SETTINGS):
                 found.append((name, holder, key, held))
     return found
+
+
+def setting(holder: Any, key: Any) -> Any:
+    """What a cell (no key), a mapping, or a function (an attribute) holds now."""
+    if key is None:
+        return _content(holder)
+    if isinstance(holder, FunctionType):
+        return getattr(holder, key)
+    return holder.get(key)
 
 
 def objects(*programs: Any) -> list[Any]:
@@ -89,6 +104,7 @@ def objects(*programs: Any) -> list[Any]:
         for value in _reached(programs)
         if type(getattr(value, "__dict__", None)) is dict
         and not isinstance(value, (nn.Module, FunctionType, MethodType, partial))
+        and not isinstance(value, SimpleNamespace)  # whose dictionary cannot be exchanged
         and not _is_library(type(value).__module__, "pyro_vi")
     ]
 
@@ -114,6 +130,13 @@ def _places(value: Any) -> Iterator[tuple[str, Any, Any]]:
             yield name, cell, None
         for name in _globals(value.__code__):
             yield name, value.__globals__, name
+        for name in ("__defaults__", "__kwdefaults__"):
+            yield f"{value.__name__}.{name}", value, name
+        for name in vars(value):
+            yield f"{value.__name__}.{name}", vars(value), name
+    elif isinstance(value, partial):
+        for name in value.keywords:
+            yield name, value.keywords, name
     elif isinstance(value, nn.Module):
         for module in value.modules():
             for name in vars(module):
@@ -123,8 +146,9 @@ def _places(value: Any) -> Iterator[tuple[str, Any, Any]]:
         for name in value:
             yield str(name), value, name
     elif hasattr(value, "__dict__") and not _is_library(type(value).__module__, "pyro_vi"):
-        for name in vars(value):
-            yield f"{type(value).__name__}.{name}", vars(value), name
+        for name in (*vars(value), *vars(type(value))):
+            holder = vars(value) if name in vars(value) else vars(type(value))
+            yield f"{type(value).__name__}.{name}", holder, name
 
 
 def _globals(code: CodeType) -> Iterator[str]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pyro_vi.svi import SVI
 
 _MOST = 4  # graphs of an SVI
-_KINDS = 1_000  # kinds of batches that are counted
+_KINDS = 100  # kinds of batches that are counted
 _OTHER = 100  # batches of another kind than the first recorded one, before it is recorded too
 _UNSOUND = 3  # steps that were not as a record takes for granted, before it is dropped
 
@@ -89,7 +89,7 @@ class Recorder:
         if kind is None or not kind.is_proven or kind.recorded is None:
             return None
         if (change := kind.recorded.stale()) is not None:
-            self._drop(f"steps are eager for a while: {change}")
+            self._drop(change)
             return None
         return kind.recorded, batch
 
@@ -99,14 +99,14 @@ class Recorder:
         if self._unsound == _UNSOUND:
             self._unsound = 0
             self._drop(
-                "steps are eager for a while: masks or scales that were alike in model and guide"
-                " are not always, or observations are outside of their support"
+                "masks or scales that were alike in model and guide are not always, or observations"
+                " are outside of their support"
             )
 
     def _drop(self, why: str) -> None:
         self._kinds.clear()
         self._after *= 10  # it may well happen again
-        warnings.warn(why, stacklevel=4)
+        warnings.warn(f"steps are eager for a while, {self._after} of a kind: {why}", stacklevel=4)
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before an eager step: predicts it, if a record is to be proven by it."""
@@ -114,10 +114,10 @@ class Recorder:
         key, batch = _key(args, kwargs)
         kind = self._kinds.get(key)
         if kind is not None and kind.recorded is not None and not kind.is_refused:
-            if kind.recorded.stale() is None:
+            if (change := kind.recorded.stale()) is None:
                 self._proof = kind.recorded.predict(batch)
             else:
-                kind.recorded = None
+                self._drop(change)
 
     def evaluated(self, loss: Any, parameters: Sequence[Tensor]) -> None:
         """In an eager step, when there are gradients and nothing is updated."""
@@ -134,7 +134,11 @@ class Recorder:
             if key is None or not parameters or len(self._kinds) > _KINDS:
                 return
             if len(self._kinds) == _KINDS:
-                self._stay(key, f"{_KINDS} kinds of batches, by their shapes or other arguments")
+                self._stay(
+                    key,
+                    f"{_KINDS} kinds of batches so far, by shapes or numbers among the arguments"
+                    " (a number that changes from step to step should be a tensor)",
+                )
                 return
             kind = self._kinds[key] = _Kind()
         if kind.is_refused:
@@ -142,7 +146,7 @@ class Recorder:
         kind.seen += 1
         found = [one.recorded for one in self._kinds.values() if one.recorded is not None]
         if not all([one.resync() for one in found]):
-            self._drop("steps are eager for a while: parameters took steps apart")
+            self._drop("parameters took steps apart")
             return
         try:
             if self._proof is not None and kind.recorded is not None:

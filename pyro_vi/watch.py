@@ -13,14 +13,17 @@ from collections.abc import Callable, Iterable, Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyro
 from torch import Tensor, nn
 
 from pyro_vi.optimizers import Update
-from pyro_vi.reach import settings
+from pyro_vi.reach import setting, settings
 
 if TYPE_CHECKING:
     from pyro_vi.svi import SVI
+
+_ITEMS = 100  # of a list or an array that are looked at
 
 
 def watch(
@@ -56,10 +59,10 @@ def watch(
     assert svi.told is not None
     given = svi.told._given
     options = {**vars(given)}
+    seen = {id(tensor) for tensor in read}
     known = [
-        place
-        for place in settings(svi.model, svi.guide)
-        if not isinstance(place[-1], Tensor) or any(place[-1] is tensor for tensor in read)
+        (name, holder, key, _copy(value, seen))
+        for name, holder, key, value in settings(svi.model, svi.guide)
     ]
 
     def stale() -> str | None:
@@ -93,16 +96,29 @@ def watch(
                 return "the optimizer's state was loaded"
         if vars(given) != options:
             return "the loss has other settings"
-        for name, holder, place, value in known:
-            now = holder.cell_contents if place is None else holder.get(place)
-            if now is not value and (isinstance(value, Tensor) or now != value):
+        for name, holder, key, value in known:
+            now = setting(holder, key)
+            if now is not value and _copy(now, seen) != value:
                 return (
-                    f"{name!r} has another value (make it a tensor and fill_ it, or an argument"
-                    " of the step)"
+                    f"{name!r} has another value (make it a tensor and fill_ it, or give it to the"
+                    " step as a tensor)"
                 )
         return None
 
     return stale
+
+
+def _copy(value: Any, read: set[int]) -> Any:
+    """What to compare a setting with later; of tensors their identity, if they were read."""
+    if isinstance(value, Tensor):
+        return id(value) if id(value) in read else None
+    if isinstance(value, (list, tuple)):
+        return tuple(_copy(item, read) for item in value[:_ITEMS])
+    if isinstance(value, (np.ndarray, np.generic)):
+        if value.size > _ITEMS:
+            return id(value)
+        return value.dtype.str, value.shape, value.tobytes()
+    return value if isinstance(value, (bool, int, float, str)) else None
 
 
 def _held(module: nn.Module) -> list[Any]:

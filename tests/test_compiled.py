@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -404,12 +405,17 @@ def test_what_changes_between_steps_is_seen(change: str) -> None:
         svi.step(*args)
     assert svi._recorder.recorded
     CHANGES[change](svi, encoder)
-    with pytest.warns(UserWarning, match="steps are eager for a while: "):
+    with pytest.warns(UserWarning, match="steps are eager for a while, 20 of a kind: "):
         svi.step(*args)
     assert not svi._recorder.recorded
 
 
 TEMPERATURE = 1.0
+LIST, ARRAY, NAMESPACE = [1.0], np.ones(1), SimpleNamespace(beta=1.0)
+
+
+class Config:
+    beta = 1.0
 
 
 class Annealed:
@@ -431,7 +437,9 @@ class Annealed:
     def set(self, value: float) -> None:
         global TEMPERATURE
         self.bind(value)
-        TEMPERATURE = self.beta = self.options["beta"] = value
+        TEMPERATURE = self.beta = self.options["beta"] = LIST[0] = Config.beta = value
+        ARRAY[0] = NAMESPACE.beta = value
+        self.pair = (value, 0.0)
 
     def __call__(self, x: Tensor) -> None:
         if self.where == "closure":
@@ -440,6 +448,16 @@ class Annealed:
             scale = TEMPERATURE
         elif self.where == "dictionary":
             scale = self.options["beta"]
+        elif self.where == "list":
+            scale = LIST[0]
+        elif self.where == "class":
+            scale = Config.beta
+        elif self.where == "tuple":
+            scale = self.pair[0]
+        elif self.where == "array":
+            scale = float(ARRAY[0])
+        elif self.where == "namespace":
+            scale = NAMESPACE.beta
         else:
             scale = self.beta
         with poutine.scale(scale=scale):
@@ -448,7 +466,13 @@ class Annealed:
 
 
 @pytest.mark.usefixtures("recorded_alone")
-@pytest.mark.parametrize("where", ["closure", "global", "dictionary", "attribute"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        *("closure", "global", "dictionary", "attribute", "list", "class", "tuple", "array"),
+        "namespace",
+    ],
+)
 def test_numbers_that_change_are_seen(where: str) -> None:
     def guide(x: Tensor) -> None:
         pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 0.5))
@@ -463,7 +487,9 @@ def test_numbers_that_change_are_seen(where: str) -> None:
         losses[compile] = [svi.step(x) for _ in range(4)]
         assert compile is False or svi._recorder.recorded
         model.set(0.3)
-        expected = pytest.warns(UserWarning, match="steps are eager for a while: .* another value")
+        expected = pytest.warns(
+            UserWarning, match="steps are eager for a while, 20 of a kind: .* another value"
+        )
         with expected if compile else nullcontext():
             losses[compile] += [svi.step(x) for _ in range(2)]
     assert losses[True] == pytest.approx(losses[False], rel=1e-10)
