@@ -264,9 +264,8 @@ class _Step:
         self._buffers = [buffer for _, _, buffer in self._places_of]
         self.updates = updates_of(svi.optim, parameters)
         self._state = [tensor for update in self.updates or () for tensor in update.tensors]
-        following = [
-            one.tensor for update in self.updates or () for one in (*update.rates, *update.counts)
-        ]
+        following = [rate.tensor for update in self.updates or () for rate in update.rates]
+        following += [count.tensor for update in self.updates or () for count in update.counts]
         self.alive = torch.ones((), dtype=torch.bool, device=parameters[0].device)
         self.held = [*parameters, *self._buffers, *self._state, *following, self.alive]
         outside = parameters if self.updates is None else ()
