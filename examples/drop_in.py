@@ -6,7 +6,7 @@ in the third run one argument:
 
     from pyro.infer import SVI        every step runs the programs' Python
     from pyro_vi import SVI           so do the first 5,000; then the step is recorded and compiled
-    SVI(..., compile=True)            after the first two
+    SVI(..., compile=True)            after the first three
 
 A compiled step does what the eager one does, with the same draws from torch's generator. What
 looks at the loop from outside sees no difference: a loss is a float, the parameters are in Pyro's

@@ -144,7 +144,7 @@ def fit(
             warned of.
         device: where to compute; by default where the data are.
         compile: whether steps are recorded as one graph and compiled (`pyro_vi.compiled`), after
-            the first two; "auto" if there are 5,000 or more, which pay for the seconds it takes.
+            the first three; "auto" if there are 5,000 or more, which pay for the seconds it takes.
             A step that cannot be recorded stays eager, with a warning that says why.
         progress: whether to show a progress bar with the current bound; a string labels it.
 

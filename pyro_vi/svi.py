@@ -36,7 +36,7 @@ class SVI(pyro.infer.SVI):
         loss: one of Pyro's ELBOs, or a loss function of (model, guide, *args, **kwargs).
         loss_and_grads: for a loss function, what computes its gradients too.
         compile: whether steps are recorded as a graph and compiled (`pyro_vi.compiled`): True for
-            after the first two, "auto" for after 5,000, when as many to come would pay for the
+            after the first three, "auto" for after 5,000, when as many to come would pay for the
             seconds it takes, False for never. A step that cannot be recorded stays eager, with a
             warning that says why.
 
