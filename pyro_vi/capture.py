@@ -12,10 +12,11 @@ step stays eager:
 
 - a branch, an index or a number that depends on a tensor's values (fake tensors have none);
 - random numbers of Python or NumPy (their state moved while tracing);
+- the value of a tensor from outside, or a change of one in place;
 - Python that changes from run to run, such as a counter (two traces differ).
 
 What no trace can see is a tensor or a number of Python that the programs read, and that is *bound*
-to another one later.
+to another one later: `pyro_vi.watch` looks at those.
 """
 
 from __future__ import annotations

@@ -286,9 +286,7 @@ class _Step:
         with torch.no_grad():
             gradients = {
                 id(p): leaf.grad * self._scale if leaf.grad is not None else torch.zeros_like(leaf)
-                for (p, leaf), moves in zip(
-                    zip(self.parameters, moved.values(), strict=True), self._moves, strict=True
-                )
+                for p, leaf, moves in zip(self.parameters, moved.values(), self._moves, strict=True)
                 if leaf.grad is not None or moves
             }
             finite = loss.isfinite()

@@ -121,7 +121,7 @@ class Engine(SVI):
         loss: ELBO,
         *,
         compile_after: int | None = None,
-        announce: Callable[[], object] = lambda: None,
+        announce: Callable[[], object] | None = None,
         late: bool = False,
     ) -> None:
         super().__init__(scaling.model, scaling.guide, optim, loss, compile=False)

@@ -105,7 +105,6 @@ class OneOptimizer(PyroOptim):
                 raise TypeError(
                     "expected a schedule of the step alone, and ReduceLROnPlateau needs a metric"
                 )
-
         self._load()
 
     def _load(self) -> None:

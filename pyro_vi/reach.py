@@ -122,7 +122,7 @@ def _reached(programs: Iterable[Any]) -> Iterator[Any]:
 
 
 def _places(value: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Where a function, or an object of a user's class, reads what it reads by name."""
+    """What a function, a partial, a module, a dictionary or a user's object reads by name."""
     if isinstance(value, FunctionType):
         if _is_library(value.__module__):
             return
