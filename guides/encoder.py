@@ -17,6 +17,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vi.augmentation import InputNoise, check_noise
+from pyro_vi.families import check_family
 from pyro_vi.networks import MLPEncoder
 
 
@@ -64,11 +65,7 @@ class Encoder(PyroModule):
         noise: InputNoise | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(family, nn.Module) or not hasattr(family, "context_dim"):
-            raise TypeError(
-                f"expected the family to be a module with a context_dim, such as "
-                f"MeanField(8, context_dim=128), got {family!r}"
-            )
+        check_family(family, "context_dim")
         check_noise(noise=noise)
         self.shape = tuple(shape)
         self.family = family

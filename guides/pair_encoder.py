@@ -18,7 +18,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vi.augmentation import InputNoise, check_noise
-from pyro_vi.families import check_data
+from pyro_vi.families import check_data, check_family
 from pyro_vi.networks import MLPEncoder
 
 
@@ -64,11 +64,7 @@ class PairEncoder(PyroModule):
         target_noise: InputNoise | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(family, nn.Module) or not hasattr(family, "context_dim"):
-            raise TypeError(
-                f"expected the family to be a module with a context_dim, such as "
-                f"MeanField(8, context_dim=128), got {family!r}"
-            )
+        check_family(family, "context_dim")
         check_noise(noise=noise, target_noise=target_noise)
         self.shape_x, self.shape_y = tuple(shape_x), tuple(shape_y)
         self.family = family

@@ -19,7 +19,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vi.augmentation import InputNoise, check_noise
-from pyro_vi.families import check_data, check_sizes
+from pyro_vi.families import check_data, check_family, check_sizes
 from pyro_vi.models.likelihoods import Bernoulli
 from pyro_vi.networks import MLPDecoder, MLPEncoder
 
@@ -97,12 +97,7 @@ class PredictiveVAE(PyroModule):
         target_noise: InputNoise | None = None,
     ) -> None:
         super().__init__()
-        sizes = ("dim", "context_dim")
-        if not isinstance(family, nn.Module) or not all(hasattr(family, name) for name in sizes):
-            raise TypeError(
-                f"expected the family to be a module with a dim and a context_dim, such as "
-                f"MeanField(8, context_dim=128), got {family!r}"
-            )
+        check_family(family, "dim", "context_dim")
         likelihood = Bernoulli() if likelihood is None else likelihood
         if not isinstance(likelihood, nn.Module) or not hasattr(likelihood, "outputs"):
             raise TypeError(

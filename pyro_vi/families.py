@@ -235,6 +235,15 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"expected {name} to be at least 1, got {size}")
 
 
+def check_family(family: object, *sizes: str) -> None:
+    """Raises TypeError unless a family is a module with these sizes."""
+    if not isinstance(family, nn.Module) or not all(hasattr(family, size) for size in sizes):
+        raise TypeError(
+            f"expected the family to be a module with a {' and a '.join(sizes)}, such as"
+            f" MeanField(8, context_dim=128), got {family!r}"
+        )
+
+
 def check_data(dtype: torch.dtype | None = None, **data: tuple[Tensor, tuple[int, ...]]) -> None:
     """Raises an error unless all data, by name with the shape of a point, are (N, *shape).
 
