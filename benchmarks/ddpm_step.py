@@ -12,14 +12,12 @@ medians compared. The second table is the program's eager step by the number T o
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 
-import pyro
 import torch
 from pyro.infer import TraceMeanField_ELBO
+from side_by_side import Own, microseconds
 from torch import Tensor, nn
 
 from pyro_vi import SVI
@@ -30,16 +28,16 @@ from pyro_vi.models import DDPM, Gaussian
 from pyro_vi.optimizers import OneOptimizer
 from pyro_vi.schedules import Cosine
 
-Step = Callable[[Tensor], object]
+Step = Callable[[], object]
 
 
-def by_hand(net: nn.Module, steps: int) -> Step:
+def by_hand(net: nn.Module, steps: int, x: Tensor) -> Step:
     """DDPM's own loss: the squared error of the noise, over steps drawn at random."""
     levels = Cosine(steps).levels(torch.arange(1, steps + 1))
     signal, noise = (level.float() for level in levels)
     adam = torch.optim.Adam(net.parameters(), lr=1e-3)
 
-    def step(x: Tensor) -> float:
+    def step() -> float:
         t = torch.randint(steps, (len(x),))
         eps = torch.randn_like(x)
         a, b = (level[t].reshape(-1, 1, 1, 1) for level in (signal, noise))
@@ -52,27 +50,18 @@ def by_hand(net: nn.Module, steps: int) -> Step:
     return step
 
 
-def as_program(net: nn.Module, steps: int, shape: Sequence[int], *, compile: bool = False) -> Step:
+def as_program(net: nn.Module, steps: int, x: Tensor, *, compile: bool = False) -> Own:
     """The same network in Pyro's bound."""
-    diffusion = Diffusion(shape, Cosine(steps), coordinates=Affine(0.5, 0.5))
+    diffusion = Diffusion(x.shape[1:], Cosine(steps), coordinates=Affine(0.5, 0.5))
     model = DDPM(diffusion, net, likelihood=Gaussian(0.1))
     adam = OneOptimizer(partial(torch.optim.Adam, lr=1e-3))
     loss = TraceMeanField_ELBO()
-    return SVI(model, ForwardProcess(diffusion), adam, loss, compile=compile).step
+    return Own(SVI(model, ForwardProcess(diffusion), adam, loss, compile=compile), x)
 
 
-def medians(steps: dict[str, Step], x: Tensor, rounds: int) -> dict[str, float]:
+def medians(steps: Mapping[str, Step], rounds: int) -> dict[str, float]:
     """Milliseconds by name, interleaved."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        for _ in range(4):  # the fourth is compiled, if one is
-            step(x)
-    for _ in range(rounds):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step(x)
-            seconds[name].append(time.perf_counter() - started)
-    return {name: 1_000 * statistics.median(found) for name, found in seconds.items()}
+    return {name: found / 1_000 for name, found in microseconds(steps, rounds).items()}
 
 
 def main() -> None:
@@ -86,13 +75,15 @@ def main() -> None:
     for shape, channels in (((1, 8, 8), (16, 32)), ((1, 28, 28), (32, 64))):
         torch.manual_seed(0)
         x = torch.rand(options.batch if shape[1] == 8 else options.batch // 4, *shape)
-        pyro.clear_param_store()
         nets = [UNet(shape, 1_000, channels=channels) for _ in range(3)]
         size = sum(p.numel() for p in nets[0].parameters())
-        steps = {"hand": by_hand(nets[0], 1_000), "program": as_program(nets[1], 1_000, shape)}
+        steps: dict[str, Step] = {
+            "hand": by_hand(nets[0], 1_000, x),
+            "program": as_program(nets[1], 1_000, x),
+        }
         if options.compile:
-            steps["compiled"] = as_program(nets[2], 1_000, shape, compile=True)
-        found = medians(steps, x, options.rounds)
+            steps["compiled"] = as_program(nets[2], 1_000, x, compile=True)
+        found = medians(steps, options.rounds)
         print(
             f"U-Net of {size:,} parameters, {len(x)} images {shape}: by hand {found['hand']:.1f}"
             f" ms, as a program {found['program']:.1f} ms, ratio"
@@ -102,15 +93,13 @@ def main() -> None:
         if options.compile:
             ratio = found["compiled"] / found["hand"]
             print(f"  compiled {found['compiled']:.1f} ms, ratio {ratio:.3f}", flush=True)
-    pyro.clear_param_store()
     x = torch.rand(options.batch, 1, 8, 8)
-    programs = {}
-    for steps in (10, 100, 1_000, 4_000):
-        # By name in Pyro's store they share their parameters, which changes no time.
-        net = UNet((1, 8, 8), steps, channels=(16, 32))
-        programs[f"T = {steps:,}"] = as_program(net, steps, (1, 8, 8))
-    for name, milliseconds in medians(programs, x, options.rounds).items():
-        print(f"{name}: {milliseconds:.1f} ms", flush=True)
+    chains = {
+        f"T = {count:,}": as_program(UNet((1, 8, 8), count, channels=(16, 32)), count, x)
+        for count in (10, 100, 1_000, 4_000)
+    }
+    for name, time in medians(chains, options.rounds).items():
+        print(f"{name}: {time:.1f} ms", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,11 @@ import os
 
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -46,6 +45,7 @@ from pyro.infer.autoguide import (
     AutoMultivariateNormal,
     AutoNormal,
 )
+from side_by_side import Own, microseconds
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
@@ -280,39 +280,14 @@ def hands(outputs: int, parts: Callable[[], Any]) -> dict[str, Step]:
     }
 
 
-def ours(
-    make: Callable[[], Programs], kind: str, adam: Callable[[dict[str, float]], Any] | None = None
-) -> tuple[Any, Step]:
-    """An SVI of a kind, and its step."""
+def ours(make: Callable[[], Programs], kind: str) -> Own:
+    """The step of an SVI of a kind."""
     torch.manual_seed(0)
     model, guide, loss, args = make()
-    optim = (adam or pyro.optim.Adam)({"lr": 1e-3})
+    optim = pyro.optim.Adam({"lr": 1e-3})
     if kind == "Pyro":
-        svi = PyrosSVI(model, guide, optim, loss)
-    else:
-        svi = SVI(model, guide, optim, loss, compile=kind == "compiled")
-    return svi, partial(svi.step, *args)
-
-
-def microseconds(steps: Mapping[str, Step], rounds: int) -> dict[str, float]:
-    """A step's by name: medians of interleaved blocks."""
-    blocks = {}
-    for name, step in steps.items():
-        for _ in range(4):  # the fourth is compiled, if one is
-            step()
-        started = time.perf_counter()
-        for _ in range(3):
-            step()
-        blocks[name] = max(1, int(0.05 * 3 / (time.perf_counter() - started)))
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            for _ in range(blocks[name]):
-                step()
-            getattr(step, "wait", lambda: None)()
-            found[name].append(1e6 * (time.perf_counter() - started) / blocks[name])
-    return {name: statistics.median(values) for name, values in found.items()}
+        return Own(PyrosSVI(model, guide, optim, loss), *args)
+    return Own(SVI(model, guide, optim, loss, compile=kind == "compiled"), *args)
 
 
 KINDS = ("Pyro", "eager", "compiled")
@@ -324,8 +299,7 @@ def table(rounds: int) -> None:
     print(f"{'microseconds a step':28}" + "".join(f"{column:>10}" for column in columns), end="")
     print(f"{'Pyro/ours':>11}{'ours/peer':>11}{'ours/hand':>11}")
     for name, make in PROGRAMS.items():
-        pyro.clear_param_store()  # by name the three share their parameters, which changes no time
-        found = microseconds({k: ours(make, k)[1] for k in KINDS} | PEERS[name](), rounds)
+        found = microseconds({k: ours(make, k) for k in KINDS} | PEERS[name](), rounds)
         ratios = (
             found["Pyro"] / found["compiled"],
             found["compiled"] / found["peer"],
@@ -336,13 +310,12 @@ def table(rounds: int) -> None:
         print("".join(f"{r:11.2f}" if r is not None else "" for r in ratios), flush=True)
 
 
-def first(name: str) -> float:
+def first(compiled: Own) -> float:
     """Seconds until the first compiled step: of the steps that are recorded and proven."""
-    _, step = ours(PROGRAMS[name], "compiled")
-    step()
+    compiled()
     started = time.perf_counter()
-    step()
-    step()
+    compiled()
+    compiled()
     return time.perf_counter() - started
 
 
@@ -396,15 +369,10 @@ def growth(rounds: int) -> None:
         )
     print(f"{'microseconds a step':28}{'Pyro':>10}{'compiled':>10}{'NumPyro':>10}{'first (s)':>11}")
     for name, make, peer_of in rows:
-        pyro.clear_param_store()
-        _, pyros = ours(make, "Pyro")
-        _, compiled = ours(make, "compiled")
-        compiled()
-        started = time.perf_counter()
-        compiled()
-        compiled()
-        seconds = time.perf_counter() - started
-        steps = {"Pyro": pyros, "compiled": compiled, "NumPyro": peer_of()}
+        compiled = ours(make, "compiled")
+        with compiled.store():
+            seconds = first(compiled)
+        steps = {"Pyro": ours(make, "Pyro"), "compiled": compiled, "NumPyro": peer_of()}
         found = microseconds(steps, rounds)
         print(f"{name:28}" + "".join(f"{found[k]:10.0f}" for k in steps), end="")
         print(f"{seconds:11.1f}", flush=True)
@@ -416,12 +384,13 @@ def bounds() -> None:
     for name, make in PROGRAMS.items():
         found = []
         for kind in ("eager", "compiled"):
-            pyro.clear_param_store()
-            svi, step = ours(make, kind)
-            for _ in range(2_000):
-                step()
-            torch.manual_seed(1)
-            draws = torch.tensor([-svi.evaluate_loss(*step.args) for _ in range(500)])  # type: ignore[attr-defined]
+            step = ours(make, kind)
+            with step.store():
+                for _ in range(2_000):
+                    step()
+                torch.manual_seed(1)
+                losses = [step.svi.evaluate_loss(*step.args) for _ in range(500)]
+            draws = -torch.tensor(losses)
             found.append(f"{draws.mean():.3f} ± {draws.std() / len(draws) ** 0.5:.3f}")
         print(f"{name:28}{found[0]:>20}{found[1]:>20}", flush=True)
 
@@ -440,7 +409,7 @@ def main() -> None:
     if options.first:
         firsts()
     elif options.first_of:
-        print(f"{first(options.first_of):.1f}")
+        print(f"{first(ours(PROGRAMS[options.first_of], 'compiled')):.1f}")
     elif options.growth:
         growth(options.rounds)
     elif options.bounds:
