@@ -19,7 +19,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m pyro_vi compare --data digits --out runs/digits --overwrite
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # Only an installed wheel has models/ and guides/ where Python sees them, inside pyro_vi, so mypy
 # reads one: from within its folder, where the repository's own pyro_vi/ can't stand in for it.

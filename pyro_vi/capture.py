@@ -91,9 +91,7 @@ class Graph:
             with warnings.catch_warnings():  # of torch about itself
                 warnings.simplefilter("ignore", DeprecationWarning)
                 warnings.simplefilter("ignore", FutureWarning)
-                import torch._inductor
-
-                self._run = torch._inductor.compile(self.module, inputs, options=_OPTIONS)
+                self._run = _compiled(self.module, inputs)
         except Exception as error:
             raise Uncapturable(f"Inductor: {_first_line(error)}") from error
         if inputs and all(tensor.is_cuda for tensor in inputs):
@@ -107,8 +105,38 @@ class Graph:
         return self._run(*self._held, *batch, *self._constants)
 
 
-# Draws as an eager step's.
-_OPTIONS = {"fallback_random": True}
+def _compiled(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """What Inductor makes of a record, called as directly as may be.
+
+    Around it AOTAutograd puts what a record has no need of, since nothing in it has a gradient, and
+    of a small step that is a fifth.
+    """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    inner: list[tuple[fx.GraphModule, Any]] = []
+
+    def keep(graph: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        code = compile_fx_inner(graph, *args, **kwargs)
+        inner.append((graph, code))
+        return code
+
+    outputs = _outputs(module)
+    whole = compile_fx(module, inputs, inner_compile=keep, config_patches=_OPTIONS)
+    if len(inner) != 1:
+        return whole
+    graph, code = inner[0]
+    places = sum(node.op == "placeholder" for node in graph.graph.nodes)
+    if places != len(inputs) or _outputs(graph) != outputs:
+        return whole
+    return lambda *inputs: code(list(inputs))
+
+
+def _outputs(module: fx.GraphModule) -> int:
+    return len(next(iter(reversed(module.graph.nodes))).args[0])
+
+
+# Draws as an eager step's. What the layouts are is known before a step.
+_OPTIONS = {"fallback_random": True, "size_asserts": False}
 
 
 class _Launched:
@@ -178,7 +206,8 @@ def capture(function: Callable[..., Any], held: Sequence[Tensor], batch: Sequenc
     pairs = list(zip(_constants(first), _constants(second), strict=True))
     if not all(one is other or _equal(one, other) for one, other in pairs):
         raise Uncapturable("two runs of the programs made other tensors of numbers")
-    return Graph(second, held, _lifted(second, {id(one) for one, other in pairs if one is other}))
+    lifted, constants = _lifted(second, {id(one) for one, other in pairs if one is other})
+    return Graph(lifted, held, constants)
 
 
 def _record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModule:
@@ -255,11 +284,15 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def _lifted(module: fx.GraphModule, outside: set[int]) -> list[Tensor]:
-    """Makes inputs of the tensors from outside, and operations of single numbers.
+def _lifted(module: fx.GraphModule, outside: set[int]) -> tuple[fx.GraphModule, list[Tensor]]:
+    """A record that keeps no tensors: inputs instead, and operations where they were literals.
+
+    Args:
+        module: the record.
+        outside: those that are not made anew in every run, by identity.
 
     Returns:
-        The tensors, in the order of the new inputs.
+        The record, and the tensors in the order of its new inputs.
     """
     graph = module.graph
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
@@ -267,23 +300,21 @@ def _lifted(module: fx.GraphModule, outside: set[int]) -> list[Tensor]:
     nodes: dict[int, fx.Node] = {}
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
         value = getattr(module, str(node.target))
-        if id(value) in outside and id(value) not in nodes:
+        if id(value) not in nodes and (id(value) in outside or value.numel() != 1):
             with graph.inserting_after(last):
                 last = nodes[id(value)] = graph.placeholder(f"constant_{len(constants)}")
             constants.append(value)
-        elif id(value) not in outside and value.numel() == 1:
+        elif id(value) not in nodes:
             with graph.inserting_before(node):
                 nodes[id(value)] = graph.call_function(
                     torch.ops.aten.full.default,
                     (list(value.shape), value.item()),
                     {"dtype": value.dtype, "device": value.device},
                 )
-        if id(value) in nodes:
-            node.replace_all_uses_with(nodes[id(value)])
-            graph.erase_node(node)
+        node.replace_all_uses_with(nodes[id(value)])
+        graph.erase_node(node)
     graph.lint()
-    module.recompile()
-    return constants
+    return fx.GraphModule(torch.nn.Module(), graph), constants
 
 
 def _randomness() -> Any:

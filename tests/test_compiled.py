@@ -245,10 +245,14 @@ def adam() -> OneOptimizer:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_recorded_step_is_the_eager_one(name: str) -> None:
-    """Three steps each from one state, with the same noise: losses and parameters."""
+    """Three steps each from one state, with the same noise: losses, and parameters by SGD.
+
+    Adam would divide gradients that are nearly zero by their own size, rounding errors and all.
+    """
     torch.manual_seed(0)
     model, guide, loss, args = PROGRAMS[name]()
-    svi = SVI(model, guide, adam(), loss)
+    sgd = OneOptimizer(partial(torch.optim.SGD, lr=1e-4, momentum=0.9))
+    svi = SVI(model, guide, sgd, loss)
     with pyro.validation_enabled(True):  # as it is in Pyro, unless turned off
         _, parameters = svi._evaluate(*args)
     svi._update(parameters)
@@ -281,9 +285,10 @@ def test_a_recorded_step_is_the_eager_one(name: str) -> None:
     (eager, moved), (graph, other) = runs
     assert graph == pytest.approx(eager, rel=1e-10)
     assert eager[0] != eager[1]
-    for p, q in zip(moved, other, strict=True):
-        torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-8)
-    assert any(not torch.equal(p, r) for p, r in zip(moved, start, strict=True))
+    moves = torch.cat([(p - r).flatten() for p, r in zip(moved, start, strict=True)])
+    others = torch.cat([(p - r).flatten() for p, r in zip(other, start, strict=True)])
+    assert float(moves.abs().max()) > 0
+    assert float((others - moves).abs().max()) <= 1e-10 * float(moves.abs().max())
 
 
 # ------------------------------------------------------------------------------------ SVI and fit
