@@ -379,3 +379,5 @@ def test_the_evidence_of_a_predictor_is_the_bound_and_the_gap(shift: float) -> N
     for z in q.sample((20,)):
         log_w = reconstruction(z) + prior.log_prob(z) - q.log_prob(z)
         close(log_w + q.log_prob(z) - posterior.log_prob(z), evidence, 1e-9)
+        loss = Trace_ELBO().loss(pair.model, At({"z": z})(moved.guide), pair.x, pair.y)
+        assert -loss == pytest.approx(float(log_w.detach().sum()), abs=1e-9)
