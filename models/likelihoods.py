@@ -113,8 +113,8 @@ class Gaussian(nn.Module):
 
     .. math:: -\log p(x \mid m) = |x - m|^2 / (2 s^2) + D \log s + D/2 \log 2 \pi
 
-    With it, a bound is a sum of squared errors, weighed by 1 / (2 s^2), and a constant: the scale
-    is the weight of the error against the KL divergence.
+    With it, minus a bound is the squared error, weighed by 1 / (2 s^2), plus the KL divergence and
+    a constant: the scale is the weight of the one against the other. Weight one is s^2 = 1/2.
 
     Args:
         scale: The standard deviation s.

@@ -52,7 +52,7 @@ class Fit:
     Attributes:
         model: the model bound to its trained parameters, frozen and in `eval()`.
         guide: the guide, likewise.
-        losses: negative bounds in nats per data point, at the step's KL weight; shape (steps,).
+        losses: negative bounds in nats per data point, at the step's weights; shape (steps,).
         reconstruction: expected log-likelihood, unweighted, nats per data point; (steps,).
         kl: KL from the latents' prior, unweighted, nats per data point; (steps,).
         heldout: (step, bound in nats per data point) of every held-out evaluation; (k, 2).

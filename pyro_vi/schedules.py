@@ -58,7 +58,7 @@ class Schedule(nn.Module):
         raise NotImplementedError
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The standard deviations' two parts: (signal_t, noise_t), each of the shape of t."""
+        """The weights of y_0 and of the noise in y_t: (signal_t, noise_t), each of t's shape."""
         gamma = self.gamma(t)
         return torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
 

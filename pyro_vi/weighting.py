@@ -1,8 +1,9 @@
 r"""Weights of a bound's terms, as effect handlers.
 
 The bound itself weighs all of its terms by one. An objective that weighs some of them otherwise is
-no bound, but a weighted sum of the bound's own terms; so it is the same program and the same ELBO
-under a handler that scales sites, in model and guide alike.
+a weighted sum of the bound's own terms: a looser bound if the KL alone weighs more, and in general
+none. So it is the same program and the same ELBO under a handler that scales sites, in model and
+guide alike.
 
 `TermWeights` weighs reconstruction and KL,
 
