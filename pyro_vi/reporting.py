@@ -1,8 +1,8 @@
 """report(): a comparison as one HTML page to send to somebody.
 
 The page holds all that it shows: the verdict, the table with every digit and the meaning of each
-line, and the pictures that mean something for the programs at hand, with a user's own after them. It
-asks nothing of the network and runs no script. What it looks like is in `report.html.jinja`.
+line, and the pictures that mean something for the programs at hand, with a user's own after them.
+It asks nothing of the network and runs no script. What it looks like is in `report.html.jinja`.
 """
 
 from __future__ import annotations
