@@ -180,7 +180,10 @@ axes.set_xscale("log")
 axes.set_xticks(options.sizes, labels=[f"{size:,}" for size in options.sizes], minor=False)
 axes.minorticks_off()
 axes.set(xlabel="training images", ylabel="log p(lower | upper), nats per test image")
-axes.legend(frameon=False, title="noise on the upper half")
+# Above the axes: within them it would cover an error bar in one run or another.
+top.legend(
+    frameon=False, title="noise on the upper half", loc="outside upper center", ncols=len(ways)
+)
 
 torch.manual_seed(0)
 shown, drawn = 5, 4

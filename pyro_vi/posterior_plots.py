@@ -263,7 +263,8 @@ def khats(result: Comparison) -> Figure:
         ylabel=f"share of {'test data' if result.on_test else 'data'} up to this k-hat",
     )
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    legend(figure, axes.get_legend_handles_labels()[0])
+    # Each label says a sentence: more of them side by side would run out of the picture.
+    legend(figure, axes.get_legend_handles_labels()[0], columns=3)
     return figure
 
 

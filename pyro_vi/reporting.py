@@ -1,8 +1,8 @@
 """report(): a comparison as one HTML page to send to somebody.
 
 The page holds all that it shows: the verdict, the table with every digit and the meaning of each
-line, and the pictures that mean something for the programs at hand. It asks nothing of the network
-and runs no script. What it looks like is in `report.html.jinja`.
+line, and the pictures that mean something for the programs at hand, with a user's own after them.
+It asks nothing of the network and runs no script. What it looks like is in `report.html.jinja`.
 """
 
 from __future__ import annotations
@@ -37,15 +37,22 @@ _FEW = 10  # data points reconstructed
 _OVERLAID = 4  # data points whose posteriors are drawn
 
 
-def report(result: Comparison | Mapping[str, Comparison], path: str | PathLike[str]) -> None:
+def report(
+    result: Comparison | Mapping[str, Comparison],
+    path: str | PathLike[str],
+    *,
+    figures: Mapping[str, Figure] | None = None,
+) -> None:
     """Writes a comparison, or several, to one self-contained HTML page; whole or not at all.
 
     Args:
         result: what `compare` returned; or several of them by heading, in the order of the page.
         path: the file; it is replaced if it exists. Nothing is drawn if it cannot be written.
+        figures: matplotlib figures of your own by heading, which follow the comparisons in this
+            order. The heading is the picture's text where it cannot be seen.
 
     Raises:
-        TypeError: something else than comparisons.
+        TypeError: something else than comparisons, or than figures.
         ValueError: no comparison.
         FileNotFoundError: the file's folder does not exist.
         IsADirectoryError: `path` is a folder.
@@ -61,15 +68,19 @@ def report(result: Comparison | Mapping[str, Comparison], path: str | PathLike[s
         >>> data = SimpleNamespace(train=torch.randn(64, 3), test=torch.randn(16, 3))
         >>> guides = {"mean-field": Encoder((3,), MeanField(2, context_dim=8))}
         >>> result = compare(model, guides, data, num_samples=50, steps=5, progress=False)
+        >>> from matplotlib.figure import Figure
+        >>> figure = Figure()
+        >>> points = figure.add_subplot().scatter(data.test[:, 0], data.test[:, 1])
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     page = pathlib.Path(folder) / "report.html"
-        ...     report({"Three sensors": result}, page)
-        ...     "<h2 id=" in page.read_text(encoding="utf-8")
+        ...     report({"Three sensors": result}, page, figures={"Two of the sensors": figure})
+        ...     '<h2 id="figure-1">Two of the sensors</h2>' in page.read_text(encoding="utf-8")
         True
     """
     import jinja2
 
     results = _by_heading(result)
+    own = _own_figures(figures)
     with checkpoint.replacing(path) as fresh:
         environment = jinja2.Environment(
             autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -79,6 +90,7 @@ def report(result: Comparison | Mapping[str, Comparison], path: str | PathLike[s
         now = datetime.datetime.now(datetime.UTC)
         page = template.render(
             parts=[_part(heading, one) for heading, one in results.items()],
+            own=[{"heading": heading, **_picture(figure)} for heading, figure in own.items()],
             families=list(dict.fromkeys(row.family for r in results.values() for row in r.rows)),
             local=not all(one.is_joint for one in results.values()),
             reference=any(one.noise for one in results.values()),
@@ -109,6 +121,23 @@ def _by_heading(result: Any) -> dict[str, Comparison]:
     if not result:
         raise ValueError("expected at least one Comparison to report, got none")
     return {str(heading): one for heading, one in result.items()}
+
+
+def _own_figures(figures: Any) -> dict[str, Figure]:
+    if figures is None:
+        return {}
+    from matplotlib.figure import Figure
+
+    if not isinstance(figures, Mapping):
+        raise TypeError(
+            f"figures: expected matplotlib Figures by heading, got {type(figures).__name__}"
+        )
+    for heading, figure in figures.items():
+        if not isinstance(figure, Figure):
+            raise TypeError(
+                f"figures: expected a matplotlib Figure as {heading!r}, got {type(figure).__name__}"
+            )
+    return {str(heading): figure for heading, figure in figures.items()}
 
 
 def _bound(result: Comparison) -> float:

@@ -26,6 +26,7 @@ SHORT = {
         *("--test-images", "8", "--quiet"),
     ),
     "noise_augmentation": ("--steps", "30", "--seeds", "1", "--sizes", "40", "80"),
+    "loss_design": ("--steps", "40", "--seeds", "2", "--betas", "10", "1"),
     "eight_schools": ("--steps", "250", "--nuts", "100"),
     "regression_families": ("--steps", "300"),
 }
@@ -292,6 +293,18 @@ def test_noise_augmentation_says_what_it_gains(printed: str) -> None:
     for _, none, noisy, back, *gains in rows:
         assert all(-32 * math.log(17) < density < -32 for density in (none, noisy, back))
         assert gains == pytest.approx([noisy - none, back - none], abs=0.011)
+
+
+@of("loss_design")
+def test_loss_design_tells_rate_from_distortion(printed: str) -> None:
+    rows = [numbers(line) for line in printed.splitlines() if re.match(r" +[\d.]+ +\d", line)]
+    assert [row[0] for row in rows] == [1, 10]
+    assert rows[0][1] > rows[1][1] >= 0  # the heavier the KL, the less of it
+    for _, rate, _, distortion, _, elbo, _, active, _ in rows:
+        assert elbo == pytest.approx(-(rate + distortion), abs=0.016)  # three roundings
+        assert 32 < distortion < 64 * math.log(17) and 0 <= active <= 6
+    (page,) = re.findall(r"with the curve of all seeds: (.+\.html)", printed)
+    assert "Rate and distortion</h2>" in Path(page).read_text(encoding="utf-8")
 
 
 @of("plain_pyro_svi")

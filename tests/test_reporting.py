@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from programs import SCHOOLS_SIGMA, SCHOOLS_Y, eight_schools
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
@@ -271,6 +272,42 @@ def test_data_that_are_no_images_have_no_pictures_of_them(tmp_path: Path) -> Non
         model, {"q": Encoder((3,), MeanField(1, 8))}, x, num_samples=40, steps=2, progress=False
     )
     assert list(pictures(Page(written(result, tmp_path)))) == ["Training", "k-hat"]
+
+
+def test_figures_of_ones_own_follow_the_comparisons(joint: Comparison, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    own = {HEADING: Figure(figsize=(4, 3)), "Second": Figure(figsize=(6, 2))}
+    for figure in own.values():
+        figure.add_subplot().plot([0, 1])
+    report(joint, path, figures=own)
+    page = opened(path)
+    assert page.texts["h2"] == [
+        *("Which family to trust", *own),
+        *("How to read this", "How it was made"),
+    ]
+    assert page.texts["a"] == page.texts["h2"] and not page.all("script")
+    *_, first, second = page.all("img")
+    assert [image["alt"] for image in (first, second)] == list(own)
+    for image, size in ((first, (400, 300)), (second, (600, 200))):
+        assert (int(image["width"]), int(image["height"])) == size
+        head, _, data = image["src"].partition(",")
+        assert head == "data:image/png;base64"
+        pixels = imread(io.BytesIO(base64.b64decode(data, validate=True)), format="png")
+        assert pixels.shape[:2] == (size[1] * 1.6, size[0] * 1.6) and pixels.std() > 0.01
+    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    assert {link["href"].removeprefix("#") for link in page.all("a")} <= ids
+
+
+def test_other_things_than_figures_are_refused(joint: Comparison, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    for wrong, came in (
+        ({"Curve": Figure().add_subplot()}, "a matplotlib Figure as 'Curve', got Axes"),
+        ({"Fine": Figure(), "File": "curve.png"}, "a matplotlib Figure as 'File', got str"),
+        (Figure(), "matplotlib Figures by heading, got Figure"),
+    ):
+        with pytest.raises(TypeError, match=f"figures: expected {came}"):
+            report(joint, path, figures=wrong)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_names_and_headings_are_text(joint: Comparison, pages: dict[str, Path]) -> None:
