@@ -22,7 +22,7 @@ from torch.utils import _pytree as tree
 
 from pyro_vi.capture import Graph, PyrosQuestions, Uncapturable, capture
 from pyro_vi.elbo import assumptions
-from pyro_vi.optimizers import OneOptimizer, Update, updates_of
+from pyro_vi.optimizers import OneOptimizer, Update, update_of
 from pyro_vi.program import modules_of, substituted
 from pyro_vi.reach import objects
 from pyro_vi.watch import watch
@@ -49,11 +49,10 @@ class Recorded:
 
     def __init__(self, step: _Step, graph: Graph, stale: Callable[[], str | None]) -> None:
         self._step, self._graph, self.stale = step, graph, stale
-        self._updates = step.updates or []
-        self._rates = [rate for update in self._updates for rate in update.rates]
-        self._finished = 0
+        self._update = step.update
+        self._generators = step.generators()
         self._gradients: Sequence[Tensor] = ()
-        self.is_sure, self.may_be_late = step.is_sure, step.updates is not None
+        self.is_sure, self.may_be_late = step.is_sure, step.update is not None
         self._scheduler = step.optim.scheduler if isinstance(step.optim, OneOptimizer) else None
 
     def compile(self, batch: Sequence[Tensor]) -> None:
@@ -67,58 +66,50 @@ class Recorded:
             (5,), float64: the loss, reconstruction and KL as `Told.terms` has them, and whether the
             step was finite (with a guard the gradients too) and sound, as 0 or 1.
         """
-        for rate in self._rates:
-            rate.follow()
+        if self._update is not None:
+            self._update.rates.follow()
         status, *self._gradients = self._graph(batch)
         return status
 
     def finish(self) -> None:
         """Does the rest of a step that updates, what is not in the graph."""
-        self._finished += 1
-        for rate in self._rates:
-            rate.lead()
-        for update in self._updates:
-            update.lead()
-        if self._step.updates is None:
+        if self._update is None:
             self._step.update_outside(self._gradients)
-        elif self._scheduler is not None:
+            return
+        self._update.lead()
+        if self._scheduler is not None:
             self._scheduler.step()
 
     def rewinder(self) -> Callable[[], None]:
         """Takes random numbers and schedules back to where they are now, for steps that failed."""
-        generators = self._step.generators()
-        states = [generator.get_state() for generator in generators]
+        states = [generator.get_state() for generator in self._generators]
         schedule = {**self._scheduler.state_dict()} if self._scheduler is not None else {}
-        rates = [rate.group["lr"] for rate in self._rates]
-        finished = self._finished
+        rewind_update = self._update.rewinder() if self._update is not None else None
 
         def rewind() -> None:
-            for generator, state in zip(generators, states, strict=True):
+            for generator, state in zip(self._generators, states, strict=True):
                 generator.set_state(state)
             if self._scheduler is not None:
                 self._scheduler.load_state_dict(schedule)
-            for rate, before in zip(self._rates, rates, strict=True):
-                rate.group["lr"] = before
-            for update in self._updates:
-                update.lead(finished - self._finished)
-            self._finished = finished
+            if rewind_update is not None:
+                rewind_update()
             self._step.alive.fill_(True)
 
         return rewind
 
     def resync(self) -> bool:
         """After an eager step: reads the optimizer's counts again; False if they go apart."""
-        return all([count.resync() for update in self._updates for count in update.counts])
+        return self._update is None or self._update.counts.resync()
 
     def predict(self, batch: Sequence[Tensor]) -> Proof:
         """What the record makes of a step that is about to be taken eagerly; changes nothing."""
         rewind = self.rewinder()
-        for rate in self._rates:
-            rate.follow()
+        if self._update is not None:
+            self._update.rates.follow()
         before = [tensor.detach().clone() for tensor in self._step.held]
         held = [tensor.clone() for tensor in before]
         status, *gradients = self._graph.interpret(held, batch)
-        drawn = [generator.get_state() for generator in self._step.generators()]
+        drawn = [generator.get_state() for generator in self._generators]
         rewind()
         return Proof(self._step, before, held, status, gradients, drawn)
 
@@ -223,7 +214,7 @@ def record(
     for value, what in step.lost:
         if not isinstance(value, Tensor | None) or any(value is read for read in graph.constants):
             raise Uncapturable(f"{what}, and the next may read it")
-    changes = watch(svi, step.modules, parameters, step.updates or (), graph.constants)
+    changes = watch(svi, step.modules, parameters, step.update, graph.constants)
     return Recorded(step, graph, changes)
 
 
@@ -262,13 +253,14 @@ class _Step:
         self._objects = objects(svi.model, svi.guide)
         self._places_of = _buffers(self.modules)
         self._buffers = [buffer for _, _, buffer in self._places_of]
-        self.updates = updates_of(svi.optim, parameters)
-        self._state = [tensor for update in self.updates or () for tensor in update.tensors]
-        following = [rate.tensor for update in self.updates or () for rate in update.rates]
-        following += [count.tensor for update in self.updates or () for count in update.counts]
+        self.update = update_of(svi.optim, parameters)
+        self._state, following = [], []
+        if self.update is not None:
+            self._state = self.update.tensors
+            following = [self.update.rates.tensor, self.update.counts.tensor]
         self.alive = torch.ones((), dtype=torch.bool, device=parameters[0].device)
         self.held = [*parameters, *self._buffers, *self._state, *following, self.alive]
-        outside = parameters if self.updates is None else ()
+        outside = parameters if self.update is None else ()
         self.own = {id(tensor) for tensor in (*following, self.alive, *outside)}
         self._validates = torch.distributions.Distribution._validate_args
         self.lost: list[tuple[Any, str]] = []
@@ -294,9 +286,9 @@ class _Step:
                 norm = torch.nn.utils.get_total_norm(list(gradients.values()))
                 finite = finite & norm.isfinite()
             sound = torch.stack(conditions).all() if conditions else torch.ones_like(finite)
-            if self.updates is not None:
+            if self.update is not None:
                 fresh |= {key: leaf.detach().clone() for key, leaf in moved.items()}
-                self._update(self.updates, fresh, gradients, now)
+                self._move(self.update, fresh, gradients, now)
             alive = now[id(self.alive)]
             keep = alive & finite & sound if self._guard else sound
             for key, new in (fresh | others).items():
@@ -305,7 +297,7 @@ class _Step:
             if self._guard:
                 alive.copy_(keep)
             status = self._status(loss, finite, sound)
-        if self.updates is not None:
+        if self.update is not None:
             return (status,)
         return status, *(
             gradients.get(id(p), torch.zeros_like(now[id(p)])) for p in self.parameters
@@ -339,9 +331,9 @@ class _Step:
                     self.lost.append((before, what))
         return torch.as_tensor(loss).detach(), [torch.as_tensor(a).all() for a in assumed], others
 
-    def _update(
+    def _move(
         self,
-        updates: Sequence[Update],
+        update: Update,
         fresh: dict[int, Tensor],
         gradients: dict[int, Tensor],
         now: dict[int, Tensor],
@@ -352,8 +344,7 @@ class _Step:
         if isinstance(self.optim, OneOptimizer) and self.optim.clip_norm is not None:
             clipped = [fresh[key] for key in gradients]
             torch.nn.utils.clip_grad_norm_(clipped, self.optim.clip_norm)
-        for update in updates:
-            update.apply(fresh, now)
+        update.apply(fresh, now)
 
     def _status(self, loss: Tensor, finite: Tensor, sound: Tensor) -> Tensor:
         assert self.svi.told is not None

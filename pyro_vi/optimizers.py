@@ -3,14 +3,14 @@
 `OneOptimizer` lets any torch optimizer serve as a Pyro optimizer, as one instance for all
 parameters: Pyro makes one instance a tensor, which is slow and cannot clip by the global norm.
 
-`updates_of` gives the step of Adam, AdamW, SGD and Pyro's ClippedAdam as tensors alone, so that it
+`update_of` gives the step of Adam, AdamW, SGD and Pyro's ClippedAdam as tensors alone, so that it
 can be recorded. Learning rates are tensors too, which follow the optimizer's, so that a schedule
 changes no record.
 """
 
 from __future__ import annotations
 
-__all__ = ["OneOptimizer", "Rate", "Update", "updates_of"]
+__all__ = ["Counts", "OneOptimizer", "Rates", "Update", "update_of"]
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -128,129 +128,167 @@ class OneOptimizer(PyroOptim):
         }
 
 
-class Rate:
-    """The learning rate of a group as a tensor, which follows it.
+class Rates:
+    """The learning rates of the next step as one tensor, which follows the optimizers' own.
 
     Attributes:
-        tensor: the rate of the next step, a scalar, float64.
+        tensor: (groups,), float64.
     """
 
-    def __init__(self, group: dict[str, Any], device: torch.device) -> None:
-        self.group, self._last = group, math.nan
-        self._decay = group.get("lrd", 1.0)  # ClippedAdam's own schedule, before it is used
-        self.tensor = torch.zeros((), dtype=torch.float64, device=device)
+    def __init__(self, groups: Sequence[dict[str, Any]], device: torch.device) -> None:
+        self._groups, self._last = list(groups), [math.nan] * len(groups)
+        self._decays = [group.get("lrd", 1.0) for group in groups]  # ClippedAdam's own schedule
+        self._led = [i for i, decay in enumerate(self._decays) if decay != 1.0]
+        self.tensor = torch.zeros(len(groups), dtype=torch.float64, device=device)
 
     def follow(self) -> None:
-        """Sets the tensor to the rate of the next step."""
-        rate = self.group["lr"] * self._decay
-        if rate != self._last:
-            self._last = rate
-            self.tensor.fill_(rate)
+        """Sets the tensor to the rates of the next step."""
+        groups, decays = self._groups, self._decays
+        rates = [group["lr"] * decay for group, decay in zip(groups, decays, strict=True)]
+        if rates != self._last:
+            self._last = rates
+            self.tensor.copy_(torch.tensor(rates, dtype=torch.float64))
 
     def lead(self) -> None:
-        """Sets the group's rate to that of the last step."""
-        if self._decay != 1.0:
-            self.group["lr"] = self._last
+        """Sets the groups' rates to those of the last step, where a decay is the optimizer's."""
+        for i in self._led:
+            self._groups[i]["lr"] = self._last[i]
+
+    def set_back(self, rates: Sequence[float]) -> None:
+        """Gives the groups their rates of before."""
+        for group, rate in zip(self._groups, rates, strict=True):
+            group["lr"] = rate
+
+    def given(self) -> list[float]:
+        """The groups' rates."""
+        return [group["lr"] for group in self._groups]
 
 
-class _Count:
-    """How many steps some parameters have taken, and Adam's corrections of the bias at the next.
+class Counts:
+    """How many steps parameters have taken, and Adam's corrections of the bias at the next.
 
     Those are tensors of their own, one step ahead: in the formula itself, Inductor would take the
     powers again for every few numbers of a parameter.
 
+    Args:
+        states: of parameters that have taken equally many steps, and have equal betas: a row each.
+        betas: of each row.
+
     Attributes:
-        tensor: (3,), float64: the number n of the next step, 1 / (1 - beta_1^n), and the root of
-            1 - beta_2^n.
+        tensor: (rows, 3), float64: the number n of the next step, 1 / (1 - beta_1^n), and the root
+            of 1 - beta_2^n.
     """
 
-    def __init__(self, states: Sequence[dict[str, Any]], betas: Any, device: torch.device) -> None:
-        self.states, self._betas = list(states), betas
-        self.tensor = torch.zeros(3, dtype=torch.float64, device=device)
+    def __init__(
+        self,
+        states: Sequence[Sequence[dict[str, Any]]],
+        betas: Sequence[tuple[float, float]],
+        device: torch.device,
+    ) -> None:
+        self.states, self._betas = states, list(betas)
+        self.tensor = torch.zeros(len(states), 3, dtype=torch.float64, device=device)
         self.resync()
 
     def resync(self) -> bool:
-        """Reads the steps again; False if the parameters have not taken equally many."""
-        counts = {float(state["step"]) for state in self.states}
-        self.tensor.copy_(self._corrections(torch.tensor(counts.pop() + 1, dtype=torch.float64)))
-        return not counts
+        """Reads the steps again; False if parameters of a row have not taken equally many."""
+        rows = [{float(state["step"]) for state in row} for row in self.states]
+        n = torch.tensor([max(row) + 1 for row in rows], dtype=torch.float64)
+        self.tensor.copy_(self._corrections(n[:, None]))
+        return all(len(row) == 1 for row in rows)
 
     def _corrections(self, n: Tensor) -> Tensor:
-        first, second = self._betas
+        betas = torch.tensor(self._betas, dtype=torch.float64, device=n.device).reshape(-1, 2)
         place = torch.arange(3, device=n.device)
-        size, root = 1 / (1 - first**n), (1 - second**n).sqrt()
+        size, root = 1 / (1 - betas[:, :1] ** n), (1 - betas[:, 1:] ** n).sqrt()
         return torch.where(place == 0, n, torch.where(place == 1, size, root))
 
     def ahead(self, tensor: Tensor) -> Tensor:
         """What the tensor is after a step."""
-        return self._corrections(tensor[0] + 1)
+        return self._corrections(tensor[:, :1] + 1)
 
 
 class Update:
-    """A torch optimizer's step on some of its parameters, as tensors alone.
+    """The step of torch optimizers on some of their parameters, as tensors alone.
 
     Attributes:
-        optimizer: whose formula and state it has.
-        rates: the learning rates of its groups.
+        optimizers: whose formulas and state it has.
+        rates: the learning rates of their groups.
         counts: of parameters that have taken equally many steps.
-        tensors: its state.
+        tensors: their state.
     """
 
-    def __init__(self, optimizer: Optimizer, used: set[int], clips: dict[int, Any]) -> None:
-        self.optimizer, self._clips = optimizer, clips
-        self._groups: list[tuple[dict[str, Any], list[Tensor], Rate]] = []
-        for group in optimizer.param_groups:
-            if own := [p for p in group["params"] if id(p) in used]:
-                self._groups.append((group, own, Rate(group, own[0].device)))
-        self.rates = [rate for *_, rate in self._groups]
-        together: dict[Any, list[Tensor]] = {}
+    def __init__(
+        self, optimizers: Sequence[Optimizer], parameters: Sequence[Tensor], clips: dict[int, Any]
+    ) -> None:
+        self.optimizers, self._clips = list(dict.fromkeys(optimizers)), clips
+        used, device = set(map(id, parameters)), parameters[0].device
+        # Of each parameter: its optimizer, its group, and the rows of its rate and its count.
+        self._own: list[tuple[Tensor, Optimizer, dict[str, Any], int, int]] = []
+        groups: list[dict[str, Any]] = []
+        together: dict[Any, list[dict[str, Any]]] = {}
         self.tensors: list[Tensor] = []
-        for group, own, _ in self._groups:
-            for p in own:
-                state = optimizer.state.get(p, {})
-                if "step" in state:
-                    together.setdefault((group["betas"], float(state["step"])), []).append(p)
-                self.tensors += [
-                    v for v in state.values() if isinstance(v, Tensor) and v.device == p.device
-                ]
-        self._count: dict[int, _Count] = {}
-        for (betas, _), own in together.items():
-            count = _Count([optimizer.state[p] for p in own], betas, own[0].device)
-            self._count |= {id(p): count for p in own}
-        self.counts = list(dict.fromkeys(self._count.values()))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                own = [p for p in group["params"] if id(p) in used]
+                for p in own:
+                    state = optimizer.state.get(p, {})
+                    row = -1
+                    if "step" in state:
+                        key = (id(optimizer), group["betas"], float(state["step"]))
+                        together.setdefault(key, []).append(state)
+                        row = list(together).index(key)
+                    self._own.append((p, optimizer, group, len(groups), row))
+                    self.tensors += [
+                        v for v in state.values() if isinstance(v, Tensor) and v.device == p.device
+                    ]
+                groups += [group] if own else []
+        self.rates = Rates(groups, device)
+        betas = [betas for _, betas, _ in together]
+        self.counts = Counts(list(together.values()), betas, device)
         inside = set(map(id, self.tensors))
-        states = [state for count in self.counts for state in count.states]
+        states = [state for row in self.counts.states for state in row]
         self._outside = [state for state in states if id(state["step"]) not in inside]
+        self._finished = 0
 
     def apply(self, fresh: dict[int, Tensor], now: dict[int, Tensor]) -> None:
         """Moves the parameters among the fresh tensors, in place, and their state."""
-        for group, params, rate in self._groups:
-            for p in params:
-                mine = fresh[id(p)]
-                if mine.grad is None:
-                    continue
-                if (clip := self._clips.get(id(p))) is not None:
-                    clip(mine)
-                state = {
-                    key: fresh[id(value)] if isinstance(value, Tensor) else value
-                    for key, value in self.optimizer.state.get(p, {}).items()
-                    if key != "step" or id(value) in fresh
-                }
-                if "step" in state:
-                    state["step"].add_(1)
-                if id(p) in self._count:
-                    _, state["size"], state["root"] = now[id(self._count[id(p)].tensor)].unbind()
-                _FORMULAS[type(self.optimizer)](mine, now[id(rate.tensor)], group, state)
-        for count in self.counts:
-            fresh[id(count.tensor)] = count.ahead(now[id(count.tensor)])
+        rates, counts = now[id(self.rates.tensor)], now[id(self.counts.tensor)]
+        for p, optimizer, group, place, row in self._own:
+            mine = fresh[id(p)]
+            if mine.grad is None:
+                continue
+            if (clip := self._clips.get(id(p))) is not None:
+                clip(mine)
+            state = {
+                key: fresh[id(value)] if isinstance(value, Tensor) else value
+                for key, value in optimizer.state.get(p, {}).items()
+                if key != "step" or id(value) in fresh
+            }
+            if "step" in state:
+                state["step"].add_(1)
+            if row >= 0:
+                state["size"], state["root"] = counts[row, 1], counts[row, 2]
+            _FORMULAS[type(optimizer)](mine, rates[place], group, state)
+        fresh[id(self.counts.tensor)] = self.counts.ahead(counts)
 
-    def lead(self, steps: int = 1) -> None:
-        """Counts steps that the graph does not: numbers, and tensors on another device.
-
-        Fewer than none where they are taken back.
-        """
+    def lead(self) -> None:
+        """Does what the graph does not: rates, and steps that are numbers or on another device."""
+        self._finished += 1
+        self.rates.lead()
         for state in self._outside:
-            state["step"] += steps
+            state["step"] += 1
+
+    def rewinder(self) -> Callable[[], None]:
+        """Takes back what `lead` and schedules do from now on."""
+        rates, finished = self.rates.given(), self._finished
+
+        def rewind() -> None:
+            self.rates.set_back(rates)
+            for state in self._outside:
+                state["step"] -= self._finished - finished
+            self._finished = finished
+
+        return rewind
 
 
 def _sgd(p: Tensor, lr: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
@@ -305,8 +343,8 @@ _FORMULAS: dict[type, Callable[..., None]] = {
 }
 
 
-def updates_of(optim: PyroOptim, parameters: Sequence[Tensor]) -> list[Update] | None:
-    """The optimizers of the parameters; None if one of them has no form of tensors alone."""
+def update_of(optim: PyroOptim, parameters: Sequence[Tensor]) -> Update | None:
+    """The step of the parameters' optimizers; None if one has no form of tensors alone."""
     clips: dict[int, Any] = {}
     if isinstance(optim, OneOptimizer) and type(optim).__call__ is OneOptimizer.__call__:
         found: list[Any] = [optim.torch_optimizer]
@@ -322,7 +360,7 @@ def updates_of(optim: PyroOptim, parameters: Sequence[Tensor]) -> list[Update] |
         for group in optimizer.param_groups:
             if group.get("differentiable") or isinstance(group["lr"], Tensor):
                 return None
-    return [Update(optimizer, set(map(id, parameters)), clips) for optimizer in found]
+    return Update(found, parameters, clips)
 
 
 def _hooked(optimizer: Optimizer) -> bool:

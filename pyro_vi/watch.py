@@ -36,7 +36,7 @@ def watch(
     svi: SVI,
     modules: Iterable[nn.Module],
     parameters: Sequence[Tensor],
-    updates: Sequence[Update],
+    update: Update | None,
     read: Sequence[Tensor],
 ) -> Callable[[], str | None]:
     """Says what is something else than now, in words; None while all is the same.
@@ -45,7 +45,7 @@ def watch(
         svi: whose programs, loss and optimizer they are.
         modules: those that the programs reach.
         parameters: those that are trained.
-        updates: the optimizers in the graph.
+        update: the optimizers' step, if it is in the graph.
         read: other tensors that the programs read.
     """
     modules = list(modules)
@@ -59,7 +59,7 @@ def watch(
     tensors = list({id(t): t for t in (*registered, *parameters) if isinstance(t, Tensor)}.values())
     marks = list(map(_marks, tensors))
     settled, loose = _Places(), []
-    for words, holder, key, value in _places(svi, modules, parameters, updates):
+    for words, holder, key, value in _places(svi, modules, parameters, update):
         settled.add(words, holder, key, value)
     seen = {id(tensor) for tensor in read}
     for name, holder, key, value in settings(svi.model, svi.guide):
@@ -125,7 +125,7 @@ def _places(
     svi: SVI,
     modules: Iterable[nn.Module],
     parameters: Iterable[Tensor],
-    updates: Iterable[Update],
+    update: Update | None,
 ) -> Iterator[tuple[str, Any, Any, Any]]:
     """What the loss, the optimizer and the modules are set to: words, holder, key and value."""
     for name in ("model", "guide", "optim", "loss_and_grads"):
@@ -137,10 +137,10 @@ def _places(
     for module in modules:
         words = f"{type(module).__name__} is in another mode"
         yield words, vars(module), "training", module.training
-    for update in updates:
-        own = vars(update.optimizer)
+    for optimizer in update.optimizers if update is not None else ():
+        own = vars(optimizer)
         yield "the optimizer's state was loaded", own, "state", own["state"]
-        for group in update.optimizer.param_groups:
+        for group in optimizer.param_groups:
             for name, value in group.items():
                 if name not in ("params", "lr"):
                     yield f"the optimizer has another {name!r}", group, name, value
