@@ -1,8 +1,12 @@
 """What every test starts from: the device asked for, a fixed seed, an empty parameter store."""
 
+from collections.abc import Iterator
+
 import pyro
 import pytest
 import torch
+
+from pyro_vi.capture import Graph
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,3 +36,19 @@ def clean_slate() -> None:
     pyro.clear_param_store()
     pyro.enable_validation(True)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """Numbers are of double precision, unless a test says otherwise."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    pyro.clear_param_store()
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def recorded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records, and leaves Inductor out, which takes seconds a program."""
+    monkeypatch.setattr(Graph, "compile", lambda self, batch: None)
