@@ -11,6 +11,7 @@ from __future__ import annotations
 
 __all__ = ["Recorder"]
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from pyro_vi.compiled import Proof, Recorded, record
 
 if TYPE_CHECKING:
     from pyro_vi.svi import SVI
+
+_log = logging.getLogger(__name__)
 
 _MOST = 4  # graphs of an SVI
 _KINDS = 100  # kinds of batches that are counted
@@ -69,10 +72,11 @@ class Recorder:
         self._kinds: dict[Any, _Kind] = {}
         self._proof: Proof | None = None
         self._unsound = 0
+        self._now: tuple[Any, list[Tensor]] = (None, [])  # the kind of the batch of an eager step
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, or on disk: nothing is recorded yet."""
-        return {**vars(self), "_kinds": {}, "_proof": None}
+        return {**vars(self), "_kinds": {}, "_proof": None, "_now": (None, [])}
 
     @property
     def recorded(self) -> list[Recorded]:
@@ -111,11 +115,11 @@ class Recorder:
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before an eager step: predicts it, if a record is to be proven by it."""
         self._proof = None
-        key, batch = _key(args, kwargs)
-        kind = self._kinds.get(key)
+        self._now = _key(args, kwargs)
+        kind = self._kinds.get(self._now[0])
         if kind is not None and kind.recorded is not None and not kind.is_refused:
             if (change := kind.recorded.stale()) is None:
-                self._proof = kind.recorded.predict(batch)
+                self._proof = kind.recorded.predict(self._now[1])
             else:
                 self._drop(change)
 
@@ -128,7 +132,7 @@ class Recorder:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: Sequence[Tensor]
     ) -> None:
         """After an eager step: counts it, and records its kind, or compiles it, if it is time."""
-        key, batch = _key(args, kwargs)
+        key, batch = self._now
         kind = self._kinds.get(key)
         if kind is None:
             if key is None or not parameters or len(self._kinds) > _KINDS:
@@ -151,6 +155,7 @@ class Recorder:
         try:
             if self._proof is not None and kind.recorded is not None:
                 self._proof.check()
+                _log.info("compiling a step, which takes seconds")
                 if self._announce is not None:
                     self._announce()
                 kind.recorded.compile(batch)
