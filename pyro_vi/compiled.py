@@ -25,7 +25,7 @@ from pyro_vi.elbo import assumptions
 from pyro_vi.optimizers import OneOptimizer, Update, update_of
 from pyro_vi.program import modules_of, substituted
 from pyro_vi.reach import objects
-from pyro_vi.watch import watch
+from pyro_vi.watch import Watch
 
 if TYPE_CHECKING:
     from pyro_vi.svi import SVI
@@ -40,15 +40,15 @@ class Recorded:
     Args:
         step: what was recorded.
         graph: the record.
-        stale: says what has changed since, so that the record is no good; None if nothing has.
+        watch: says what has changed since, so that the record is no good.
 
     Attributes:
         is_sure: whether every step is sound.
         may_be_late: whether a step can be finished before it is known what it found.
     """
 
-    def __init__(self, step: _Step, graph: Graph, stale: Callable[[], str | None]) -> None:
-        self._step, self._graph, self.stale = step, graph, stale
+    def __init__(self, step: _Step, graph: Graph, watch: Watch) -> None:
+        self._step, self._graph, self.watch = step, graph, watch
         self._update = step.update
         self._generators = step.generators()
         self._gradients: Sequence[Tensor] = ()
@@ -68,6 +68,7 @@ class Recorded:
         """
         if self._update is not None:
             self._update.rates.follow()
+            self._update.counts.follow()
         status, *self._gradients = self._graph(batch)
         return status
 
@@ -214,8 +215,9 @@ def record(
     for value, what in step.lost:
         if not isinstance(value, Tensor | None) or any(value is read for read in graph.constants):
             raise Uncapturable(f"{what}, and the next may read it")
-    changes = watch(svi, step.modules, parameters, step.update, graph.constants)
-    return Recorded(step, graph, changes)
+    read = [*step.held, *graph.constants]
+    watch = Watch(svi, step.modules, parameters, step.update, read)
+    return Recorded(step, graph, watch)
 
 
 class _Step:

@@ -186,6 +186,8 @@ class Counts:
         device: torch.device,
     ) -> None:
         self.states, self._betas = states, list(betas)
+        self._steps = [state["step"] for row in states for state in row]
+        self._steps = [step for step in self._steps if isinstance(step, Tensor)]
         self.tensor = torch.zeros(len(states), 3, dtype=torch.float64, device=device)
         self.resync()
 
@@ -194,7 +196,12 @@ class Counts:
         rows = [{float(state["step"]) for state in row} for row in self.states]
         n = torch.tensor([max(row) + 1 for row in rows], dtype=torch.float64)
         self.tensor.copy_(self._corrections(n[:, None]))
+        self._versions = [step._version for step in self._steps]
         return all(len(row) == 1 for row in rows)
+
+    def follow(self) -> bool:
+        """Reads the steps again if somebody has set one; False as `resync` has it."""
+        return [step._version for step in self._steps] == self._versions or self.resync()
 
     def _corrections(self, n: Tensor) -> Tensor:
         betas = torch.tensor(self._betas, dtype=torch.float64, device=n.device).reshape(-1, 2)

@@ -7,13 +7,14 @@ its code names. All of these are followed; library code is not.
 
 from __future__ import annotations
 
-__all__ = ["may_ask_modules", "objects", "reach", "setting", "settings"]
+__all__ = ["Holdings", "holdings", "may_ask_modules", "objects", "reach"]
 
 import dis
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ _LIBRARIES = set(
     "arviz builtins collections functools logging matplotlib numpy pandas pyro scipy sklearn"
     " threading torch tqdm weakref xarray zuko".split()
 )  # their objects and functions lead to no module of a user's
-_SETTINGS = (bool, int, float, str, Tensor, list, tuple, np.ndarray, np.generic)
+_CONTAINERS = (dict, list, tuple, set, deque)
 _MODULE_INTERNALS = set(vars(nn.Module()))
 
 
@@ -65,43 +66,112 @@ def reach(
     return {path: module for path, module in found.items() if id(module) not in below}
 
 
-def settings(*programs: Any) -> list[tuple[str, Any, Any, Any]]:
-    """Numbers, strings, tensors, arrays, lists and tuples that programs read by name.
+class Holdings(NamedTuple):
+    """Where programs keep what they read by name, and could find something else the next time.
 
-    They are looked for in closures, defaults, globals that the code loads, attributes of modules,
-    of a user's objects and their classes, dictionaries, and the arguments of partials.
-
-    Returns:
-        Of each a readable name, the cell, mapping or function that holds it, its key there, and the
-        value. `setting` reads it again.
+    Attributes:
+        places: a readable name, a function of a key, and the key: cells of closures, globals that
+            the code loads, code and defaults of functions, slots.
+        containers: a readable name, and a mapping, list or set: attributes of modules, of a user's
+            objects and their classes, dictionaries and the like.
+        owners: objects with attributes.
+        arrays: a readable name, and an array of NumPy.
     """
-    found = []
-    for value in _reached(programs):
-        for name, holder, key in _places(value):
-            held = setting(holder, key)
-            if isinstance(held, type) and not _is_library(held.__module__, "pyro_vi"):
-                for inner in vars(held):
-                    if isinstance(vars(held)[inner], _SETTINGS):
-                        found.append((f"{name}.{inner}", vars(held), inner, vars(held)[inner]))
-            elif isinstance(held, _SETTINGS):
-                found.append((name, holder, key, held))
+
+    places: list[tuple[str, Callable[[Any], Any], Any]]
+    containers: list[tuple[str, Any]]
+    owners: list[Any]
+    arrays: list[tuple[str, Any]]
+
+
+def holdings(*programs: Any) -> Holdings:
+    """Where programs keep what they read, as far as it can be followed."""
+    found = Holdings([], [], [], [])
+    known: set[int] = set()
+
+    def contains(name: str, container: Any) -> None:
+        if id(container) not in known:
+            known.add(id(container))
+            found.containers.append((name, container))
+
+    def owns(value: Any, name: str) -> None:
+        if id(value) not in known:
+            known.add(id(value))
+            found.owners.append(value)
+            contains(name, vars(value))
+
+    def classes(kind: type) -> None:
+        for one in kind.__mro__:
+            if not _is_library(one.__module__, "pyro_vi") and id(one) not in known:
+                known.add(id(one))
+                found.containers.append((one.__name__, vars(one)))
+
+    for name, value, ours in _reached(programs):
+        if isinstance(value, FunctionType):
+            if not _is_library(value.__module__, "pyro_vi"):
+                found.places.extend(_places(value))
+                contains(value.__name__, vars(value))
+        elif isinstance(value, nn.Module):
+            for module in value.modules():
+                owns(module, type(module).__name__)
+                classes(type(module))
+                for inner in vars(module).values():
+                    if isinstance(inner, dict):
+                        contains(type(module).__name__, inner)
+        elif isinstance(value, partial):
+            contains(name, value.keywords)
+        elif isinstance(value, type):
+            classes(value)
+        elif isinstance(value, _CONTAINERS):
+            if not ours and not isinstance(value, tuple):
+                contains(name, value)
+        elif isinstance(value, (np.ndarray, np.generic)):
+            found.arrays.append((name, value))
+        elif not _is_library(type(value).__module__, "pyro_vi"):
+            if type(getattr(value, "__dict__", None)) is dict:
+                owns(value, type(value).__name__)
+            classes(type(value))
+            for one in type(value).__mro__:
+                for slot in _slots(one):
+                    found.places.append((slot, partial(_attribute, value), slot))
     return found
 
 
-def setting(holder: Any, key: Any) -> Any:
-    """What a cell (no key), a mapping, or a function (an attribute) holds now."""
-    if key is None:
-        return _content(holder)
-    if isinstance(holder, FunctionType):
-        return getattr(holder, key)
-    return holder.get(key)
+def _places(function: FunctionType) -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
+    """What a function reads by name, besides its own attributes."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        yield name, partial(_content_of, cell), None
+    everything = function.__globals__
+    for name in _globals(function.__code__):
+        yield name, everything.get, name
+        module = everything.get(name)
+        if isinstance(module, ModuleType) and not _is_library(module.__name__, "pyro_vi"):
+            for inner in _names(function.__code__):
+                if inner in vars(module):
+                    yield f"{name}.{inner}", vars(module).get, inner
+    for name in ("__code__", "__defaults__", "__kwdefaults__"):
+        yield f"{function.__name__}.{name}", partial(_attribute, function), name
+
+
+def _slots(kind: type) -> list[str]:
+    slots = vars(kind).get("__slots__", ())
+    names = [slots] if isinstance(slots, str) else list(slots)
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
+
+
+def _attribute(value: Any, name: str) -> Any:
+    return getattr(value, name, None)
+
+
+def _content_of(cell: CellType, key: None) -> Any:
+    return _content(cell)
 
 
 def objects(*programs: Any) -> list[Any]:
     """The instances of a user's own classes that programs reach, modules left out."""
     return [
         value
-        for value in _reached(programs)
+        for _, value, _ in _reached(programs)
         if type(getattr(value, "__dict__", None)) is dict
         and not isinstance(value, (nn.Module, FunctionType, MethodType, partial))
         and not isinstance(value, SimpleNamespace)  # whose dictionary cannot be exchanged
@@ -109,46 +179,28 @@ def objects(*programs: Any) -> list[Any]:
     ]
 
 
-def _reached(programs: Iterable[Any]) -> Iterator[Any]:
+def _reached(programs: Iterable[Any]) -> Iterator[tuple[str, Any, bool]]:
+    """What programs lead to, each once.
+
+    Returns:
+        The last name that leads there, what it is, and whether it is an object of this package that
+        is no module, or a container of one: what those keep is their own business.
+    """
     visited: set[int] = set()
-    waiting = [(program, 0) for program in programs]
-    while waiting:
-        value, depth = waiting.pop()
-        if id(value) in visited or depth > _DEPTH or isinstance(value, (Tensor, ModuleType, type)):
-            continue
-        visited.add(id(value))
-        yield value
-        waiting += [(held, depth + 1) for _, held in _held_by(value)]
-
-
-def _places(value: Any) -> Iterator[tuple[str, Any, Any]]:
-    """What a function, a partial, a module, a dictionary or a user's object reads by name."""
-    if isinstance(value, FunctionType):
-        if _is_library(value.__module__):
-            return
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            yield name, cell, None
-        for name in _globals(value.__code__):
-            yield name, value.__globals__, name
-        for name in ("__defaults__", "__kwdefaults__"):
-            yield f"{value.__name__}.{name}", value, name
-        for name in vars(value):
-            yield f"{value.__name__}.{name}", vars(value), name
-    elif isinstance(value, partial):
-        for name in value.keywords:
-            yield name, value.keywords, name
-    elif isinstance(value, nn.Module):
-        for module in value.modules():
-            for name in vars(module):
-                if name not in _MODULE_INTERNALS:
-                    yield f"{type(module).__name__}.{name}", vars(module), name
-    elif type(value) is dict:
-        for name in value:
-            yield str(name), value, name
-    elif hasattr(value, "__dict__") and not _is_library(type(value).__module__, "pyro_vi"):
-        for name in (*vars(value), *vars(type(value))):
-            holder = vars(value) if name in vars(value) else vars(type(value))
-            yield f"{type(value).__name__}.{name}", holder, name
+    waiting = [("", program, False) for program in programs]
+    for _ in range(_DEPTH + 1):
+        deeper = []
+        for name, value, ours in waiting:
+            if id(value) in visited or isinstance(value, (Tensor, ModuleType)):
+                continue
+            visited.add(id(value))
+            if not isinstance(value, _CONTAINERS):
+                ours = type(value).__module__.startswith("pyro_vi.")
+                ours = ours and not isinstance(value, nn.Module)
+            yield name, value, ours
+            if not isinstance(value, type):
+                deeper += [(inner, held, ours) for inner, held in _held_by(value)]
+        waiting = deeper
 
 
 def _globals(code: CodeType) -> Iterator[str]:
@@ -235,7 +287,7 @@ def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, dict):
         for key, held in value.items():
             yield str(key), held
-    elif isinstance(value, (list, tuple, set)):
+    elif isinstance(value, (list, tuple, set, deque)):
         for index, held in enumerate(value):
             yield str(index), held
     elif hasattr(value, "__dict__") and not _is_library(type(value).__module__):

@@ -92,7 +92,7 @@ class Recorder:
         kind = self._kinds.get(key)
         if kind is None or not kind.is_proven or kind.recorded is None:
             return None
-        if (change := kind.recorded.stale()) is not None:
+        if (change := kind.recorded.watch.stale()) is not None:
             self._drop(change)
             return None
         return kind.recorded, batch
@@ -118,7 +118,7 @@ class Recorder:
         self._now = _key(args, kwargs)
         kind = self._kinds.get(self._now[0])
         if kind is not None and kind.recorded is not None and not kind.is_refused:
-            if (change := kind.recorded.stale()) is None:
+            if (change := kind.recorded.watch.stale()) is None:
                 self._proof = kind.recorded.predict(self._now[1])
             else:
                 self._drop(change)
@@ -155,6 +155,7 @@ class Recorder:
         try:
             if self._proof is not None and kind.recorded is not None:
                 self._proof.check()
+                kind.recorded.watch.learn()
                 _log.info("compiling a step, which takes seconds")
                 if self._announce is not None:
                     self._announce()

@@ -1,191 +1,296 @@
 """Whether what a step was recorded from is still what it was.
 
-A record sees what changes in place. What is bound to another object, or set to another number,
-after it was recorded, it cannot see: so that is looked at before every step, wherever programs,
-modules, store and optimizer keep it. What nobody can find are objects behind library code.
+A record sees what changes in place in a tensor. What is bound to another object after it was
+recorded it cannot see: a number, a function, a layer, a hook, an option of the optimizer. So all
+that programs, store, loss and optimizer keep by name is looked at before every step, whatever it
+is. What nobody can find are objects behind library code.
 
-It is done before every compiled step, of which the smallest take 100 microseconds: so first what
-is there is held against what was, by identity, in loops that are not Python's. Only where that
-finds a difference is it asked which, and whether the values are equal all the same.
+The smallest steps take 100 microseconds: so what is there is held against what was by identity, in
+loops that are not Python's. Only where that finds a difference is it asked which, and whether it
+says the same all the same.
 """
 
 from __future__ import annotations
 
-__all__ = ["watch"]
+__all__ = ["Watch"]
 
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import partial
 from itertools import chain
-from operator import call, is_
+from operator import attrgetter, call, is_
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyro
+import torch
 from torch import Tensor, nn
 
+from pyro_vi.capture import Uncapturable
 from pyro_vi.optimizers import Update
-from pyro_vi.reach import setting, settings
+from pyro_vi.reach import holdings
 
 if TYPE_CHECKING:
     from pyro_vi.svi import SVI
 
-_ITEMS = 100  # of a list or an array that are looked at
+_ITEMS = 10_000  # of a container or an array that are looked at in every step
+_ADVICE = "(make it a tensor and fill_ it, or give it to the step)"
 
 
-def watch(
-    svi: SVI,
-    modules: Iterable[nn.Module],
-    parameters: Sequence[Tensor],
-    update: Update | None,
-    read: Sequence[Tensor],
-) -> Callable[[], str | None]:
-    """Says what is something else than now, in words; None while all is the same.
+class Watch:
+    """What is looked at before every step.
 
     Args:
         svi: whose programs, loss and optimizer they are.
-        modules: those that the programs reach.
+        modules: those that the programs reach, and those among their arguments.
         parameters: those that are trained.
         update: the optimizers' step, if it is in the graph.
-        read: other tensors that the programs read.
-    """
-    modules = list(modules)
-    store = pyro.get_param_store()
-    trained = {id(p) for p in parameters}
-    named = [(name, p) for name, p in store._params.items() if id(p) in trained]
-    names, owners = [name for name, _ in named], [p for _, p in named]
-    owned = [(module, one, list(one.values())) for module in modules for one in _registers(module)]
-    registers = [register for _, register, _ in owned]
-    registered = list(chain.from_iterable(register.values() for register in registers))
-    tensors = list({id(t): t for t in (*registered, *parameters) if isinstance(t, Tensor)}.values())
-    marks = list(map(_marks, tensors))
-    settled, loose = _Places(), []
-    for words, holder, key, value in _places(svi, modules, parameters, update):
-        settled.add(words, holder, key, value)
-    seen = {id(tensor) for tensor in read}
-    for name, holder, key, value in settings(svi.model, svi.guide):
-        words = (
-            f"{name!r} has another value (make it a tensor and fill_ it, or give it to the step)"
-        )
-        if id(value) in seen or _is_settled(value):
-            settled.add(words, holder, key, value)
-        elif not isinstance(value, Tensor):
-            loose.append((words, holder, key, _copy(value, seen)))
+        read: the tensors that the record reads or changes.
 
-    def stale() -> str | None:
-        if (changed := settled.changed()) is not None:
+    Raises:
+        Uncapturable: a container or an array that is too long to be looked at in every step.
+    """
+
+    def __init__(
+        self,
+        svi: SVI,
+        modules: Iterable[nn.Module],
+        parameters: Sequence[Tensor],
+        update: Update | None,
+        read: Iterable[Tensor],
+    ) -> None:
+        self._tensors = list({id(tensor): tensor for tensor in read}.values())
+        *marks, hooks = _marks(self._tensors)
+        self._marked = (*marks, [tuple(map(copy, pair)) for pair in hooks])  # added to in place
+        found = holdings(svi.model, svi.guide, *modules)
+        for name, held in (*found.containers, *found.arrays):
+            count = held.size if hasattr(held, "size") else len(held)
+            if count > _ITEMS:
+                raise Uncapturable(
+                    f"{name!r}, {count} items in a {type(held).__name__}, which may change unseen:"
+                    " make it a tensor"
+                )
+        self._arrays = [(name, array, _bytes(array)) for name, array in found.arrays]
+        self._owners = found.owners
+        self._spaces = [vars(owner) for owner in found.owners]
+        seen = {id(tensor) for tensor in self._tensors}
+        self._places, self._contents = _Places(seen), _Contents(seen)
+        for name, get, key in (*_outside(svi, parameters, update), *found.places):
+            self._places.add(name, get, key)
+        for name, container in (*found.containers, *_registers(svi, update)):
+            self._contents.add(name, container)
+
+    def stale(self) -> str | None:
+        """Says what is something else than it was, in words; None while all is the same."""
+        if (changed := self._places.changed() or self._contents.changed()) is not None:
             return changed
-        if not all(map(is_, map(store._params.get, names), owners)):
-            others = [name for name, p in named if store._params.get(name) is not p]
-            return f"parameter {others[0]!r} is another one"
-        now = chain.from_iterable([register.values() for register in registers])
-        if sum(map(len, registers)) != len(registered) or not all(map(is_, now, registered)):
-            return f"a parameter, buffer, part or hook of {_exchanged(owned)} is another"
-        if list(map(_marks, tensors)) != marks:
-            return "a parameter or buffer was frozen, thawed, moved or hooked"
-        for words, holder, key, value in loose:
-            if _copy(setting(holder, key), seen) != value:
-                return words
+        if not all(map(is_, map(vars, self._owners), self._spaces)):
+            return "the attributes of an object were exchanged"
+        if _marks(self._tensors) != self._marked:
+            return "a parameter, buffer or tensor was frozen, thawed, moved or hooked"
+        for name, array, before in self._arrays:
+            if _bytes(array) != before:
+                return f"{name!r} has other numbers {_ADVICE}"
         return None
 
-    return stale
+    def learn(self) -> None:
+        """After an eager step alone: objects that it bound anew are its own, and may be others.
+
+        An autoguide's plates are; numbers and tensors that a run binds are known otherwise.
+        """
+        self._places.learn()
+        self._contents.learn()
 
 
 class _Places:
-    """What stands in places, objects that do not change themselves."""
+    """What stands in places.
 
-    def __init__(self) -> None:
-        self._words: list[str] = []
+    Args:
+        read: tensors that matter, by identity.
+    """
+
+    def __init__(self, read: set[int]) -> None:
+        self._read, self._own = read, set[int]()
+        self._names: list[str] = []
         self._get: list[Callable[[Any], Any]] = []
         self._keys: list[Any] = []
         self._values: list[Any] = []
 
-    def add(self, words: str, holder: Any, key: Any, value: Any) -> None:
-        """A place, which `setting` reads, what is there, and what to say if it is another value."""
-        self._words.append(words)
-        self._get.append(holder.get if hasattr(holder, "get") else partial(setting, holder))
+    def add(self, name: str, get: Callable[[Any], Any], key: Any) -> None:
+        """A place: what it is called, and how to read it."""
+        self._names.append(name)
+        self._get.append(get)
         self._keys.append(key)
-        self._values.append(value)
+        self._values.append(get(key))
 
     def changed(self) -> str | None:
-        """The words of a place where another value is; None if there is none."""
+        """Says in words of one place that something else is there; None if there is none."""
         if all(map(is_, map(call, self._get, self._keys), self._values)):
             return None
-        for i, (get, key, value) in enumerate(
-            zip(self._get, self._keys, self._values, strict=True)
-        ):
+        for i, (get, key) in enumerate(zip(self._get, self._keys, strict=True)):
             now = get(key)
-            if now is not value:
-                if not _is_settled(now) or repr(now) != repr(value):  # 1.0 and 1, 0.0 and -0.0
-                    return self._words[i]
-                self._values[i] = now  # equal, and found at once from now on
+            if now is not self._values[i]:
+                if i not in self._own and _matters(self._values[i], now, self._read):
+                    return _words(self._names[i], self._values[i], now)
+                self._values[i] = now  # found at once from now on
         return None
 
-
-def _places(
-    svi: SVI,
-    modules: Iterable[nn.Module],
-    parameters: Iterable[Tensor],
-    update: Update | None,
-) -> Iterator[tuple[str, Any, Any, Any]]:
-    """What the loss, the optimizer and the modules are set to: words, holder, key and value."""
-    for name in ("model", "guide", "optim", "loss_and_grads"):
-        yield "the model, guide, loss or optimizer is another one", vars(svi), name, vars(svi)[name]
-    assert svi.told is not None
-    given = vars(svi.told._given)
-    for name, value in given.items():
-        yield "the loss has other settings", given, name, value
-    for module in modules:
-        words = f"{type(module).__name__} is in another mode"
-        yield words, vars(module), "training", module.training
-    for optimizer in update.optimizers if update is not None else ():
-        own = vars(optimizer)
-        yield "the optimizer's state was loaded", own, "state", own["state"]
-        for group in optimizer.param_groups:
-            for name, value in group.items():
-                if name not in ("params", "lr"):
-                    yield f"the optimizer has another {name!r}", group, name, value
-    objects = getattr(svi.optim, "optim_objs", {})
-    for parameter in parameters:
-        yield "the optimizer was reset", objects, parameter, objects.get(parameter)
+    def learn(self) -> None:
+        """Takes what is bound anew for the programs' own."""
+        now = map(call, self._get, self._keys)
+        pairs = enumerate(zip(self._values, now, strict=True))
+        self._own |= {i for i, (old, new) in pairs if _is_remade(old, new)}
 
 
-def _registers(module: nn.Module) -> list[Mapping[Any, Any]]:
-    """Where a module keeps parameters, buffers, parts and hooks."""
-    return [
-        *(module._parameters, module._buffers, module._modules),
-        *(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks),
-    ]
+class _Contents:
+    """What mappings, lists and sets hold.
+
+    Args:
+        read: tensors that matter, by identity.
+    """
+
+    def __init__(self, read: set[int]) -> None:
+        self._read, self._own = read, set[tuple[int, Any]]()
+        self._names: list[str] = []
+        self._containers: list[Any] = []
+        self._mappings: list[Mapping[Any, Any]] = []
+        self._entries: list[list[Any]] = []
+
+    def add(self, name: str, container: Any) -> None:
+        """A container, and what it is called."""
+        self._names.append(name)
+        self._containers.append(container)
+        if hasattr(container, "values"):
+            self._mappings.append(container)
+        self._entries.append(_entries(container))
+        self._take()
+
+    def _take(self) -> None:
+        self._lengths = list(map(len, self._containers))
+        self._items = list(chain.from_iterable(self._containers))
+        self._values = list(chain.from_iterable([one.values() for one in self._mappings]))
+
+    def changed(self) -> str | None:
+        """Says in words what one holds and did not, or held and does not; None if there is none."""
+        if list(map(len, self._containers)) == self._lengths:
+            values = chain.from_iterable([one.values() for one in self._mappings])
+            if all(map(is_, chain.from_iterable(self._containers), self._items)):
+                if all(map(is_, values, self._values)):
+                    return None
+        for i, (name, container) in enumerate(zip(self._names, self._containers, strict=True)):
+            now, before = _entries(container), self._entries[i]
+            if len(now) != len(before):
+                return f"{name!r} has {len(now)} entries, and had {len(before)}"
+            for (key, value), (old_key, old) in zip(now, before, strict=True):
+                if _matters(old_key, key, self._read):
+                    return f"{name!r} has other entries"
+                if (i, key) not in self._own and _matters(old, value, self._read):
+                    own = f"{name}.{key}" if isinstance(key, str) else name
+                    return _words(own, old, value)
+            self._entries[i] = now
+        self._take()
+        return None
+
+    def learn(self) -> None:
+        """Takes what is bound anew for the programs' own."""
+        for i, (container, before) in enumerate(zip(self._containers, self._entries, strict=True)):
+            if not hasattr(container, "values"):
+                continue
+            pairs = zip(before, container.items(), strict=False)
+            self._own |= {(i, key) for (key, old), (_, new) in pairs if _is_remade(old, new)}
 
 
-def _exchanged(owned: Iterable[tuple[nn.Module, Mapping[Any, Any], list[Any]]]) -> str:
-    """The module that holds something else than it did."""
-    return next(
-        type(module).__name__
-        for module, register, held in owned
-        if len(register) != len(held) or not all(map(is_, register.values(), held))
-    )
+def _entries(container: Any) -> list[tuple[Any, Any]]:
+    """Keys and values; the items of a list or a set are its values."""
+    if hasattr(container, "values"):
+        return list(container.items())
+    return [(None, item) for item in container]
 
 
-def _marks(tensor: Tensor) -> tuple[bool, int, bool]:
-    """What says that a tensor trains, where it lies, and whether it is hooked."""
-    return tensor.requires_grad, tensor.data_ptr(), bool(tensor._backward_hooks)
+def _matters(old: Any, new: Any, read: set[int]) -> bool:
+    """Whether a program could tell one from the other."""
+    if isinstance(old, Tensor) and isinstance(new, Tensor | None):
+        return old is not new and id(old) in read
+    if old is new:
+        return False
+    return not _is_plain(old) or not _is_plain(new) or repr(old) != repr(new)  # 1 and 1.0, -0.0
 
 
-def _is_settled(value: Any) -> bool:
-    """Whether it does not change itself."""
+def _is_remade(old: Any, new: Any) -> bool:
+    """Whether it is another object of the same kind, and no value that a step could depend on."""
+    if old is new or type(old) is not type(new) or _is_plain(old):
+        return False
+    return not isinstance(old, (Tensor, FunctionType, nn.Module))
+
+
+def _words(name: str, old: Any, new: Any) -> str:
+    if _is_plain(old) and _is_plain(new):
+        return f"{name!r} is {reprlib.repr(new)}, and was {reprlib.repr(old)} {_ADVICE}"
+    return f"{name!r} is another one"
+
+
+def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
-        return all(map(_is_settled, value))
+        return all(map(_is_plain, value))
     return isinstance(value, (bool, int, float, str, type(None)))
 
 
-def _copy(value: Any, read: set[int]) -> Any:
-    """What to compare a setting with later; of tensors their identity, if they were read."""
-    if isinstance(value, Tensor):
-        return id(value) if id(value) in read else None
-    if isinstance(value, (list, tuple)):
-        return tuple(_copy(item, read) for item in value[:_ITEMS])
-    if isinstance(value, (np.ndarray, np.generic)):
-        if value.size > _ITEMS:
-            return id(value)
-        return value.dtype.str, value.shape, value.tobytes()
-    return value if isinstance(value, (bool, int, float, str)) else None
+def _outside(
+    svi: SVI, parameters: Iterable[Tensor], update: Update | None
+) -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
+    """Places of the step that are not the programs'."""
+    own = vars(svi)
+    for name in ("model", "guide", "optim", "loss_and_grads"):
+        yield name, own.get, name
+    store = pyro.get_param_store()
+    trained = {id(p) for p in parameters}
+    for name, p in store._params.items():
+        if id(p) in trained:
+            yield name, partial(_stored, store), name
+    for optimizer in update.optimizers if update is not None else ():
+        yield "the optimizer's state", vars(optimizer).get, "state"
+        for group in optimizer.param_groups:
+            for name in group.keys() - {"params", "lr"}:
+                yield f"the optimizer's {name}", group.get, name
+        for p in parameters:
+            if p in optimizer.state:
+                yield "the optimizer's state", optimizer.state.get, p
+                state = optimizer.state[p]
+                for name, value in state.items():
+                    if isinstance(value, Tensor):
+                        yield f"the optimizer's {name}", state.get, name
+    for table in (getattr(svi.optim, "optim_objs", {}), getattr(svi.optim, "grad_clip", {})):
+        for p in parameters:
+            yield "a parameter's optimizer", table.get, p
+
+
+def _stored(store: Any, name: str) -> Any:
+    return store._params.get(name)
+
+
+def _registers(svi: SVI, update: Update | None) -> Iterator[tuple[str, Any]]:
+    """Containers of the step that are not the programs'."""
+    assert svi.told is not None
+    yield "the loss", vars(svi.told._given)
+    yield "the optimizer", vars(svi.optim)
+    for optimizer in update.optimizers if update is not None else ():
+        yield "the optimizer's hooks", optimizer._optimizer_step_pre_hooks
+        yield "the optimizer's hooks", optimizer._optimizer_step_post_hooks
+    for name, register in vars(torch.nn.modules.module).items():
+        if name.startswith("_global_") and isinstance(register, dict):
+            yield "hooks of all modules", register
+
+
+def _marks(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    """What says that tensors train, where and how they lie, and whether they are hooked."""
+    places, strides = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors))
+    return places, strides, list(map(_KEPT, tensors)), list(map(_HOOKS, tensors))
+
+
+_KEPT = attrgetter("requires_grad", "shape")
+_HOOKS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+def _bytes(array: Any) -> tuple[Any, ...]:
+    return array.dtype.str, array.shape, array.tobytes()

@@ -343,7 +343,7 @@ def test_svi_records_it_and_sees_its_end(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(svi._recorder.recorded) == 1
     model.eval()
     guide.eval()
-    with pytest.warns(UserWarning, match="is in another mode"):
+    with pytest.warns(UserWarning, match="training' is False"):
         svi.step(*args)
     assert not svi._recorder.recorded
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +36,7 @@ def test_parameters_that_are_others_are_seen() -> None:
     svi, _, _ = run(pyro.optim.Adam({"lr": 0.05}), True)
     x = torch.tensor([1.0] * 6 + [0.0] * 4)
     pyro.clear_param_store()
-    with pytest.warns(UserWarning, match="parameter 'a' is another one"):
+    with pytest.warns(UserWarning, match="'a' is another one"):
         loss = svi.step(x)  # eager, with new parameters
     assert svi._recorder.recorded == [] and isinstance(loss, float)
     before = {name: value.clone() for name, value in pyro.get_param_store().items()}
@@ -70,89 +72,161 @@ def test_what_changes_between_steps_is_seen(change: str) -> None:
     assert not svi._recorder.recorded
 
 
+X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 TEMPERATURE = 1.0
-LIST, ARRAY, NAMESPACE = [1.0], np.ones(1), SimpleNamespace(beta=1.0)
+LIST, LONG, ARRAY, BAG = [1.0], [1.0] * 200, np.ones(200), {1.0}
+NAMESPACE, LAST = SimpleNamespace(beta=1.0), deque([1.0])
 
 
-class Config:
+def squash(x: Tensor) -> Tensor:
+    return x.tanh()
+
+
+class Base:
+    inherited = 1.0
+
+
+class Config(Base):
     beta = 1.0
 
 
-class Annealed:
-    """A model that reads a number from one of the places where people keep them."""
+class Slotted:
+    __slots__ = ("beta",)
 
-    def __init__(self, where: str) -> None:
-        self.where, self.beta, self.options = where, 1.0, {"beta": 1.0}
-        beta = 1.0
+    def __init__(self) -> None:
+        self.beta = 1.0
 
-        def read() -> float:
-            return beta
 
-        def bind(value: float) -> None:
-            nonlocal beta
-            beta = value
+class Net(nn.Module):
+    """A layer that reads numbers and functions wherever a module may keep them."""
 
-        self.read, self.bind = read, bind
+    common = 1.0
 
-    def set(self, value: float) -> None:
-        global TEMPERATURE
-        self.bind(value)
-        TEMPERATURE = self.beta = self.options["beta"] = LIST[0] = Config.beta = value
-        ARRAY[0] = NAMESPACE.beta = value
-        self.pair = (value, 0.0)
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.act, self.beta, self.nothing, self.table = torch.tanh, 1.0, None, {"a": 1.0}
+        self.register_buffer("square", torch.eye(2) + 0.1)
 
-    def __call__(self, x: Tensor) -> None:
-        if self.where == "closure":
-            scale = self.read()
-        elif self.where == "global":
-            scale = TEMPERATURE
-        elif self.where == "dictionary":
-            scale = self.options["beta"]
-        elif self.where == "list":
-            scale = LIST[0]
-        elif self.where == "class":
-            scale = Config.beta
-        elif self.where == "tuple":
-            scale = self.pair[0]
-        elif self.where == "array":
-            scale = float(ARRAY[0])
-        elif self.where == "namespace":
-            scale = NAMESPACE.beta
-        else:
-            scale = self.beta
-        with poutine.scale(scale=scale):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0).expand(x.shape).to_event(1), obs=x)
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.other(self.layer(x))) @ self.square
+        h = h * self.beta * self.common * self.table["a"] * self.table.get("b", 1.0)
+        h = h * getattr(self, "late", 1.0)
+        return h if self.nothing is None else h * self.nothing
+
+
+def everywhere() -> tuple[Callable[[Tensor], None], dict[str, Callable[[], object]]]:
+    """A model that reads from many places, and what changes one of them each."""
+    torch.manual_seed(0)
+    config, slotted, own, net, another = Config(), Slotted(), Config(), Net(), nn.Linear(2, 2)
+    beta, nothing, pair, prior = 1.0, None, (1.0, 0.0), dist.Normal(0.0, 1.0)
+    act, tensor, layer = abs, X, nn.Linear(2, 2)
+
+    def model(x: Tensor) -> None:
+        pyro.module("net", net)
+        z = pyro.sample("z", prior)
+        h = net(x) + layer(x) + act(z) + squash(z) * TEMPERATURE + tensor.sum()
+        for number in (beta, pair[0], LIST[0], LONG[150], float(ARRAY[150]), max(BAG), LAST[0]):
+            h = h * number
+        h = h * NAMESPACE.beta * Config.beta * own.beta * config.inherited * slotted.beta
+        if nothing is not None:
+            h = h * nothing
+        pyro.sample("x", dist.Normal(h, 1.0).to_event(2), obs=x)
+
+    def rebind(name: str) -> None:
+        nonlocal beta, nothing, pair, prior, act, tensor, layer
+        beta = 2.0 if name == "beta" else beta
+        nothing = 2.0 if name == "nothing" else nothing
+        pair = (2.0, 0.0) if name == "pair" else pair
+        prior = dist.Normal(3.0, 1.0) if name == "prior" else prior
+        act = torch.exp if name == "act" else act
+        tensor = X + 1 if name == "tensor" else tensor
+        layer = another if name == "layer" else layer
+
+    def forget_gradient(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    def exchange() -> None:
+        one, two = net.layer, net.other
+        del net.layer, net.other
+        net.layer, net.other = two, one
+
+    changes: dict[str, Callable[[], object]] = {
+        **{f"closure: {name}": partial(rebind, name) for name in ("beta", "nothing", "pair")},
+        **{f"closure: {n}": partial(rebind, n) for n in ("prior", "act", "tensor", "layer")},
+        "global": lambda: globals().update(TEMPERATURE=2.0),
+        "global function": lambda: globals().update(squash=torch.exp),
+        "list": lambda: LIST.__setitem__(0, 2.0),
+        "long list": lambda: LONG.__setitem__(150, 2.0),
+        "array": lambda: ARRAY.__setitem__(150, 2.0),
+        "set": lambda: BAG.add(2.0),
+        "deque": lambda: LAST.appendleft(2.0),
+        "namespace": lambda: setattr(NAMESPACE, "beta", 2.0),
+        "class": lambda: setattr(Config, "beta", 2.0),
+        "shadowed class attribute": lambda: setattr(own, "beta", 2.0),
+        "inherited": lambda: setattr(Base, "inherited", 2.0),
+        "slot": lambda: setattr(slotted, "beta", 2.0),
+        "module: function": lambda: setattr(net, "act", torch.relu),
+        "module: number": lambda: setattr(net, "beta", 2.0),
+        "module: None": lambda: setattr(net, "nothing", 2.0),
+        "module: dictionary": lambda: net.table.update(a=2.0),
+        "module: new key": lambda: net.table.update(b=2.0),
+        "module: new attribute": lambda: setattr(net, "late", 2.0),
+        "module: class": lambda: setattr(Net, "common", 2.0),
+        "module: parts exchanged": exchange,
+        "module: forward": lambda: setattr(net.layer, "forward", lambda x: x * 3),
+        "module: buffers": lambda: vars(net).update(_buffers={"square": torch.eye(2) * 3}),
+        "module: hooks": lambda: vars(net.layer).update(
+            _forward_hooks=OrderedDict({0: lambda module, args, out: 2 * out})
+        ),
+        "module: hook": lambda: net.other.register_full_backward_pre_hook(
+            lambda module, gradients: (0 * gradients[0],)
+        ),
+        "module: attributes": lambda: object.__setattr__(
+            net, "__dict__", {**vars(net), "beta": 2.0}
+        ),
+        "parameter: gradient hook": lambda: net.layer.weight.register_post_accumulate_grad_hook(
+            forget_gradient
+        ),
+        "parameter: strides": lambda: setattr(net.layer.weight, "data", net.layer.weight.data.t()),
+    }
+    return model, changes
+
+
+SQUASH = squash
+
+
+def reset() -> None:
+    """What `everywhere` reads has its values again, and the store nothing."""
+    globals().update(TEMPERATURE=1.0, squash=SQUASH)
+    LIST[0] = LONG[150] = ARRAY[150] = NAMESPACE.beta = 1.0
+    Config.beta = Base.inherited = Net.common = 1.0
+    BAG.discard(2.0)
+    LAST.clear()
+    LAST.append(1.0)
+    pyro.clear_param_store()
+    torch.manual_seed(0)
 
 
 @pytest.mark.usefixtures("recorded_alone")
-@pytest.mark.parametrize(
-    "where",
-    [
-        *("closure", "global", "dictionary", "attribute", "list", "class", "tuple", "array"),
-        "namespace",
-    ],
-)
-def test_numbers_that_change_are_seen(where: str) -> None:
-    def guide(x: Tensor) -> None:
-        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 0.5))
-
-    model, losses = Annealed(where), {}
-    for compile in (False, True):
-        pyro.clear_param_store()
-        torch.manual_seed(0)
-        model.set(1.0)
-        svi = SVI(model, guide, adam(), Trace_ELBO(), compile=compile)
-        x = torch.ones(3)
-        losses[compile] = [svi.step(x) for _ in range(4)]
-        assert compile is False or svi._recorder.recorded
-        model.set(0.3)
-        expected = pytest.warns(
-            UserWarning, match="steps are eager for a while, 20 of a kind: .* another value"
-        )
-        with expected if compile else nullcontext():
-            losses[compile] += [svi.step(x) for _ in range(2)]
-    assert losses[True] == pytest.approx(losses[False], rel=1e-10)
+@pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
+@pytest.mark.parametrize("change", everywhere()[1])
+def test_what_is_bound_anew_is_seen(change: str) -> None:
+    """One thing at a time, and only what makes a difference."""
+    x, found = torch.arange(6.0).reshape(3, 2) / 5, {}
+    for kind in ("unchanged", "eager", "compiled"):
+        reset()
+        model, changes = everywhere()
+        svi = SVI(model, simple_guide, adam(), Trace_ELBO(), compile=kind == "compiled")
+        losses = [svi.step(x) for _ in range(4)]
+        if kind != "unchanged":
+            changes[change]()
+        seen = pytest.warns(UserWarning, match="steps are eager for a while, 20 of a kind: ")
+        with seen if kind == "compiled" else nullcontext():
+            losses += [svi.step(x) for _ in range(3)]
+        found[kind] = losses
+    assert found["compiled"] == pytest.approx(found["eager"], rel=1e-10)
+    assert found["unchanged"] != pytest.approx(found["eager"], rel=1e-6)
 
 
 def simple_guide(x: Tensor, *_: Any, **__: Any) -> None:
@@ -163,7 +237,6 @@ def observe(z: Tensor, x: Tensor) -> None:
     pyro.sample("x", dist.Normal(z, 1.0).expand(x.shape).to_event(1), obs=x)
 
 
-X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 Run = tuple[Callable[..., Any], Callable[..., Any], Callable[[Any, int], Any]]
 
 
