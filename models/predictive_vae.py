@@ -187,11 +187,13 @@ class PredictiveVAE(PyroModule):
             Shape (S, N, *shape_y). The draws are torch's: seed them outside.
 
         Raises:
-            TypeError, ValueError: As of `forward`; fewer than one draw; a level that the noise's
-                schedule does not have, or one without noise.
+            TypeError, ValueError: As of `forward`; fewer than one draw; a level that is no int, or
+                not from 0 to the noise's t_max, which is 0 without noise.
         """
         check_sizes(num_samples=num_samples)
-        last = 0 if self.noise is None else self.noise.schedule.steps
+        last = 0 if self.noise is None else self.noise.t_max
+        if isinstance(t, bool) or not isinstance(t, int):
+            raise TypeError(f"expected a level of noise as an int, got {t!r}")
         if not 0 <= t <= last:
             raise ValueError(f"expected a level of noise from 0 to {last}, got {t}")
         with torch.no_grad():

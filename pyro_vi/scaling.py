@@ -87,11 +87,13 @@ class Structure:
                 raise
             raise type(error)(words) from error  # Pyro's table of shapes is in the cause
         latent, proposed = set(_latents(model_trace)), set(_latents(guide_trace, auxiliary=False))
-        if proposed - latent:
+        if strangers := sorted(proposed - latent):
+            cure = "mark auxiliary guide sites with infer={'is_auxiliary': True}"
+            if any("noise" in guide_trace.nodes[name]["infer"] for name in strangers):
+                cure = "the guide's noise is in it alone: give the model the same noise="
             raise ValueError(
-                f"the guide samples {sorted(proposed - latent)}, which the model does not; the"
-                f" model's latent sites are {sorted(latent)} (mark auxiliary guide sites with"
-                " infer={'is_auxiliary': True})"
+                f"the guide samples {strangers}, which the model does not; the model's latent sites"
+                f" are {sorted(latent)} ({cure})"
             )
         _check_observed(model_trace)
         if not _observed(model_trace) and (theirs := _observed(guide_trace)):
@@ -370,7 +372,7 @@ class _Match(ReplayMessenger):
                     return None
                 raise ValueError(
                     f"latent site {name!r} of the model is missing from the guide, which samples"
-                    f" {_latents(self.trace)}{_unsampled(msg['fn'])}"
+                    f" {_latents(self.trace)}{_unsampled(msg)}"
                 )
             expected = msg["fn"].event_shape
             value = self.trace.nodes[name]["value"]
@@ -383,8 +385,11 @@ class _Match(ReplayMessenger):
         super()._pyro_sample(msg)
 
 
-def _unsampled(fn: Any) -> str:
+def _unsampled(site: Mapping[str, Any]) -> str:
     """What to do about a latent site that a guide, such as an autoguide, cannot sample."""
+    fn = site["fn"]
+    if "noise" in site["infer"]:
+        return "; the model's noise is in it alone: give the guide the same noise="
     if not is_discrete(fn):
         return ""
     ways = "; it is discrete: sample it in the guide"
