@@ -30,6 +30,7 @@ from torch.distributions import constraints
 
 from pyro_vi.program import Program
 from pyro_vi.sites import is_deterministic, is_discrete
+from pyro_vi.weight_prior import unread_by_the_guide
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,14 @@ class Structure:
             total: rows of the data, or None for data that were not split.
 
         Raises:
-            ValueError: latent sites do not match in name or shape; a minibatch whose observed
+            ValueError: latent sites do not match in name or shape; a guide that reads parameters
+                which have a prior in the model (`pyro_vi.weight_prior`); a minibatch whose observed
                 sites stand outside the plate; a latent inside the plate on one side only; an
                 autoguide with latents of single data points and a minibatch.
         """
         try:
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            with unread_by_the_guide(model):
+                guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             with _Match(trace=guide_trace):
                 model_trace = poutine.trace(model).get_trace(*args, **kwargs)
         except (ValueError, TypeError) as error:
