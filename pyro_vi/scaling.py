@@ -14,6 +14,7 @@ from __future__ import annotations
 
 __all__ = ["PerDataPoint", "Structure"]
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,7 @@ class Structure:
             total: rows of the data, or None for data that were not split.
 
         Raises:
+            TypeError: a program that does not take these arguments.
             ValueError: latent sites do not match in name or shape; a guide that reads parameters
                 which have a prior in the model (`pyro_vi.weight_prior`); a minibatch whose observed
                 sites stand outside the plate; a latent inside the plate on one side only; an
@@ -85,6 +87,9 @@ class Structure:
             with _Match(trace=guide_trace):
                 model_trace = poutine.trace(model).get_trace(*args, **kwargs)
         except (ValueError, TypeError) as error:
+            if isinstance(error, TypeError):
+                for name, program in (("guide", guide), ("model", model)):
+                    _check_call(name, program, args, kwargs)
             words, shapes, _ = str(error).partition("\nTrace Shapes")
             if not shapes:
                 raise
@@ -356,11 +361,37 @@ def _inside(site: Mapping[str, Any], plate: str) -> bool:
     return any(frame.name == plate for frame in site["cond_indep_stack"])
 
 
+def _check_call(
+    name: str, program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Raises TypeError if a program, which ended in one, does not take these arguments."""
+    called = _innermost(program)
+    try:
+        takes = inspect.signature(getattr(called, "forward", called))
+    except ValueError:  # it does not say
+        return
+    try:
+        takes.bind(*args, **kwargs)
+    except TypeError as error:
+        given = [f"{len(args)} by position"] if args else []
+        given += [f"{key}=" for key in kwargs]
+        raise TypeError(
+            f"the {name} takes {takes.replace(return_annotation=inspect.Signature.empty)}, and the"
+            f" data give {', '.join(given) or 'nothing'} ({error}): give a tensor for one argument,"
+            " a tuple such as (x, y) for several, or a dict by name"
+        ) from error
+
+
+def _innermost(program: Callable[..., Any]) -> Callable[..., Any]:
+    """A program without handlers and fits around it."""
+    while isinstance(program := poutine.unwrap(program), Program):
+        program = program.function
+    return program
+
+
 def is_autoguide(guide: Callable[..., Any]) -> bool:
     """Whether a guide, fitted or wrapped in handlers, is one of Pyro's autoguides."""
-    while isinstance(guide, Program):
-        guide = guide.function
-    return isinstance(poutine.unwrap(guide), AutoGuide)
+    return isinstance(_innermost(guide), AutoGuide)
 
 
 class _Match(ReplayMessenger):

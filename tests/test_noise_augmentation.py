@@ -23,7 +23,16 @@ from pyro_vi.compiled import record
 from pyro_vi.elbo import told
 from pyro_vi.families import FullCovariance, MeanField
 from pyro_vi.guides import Encoder, PairEncoder
-from pyro_vi.models import VAE, Bernoulli, Gaussian, LinearGaussian, PredictiveVAE
+from pyro_vi.models import (
+    VAE,
+    Bernoulli,
+    DiscretizedLogistic,
+    Gaussian,
+    LearnedGaussian,
+    LinearGaussian,
+    PixelGaussian,
+    PredictiveVAE,
+)
 from pyro_vi.optimizers import OneOptimizer
 from pyro_vi.schedules import Cosine, Given, Learned, Linear
 from pyro_vi.svi import SVI
@@ -368,6 +377,13 @@ def test_impossible_arguments_are_refused() -> None:
         Encoder((3,), MeanField(2, 8), noise=Cosine(20))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="target_noise without add_back"):
         LinearPair(target_noise=InputNoise(Cosine(20), 3, add_back=True))
+    make = partial(PredictiveVAE, (3,), (4,), MeanField(2, 8))
+    for likelihood in (None, DiscretizedLogistic(17)):
+        with pytest.raises(ValueError, match="target_noise makes any real numbers of y, and"):
+            make(likelihood=likelihood, target_noise=InputNoise(Cosine(20), 3))
+        make(likelihood=likelihood, target_noise=InputNoise(Cosine(20), 0))
+    for likelihood in (Gaussian(0.1), LearnedGaussian(), PixelGaussian()):
+        make(likelihood=likelihood, target_noise=InputNoise(Cosine(20), 3))
 
 
 def test_noise_on_one_side_alone() -> None:

@@ -271,6 +271,25 @@ def test_data_that_do_not_fit_are_refused() -> None:
         model.predict(x, t=3)
 
 
+def test_arguments_of_the_wrong_kind_are_refused() -> None:
+    model, guide, x, y = programs()
+    options = {"steps": 1, "progress": False}
+    words = r"expected tensors as the program's arguments \(x, y\), but x is "
+    with pytest.raises(TypeError, match=f"{words}list"):
+        fit(model, guide, (x.tolist(), y.tolist()), **options)
+    with pytest.raises(TypeError, match=f"{words}ndarray"):
+        guide.encode(x.numpy(), y.numpy())
+    with pytest.raises(
+        TypeError, match=r"the guide takes \(x: .*, y: .*\), and the data give 1 by"
+    ):
+        fit(model, guide, x, **options)
+    with pytest.raises(TypeError, match=r"the guide takes .* and the data give 3 by position"):
+        fit(model, guide, (x, y, y), **options)
+    fitted = fit(model, guide, (x, y), **options)
+    with pytest.raises(TypeError, match=r"the guide takes .*a tuple such as \(x, y\) for several"):
+        fitted.posterior(x)
+
+
 def test_impossible_arguments_are_refused() -> None:
     family = MeanField(3, 8)
     with pytest.raises(TypeError, match="expected the likelihood to be a module"):
