@@ -519,10 +519,10 @@ def _check_noises(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Noise has no parameters to be restored: the programs must have what the file has."""
     for name in sorted(own.keys() | saved.keys()):
         mine, theirs = (held.get(name, {"noise": None, "gamma": None}) for held in (own, saved))
-        levels = [one["gamma"] for one in (mine, theirs)]
+        gamma, saved_gamma = mine["gamma"], theirs["gamma"]
         differ = mine["noise"] != theirs["noise"]
-        if not differ and levels[0] is not None and levels[1] is not None:
-            differ = not torch.allclose(*levels, rtol=1e-5, atol=1e-5)
+        if not differ and gamma is not None and saved_gamma is not None:
+            differ = not torch.allclose(gamma, saved_gamma, rtol=1e-5, atol=1e-5)
         if differ:
             raise ValueError(
                 f"{name!r} is {mine['noise']} there, and was {theirs['noise']} in the fit"
