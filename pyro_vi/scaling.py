@@ -89,7 +89,7 @@ class Structure:
         except (ValueError, TypeError) as error:
             if isinstance(error, TypeError):
                 for name, program in (("guide", guide), ("model", model)):
-                    _check_call(name, program, args, kwargs)
+                    _check_call(name, program, args, kwargs, error)
             words, shapes, _ = str(error).partition("\nTrace Shapes")
             if not shapes:
                 raise
@@ -362,7 +362,11 @@ def _inside(site: Mapping[str, Any], plate: str) -> bool:
 
 
 def _check_call(
-    name: str, program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    name: str,
+    program: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    reason: TypeError,
 ) -> None:
     """Raises TypeError if a program, which ended in one, does not take these arguments."""
     called = _innermost(program)
@@ -372,14 +376,14 @@ def _check_call(
         return
     try:
         takes.bind(*args, **kwargs)
-    except TypeError as error:
+    except TypeError:
         given = [f"{len(args)} by position"] if args else []
         given += [f"{key}=" for key in kwargs]
         raise TypeError(
             f"the {name} takes {takes.replace(return_annotation=inspect.Signature.empty)}, and the"
-            f" data give {', '.join(given) or 'nothing'} ({error}): give a tensor for one argument,"
-            " a tuple such as (x, y) for several, or a dict by name"
-        ) from error
+            f" data give {', '.join(given) or 'nothing'} ({reason}): give a tensor for one"
+            " argument, a tuple such as (x, y) for several, or a dict by name"
+        ) from reason
 
 
 def _innermost(program: Callable[..., Any]) -> Callable[..., Any]:
