@@ -63,6 +63,10 @@ options = parser.parse_args()
 
 torch.set_num_threads(1)
 digits = data.digits()
+if options.steps < 1 or options.seeds < 1:
+    parser.error("expected --steps and --seeds of at least 1")
+if wrong := [size for size in options.sizes if not 10 <= size <= len(digits.train)]:
+    parser.error(f"expected --sizes from 10 to the {len(digits.train)} images, got {wrong}")
 HALF = (1, 4, 8)
 
 
@@ -168,6 +172,7 @@ for row, size in enumerate(options.sizes):
 
 # The figure: the table, and what the fits to the fewest images predict.
 figure = Figure(figsize=(9, 7), layout="constrained")
+figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06)  # inches at the edges
 top, bottom = figure.subfigures(2, 1, height_ratios=(1.1, 1))
 axes = top.add_subplot()
 for shift, (way, colour) in enumerate(zip(ways, ("#0072B2", "#D55E00", "#009E73"), strict=True)):
@@ -179,7 +184,7 @@ for shift, (way, colour) in enumerate(zip(ways, ("#0072B2", "#D55E00", "#009E73"
 axes.set_xscale("log")
 axes.set_xticks(options.sizes, labels=[f"{size:,}" for size in options.sizes], minor=False)
 axes.minorticks_off()
-axes.set(xlabel="training images", ylabel="log p(lower | upper), nats per test image")
+axes.set(xlabel="training images", ylabel="log p(lower | upper)\nnats per test image")
 # Above the axes: within them it would cover an error bar in one run or another.
 top.legend(
     frameon=False, title="noise on the upper half", loc="outside upper center", ncols=len(ways)

@@ -109,6 +109,8 @@ class Encoder(PyroModule):
         return self.family(self.network(x if self.noise is None else self.noise.clean(x)))
 
     def _check(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected the data as a tensor, got {type(x).__name__}")
         if x.dim() == 0 or tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"expected data of shape (N, *{self.shape}), got {tuple(x.shape)}")
         own = next(self.family.parameters(), x).dtype

@@ -67,7 +67,8 @@ class PredictiveVAE(PyroModule):
     Raises:
         TypeError: The family is not a module with a `dim` and a `context_dim`, the likelihood none
             with `outputs`, or a noise no `InputNoise`.
-        ValueError: Noise on y that adds it back, which would observe something else than y.
+        ValueError: Noise on y that adds it back, which would observe something else than y; or
+            under a likelihood that does not take all real numbers.
 
     References:
         Learning Structured Output Representation using Deep Conditional Generative Models (Sohn,
@@ -107,6 +108,8 @@ class PredictiveVAE(PyroModule):
         check_noise(noise=noise, target_noise=target_noise)
         if target_noise is not None and target_noise.add_back:
             raise ValueError("expected target_noise without add_back: y_t + y is no noisy y")
+        if target_noise is not None and target_noise.t_max > 0:
+            _check_reals(likelihood, tuple(shape_y))
         self.shape_x, self.shape_y = tuple(shape_x), tuple(shape_y)
         self.family = family
         self.likelihood = likelihood
@@ -187,11 +190,13 @@ class PredictiveVAE(PyroModule):
             Shape (S, N, *shape_y). The draws are torch's: seed them outside.
 
         Raises:
-            TypeError, ValueError: As of `forward`; fewer than one draw; a level that the noise's
-                schedule does not have, or one without noise.
+            TypeError, ValueError: As of `forward`; fewer than one draw; a level that is no int, or
+                not from 0 to the noise's t_max, which is 0 without noise.
         """
         check_sizes(num_samples=num_samples)
-        last = 0 if self.noise is None else self.noise.schedule.steps
+        last = 0 if self.noise is None else self.noise.t_max
+        if isinstance(t, bool) or not isinstance(t, int):
+            raise TypeError(f"expected a level of noise as an int, got {t!r}")
         if not 0 <= t <= last:
             raise ValueError(f"expected a level of noise from 0 to {last}, got {t}")
         with torch.no_grad():
@@ -218,3 +223,18 @@ class PredictiveVAE(PyroModule):
         if tuple(raw.shape) != expected:
             raise ValueError(f"expected a decoder's output of {expected}, got {tuple(raw.shape)}")
         return self.likelihood(raw, event_dim=len(self.shape_y))
+
+
+def _check_reals(likelihood: nn.Module, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless a likelihood takes what noise makes of y: any real numbers."""
+    held = next(likelihood.parameters(), torch.zeros(()))
+    with torch.no_grad():
+        p = likelihood(
+            held.new_zeros(1, cast(int, likelihood.outputs), *shape), event_dim=len(shape)
+        )
+        taken = all(bool(p.support.check(held.new_full((1, *shape), y)).all()) for y in (-1.3, 2.7))
+    if not taken:
+        raise ValueError(
+            f"target_noise makes any real numbers of y, and {type(likelihood).__name__} takes"
+            f" {p.support} alone: expected a likelihood of real numbers, such as Gaussian(0.1)"
+        )

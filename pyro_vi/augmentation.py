@@ -22,14 +22,16 @@ Noise is there in training alone, as dropout is: in `eval()`, and so in a fit's 
 and predictions, the input is that of t = 0 and nothing is drawn.
 """
 
-__all__ = ["InputNoise", "UniformSteps", "check_noise"]
+__all__ = ["InputNoise", "UniformSteps", "check_noise", "noises"]
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.distributions import Normal, TorchDistribution, constraints
+from pyro.poutine.messenger import Messenger
 from torch import Size, Tensor, nn
 
 from pyro_vi.schedules import Schedule
@@ -55,6 +57,9 @@ class InputNoise(nn.Module):
     more, and even where x_t is all noise the input is not. At t = 0 it is 2 x_0.
 
     A `Learned` schedule learns to have no noise: what it adds only loosens the first of the bounds.
+
+    A model and a guide that read one (t, eps) need the same noise: the guide draws t, so that it
+    would decide the levels of a model that has others. Replayed, a model refuses that.
 
     Args:
         schedule: The noise schedule (:mod:`pyro_vi.schedules`).
@@ -104,6 +109,11 @@ class InputNoise(nn.Module):
         self.t_max = t_max
         self.add_back = add_back
 
+    def __repr__(self) -> str:
+        schedule = f"{type(self.schedule).__name__}({self.schedule.steps})"
+        back = ", add_back=True" if self.add_back else ""
+        return f"InputNoise({schedule}, t_max={self.t_max}{back})"
+
     def forward(self, x: Tensor, *, name: str = "", auxiliary: bool = False) -> Tensor:
         """The input of a program, inside its plate over data points.
 
@@ -114,14 +124,23 @@ class InputNoise(nn.Module):
 
         Returns:
             Shape (..., N, *shape), with the dimensions of plates around that over data points.
+
+        Raises:
+            TypeError: Data that are no tensor of a floating point dtype.
+            ValueError: The guide draws the sites by another noise.
         """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"expected a tensor of a floating point dtype, got {got}")
         if not self.training or self.t_max == 0:
             return self.clean(x)
         steps = UniformSteps(self.t_max, device=x.device)
         normal = Normal(x.new_zeros(x.shape[1:]), 1.0).to_event(x.dim() - 1)
-        with poutine.mask(mask=False):  # alike in model and guide: their densities cancel
-            t = pyro.sample(f"t{name}", steps, infer={"is_auxiliary": auxiliary})
-            eps = pyro.sample(f"eps{name}", normal, infer={"is_auxiliary": auxiliary})
+        infer = {"is_auxiliary": auxiliary, "noise": self}
+        # Alike in model and guide: their densities cancel.
+        with poutine.mask(mask=False), _Same(self):
+            t = pyro.sample(f"t{name}", steps, infer=infer)
+            eps = pyro.sample(f"eps{name}", normal, infer=infer)
         return self.noisy(x, t, eps)
 
     def clean(self, x: Tensor) -> Tensor:
@@ -143,6 +162,40 @@ class InputNoise(nn.Module):
         signal, noise = (level.to(x.dtype).reshape(wide) for level in (signal, noise))
         x_t = signal * x + noise * eps
         return x_t + x if self.add_back and self.t_max > 0 else x_t
+
+    def is_like(self, other: "InputNoise") -> bool:
+        """Whether another noise gives the same input at every level, and has the same ones."""
+        if self is other:
+            return True
+        if (self.t_max, self.add_back) != (other.t_max, other.add_back):
+            return False
+        if torch.compiler.is_compiling():  # values cannot be compared there
+            return True
+        mine, theirs = (noise.gamma() for noise in (self, other))
+        return torch.allclose(mine, theirs.to(mine.device), rtol=1e-5, atol=1e-5)
+
+    def gamma(self) -> Tensor:
+        """Minus the log signal-to-noise ratios of the levels 1, ..., t_max; float64, (t_max,)."""
+        held = (*self.schedule.parameters(), *self.schedule.buffers())
+        device = next((tensor.device for tensor in held), None)
+        with torch.no_grad():
+            return self.schedule.gamma(torch.arange(1, self.t_max + 1, device=device)).double()
+
+
+class _Same(Messenger):
+    """Holds the noise by which the guide drew a site against the program's own."""
+
+    def __init__(self, noise: InputNoise) -> None:
+        super().__init__()
+        self._noise = noise
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        theirs = msg["infer"].get("noise")  # replay brings the guide's
+        if isinstance(theirs, InputNoise) and not self._noise.is_like(theirs):
+            raise ValueError(
+                f"site {msg['name']!r}: the model has {self._noise} and the guide {theirs}, which"
+                " differ in t_max, add_back or the schedule's levels: give both the same noise"
+            )
 
 
 class UniformSteps(TorchDistribution):
@@ -210,3 +263,18 @@ def check_noise(**noises: InputNoise | None) -> None:
                 f"expected {name} to be an InputNoise, such as InputNoise(Cosine(100), 20), got"
                 f" {noise!r}"
             )
+
+
+def noises(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, dict[str, Any]]:
+    """Plain numbers that tell a program's noises from others, by their names.
+
+    Levels that are learned are left out.
+    """
+    return {
+        name: {
+            "noise": repr(module),
+            "gamma": None if list(module.schedule.parameters()) else module.gamma().cpu(),
+        }
+        for name, module in modules
+        if isinstance(module, InputNoise)
+    }

@@ -252,10 +252,16 @@ def check_data(dtype: torch.dtype | None = None, **data: tuple[Tensor, tuple[int
         data: Tensors, each with the shape of one data point.
 
     Raises:
-        TypeError: Data of another dtype.
+        TypeError: Data that are no tensor, or of another dtype.
         ValueError: Data of another shape, or of different numbers of data points.
     """
     for name, (value, shape) in data.items():
+        if not isinstance(value, Tensor):
+            wanted = ", ".join(data)
+            raise TypeError(
+                f"expected tensors as the program's arguments ({wanted}), but {name} is"
+                f" {'missing' if value is None else type(value).__name__}"
+            )
         if value.dim() == 0 or tuple(value.shape[1:]) != shape:
             raise ValueError(f"expected {name} of shape (N, *{shape}), got {tuple(value.shape)}")
         if not value.is_floating_point():

@@ -26,6 +26,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vi import checkpoint
+from pyro_vi.augmentation import noises
 from pyro_vi.batches import Arguments, Batches, Data, arguments, moved
 from pyro_vi.diagnostics import Estimate
 from pyro_vi.posterior import Posterior
@@ -385,6 +386,7 @@ class Fit:
             "tensors": self.model.state.snapshot(),
             "recipe": dict(recipe or {}),
             "densities": self._densities(self._drawn()),
+            "noises": _noises(self.model.state),
             **{name: getattr(self, name) for name in _PLAIN},
         }
         checkpoint.save(path, content)
@@ -457,6 +459,8 @@ class Fit:
                 Structure.of(model, guide, args, kwargs, plate=content["plate"])
             state.restore(content["tensors"])
             _check_frozen(state, content["tensors"])
+            if "noises" in content:  # not in older files
+                _check_noises(_noises(state), content["noises"])
         except (ValueError, TypeError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]  # without the shapes that Pyro adds
             raise ValueError(f"{path} was made for other programs: {reason}") from error
@@ -503,6 +507,27 @@ def _check_frozen(state: State, saved: Mapping[str, Tensor]) -> None:
     for name, tensor in state.snapshot().items():
         if name not in own and not torch.equal(tensor.cpu(), saved[name]):
             raise ValueError(f"the frozen model has other values of {name!r}")
+
+
+def _noises(state: State) -> dict[str, dict[str, Any]]:
+    """What tells a state's noises from others: a fitted program, which draws none, does not."""
+    with state.installed():
+        return noises(state.modules())
+
+
+def _check_noises(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Noise has no parameters to be restored: the programs must have what the file has."""
+    for name in sorted(own.keys() | saved.keys()):
+        mine, theirs = (held.get(name, {"noise": None, "gamma": None}) for held in (own, saved))
+        gamma, saved_gamma = mine["gamma"], theirs["gamma"]
+        differ = mine["noise"] != theirs["noise"]
+        if not differ and gamma is not None and saved_gamma is not None:
+            differ = not torch.allclose(gamma, saved_gamma, rtol=1e-5, atol=1e-5)
+        if differ:
+            raise ValueError(
+                f"{name!r} is {mine['noise']} there, and was {theirs['noise']} in the fit"
+                f"{'' if mine['noise'] != theirs['noise'] else ', of another schedule'}"
+            )
 
 
 def _samples(trace: Trace) -> list[Any]:

@@ -73,9 +73,9 @@ def datatree(
         restarts: whether each restart of the fit is a chain; else the best is the only one.
         dims: names of all of a site's axes but draws, by site, instead of those above.
         coords: labels by axis name; by default 0, 1, 2, ....
-        predictions: draws by observed site, (S, *plates, *shape) each, of data points that may be
-            others, such as `PredictiveVAE.predict` gives for new x; `coords` label neither these
-            nor an axis that has another size here.
+        predictions: draws by observed site, (S, *plates, *shape) each, tensors or arrays, of data
+            points that may be others, such as `PredictiveVAE.predict` gives for new x; `coords`
+            label neither these nor an axis that has another size here.
         seed: of predictive and prior draws.
 
     Returns:
@@ -85,8 +85,9 @@ def datatree(
     Raises:
         ValueError: a site named like an axis, two sites whose names become one, an axis named like
             a sample axis, names or labels of another number than a site or an axis has, or for
-            sites or axes that are none; predictions of a site that is not observed; a seed that is
-            none.
+            sites or axes that are none; predictions of a site that is not observed, of another
+            shape than its draws have, or with NaN; a seed that is none.
+        TypeError: predictions that are no mapping of sites to tensors or arrays.
 
     Warns:
         UserWarning: restarts that disagree, by R-hat.
@@ -140,13 +141,9 @@ def datatree(
             prior = {name: values for name, values in prior.items() if kept(name)}
             groups["prior"] = names.sites(_stacked([prior]))
             groups["prior_predictive"] = names.sites(_stacked([predictive]))
-    if predictions:
-        if strangers := sorted(predictions.keys() - posterior.log_likelihood.keys()):
-            raise ValueError(
-                f"predictions are of observed sites, and {strangers} are none: expected some of"
-                f" {sorted(posterior.log_likelihood)}"
-            )
-        there = {name: values.cpu() for name, values in predictions.items()}
+    observed, constants = posterior.data()
+    if predictions is not None:
+        there = _checked_predictions(predictions, posterior, observed)
         groups["predictions"] = names.sites(_stacked([there]))
     stats = [{"lp": one.log_p, "log_q": one.log_q} for one in chains]
     if not posterior.point:
@@ -159,7 +156,6 @@ def datatree(
     groups["log_likelihood"] = names.sites(
         _stacked(one.log_likelihood for one in chains), whole=False
     )
-    observed, constants = posterior.data()
     groups["observed_data"] = names.sites({n: _array(v) for n, v in observed.items()}, sample=())
     groups["constant_data"] = names.sites({n: _array(v) for n, v in constants.items()}, sample=())
     groups["fit"] = _fit(posterior, weighed)
@@ -173,6 +169,40 @@ def datatree(
     tree = xarray.DataTree.from_dict(datasets)
     tree.attrs = {"inference_library": "pyro_vi", "inference_library_version": __version__}
     return tree
+
+
+def _checked_predictions(
+    predictions: object, posterior: Posterior, observed: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Predictions as tensors on the CPU, if they are of observed sites and have their shapes."""
+    if not isinstance(predictions, Mapping):
+        raise TypeError(
+            "expected predictions as a mapping of observed sites to their draws, such as"
+            f" {{{next(iter(observed), 'y')!r}: draws}}, got {type(predictions).__name__}"
+        )
+    if strangers := sorted(predictions.keys() - posterior.log_likelihood.keys()):
+        raise ValueError(
+            f"predictions are of observed sites, and {strangers} are none: expected some of"
+            f" {sorted(posterior.log_likelihood)}"
+        )
+    found = {}
+    for name, values in predictions.items():
+        if not isinstance(values, (Tensor, np.ndarray)):
+            raise TypeError(
+                f"predictions of {name!r}: expected a tensor or an array of draws, got"
+                f" {type(values).__name__}"
+            )
+        draws = found[name] = torch.as_tensor(values).cpu()
+        plates = posterior.dims[name]
+        if name in observed:
+            point = tuple(observed[name].shape[len(plates) :])  # the sizes of plates may be others
+            shape = tuple(draws.shape)
+            if len(shape) != 1 + len(plates) + len(point) or shape[1 + len(plates) :] != point:
+                sizes = ", ".join(map(str, ["draws", *plates, *point]))
+                raise ValueError(f"predictions of {name!r}: expected shape ({sizes}), got {shape}")
+        if draws.is_floating_point() and bool(draws.isnan().any()):
+            raise ValueError(f"predictions of {name!r}: expected draws without NaN")
+    return found
 
 
 def as_arviz(tree: xarray.DataTree) -> Any:

@@ -129,6 +129,12 @@ class State:
             names.setdefault(id(tensor), name)
         return {name: tensor for name, tensor in found if names[id(tensor)] == name}
 
+    def modules(self) -> list[tuple[str, nn.Module]]:
+        """Every module with its name."""
+        return [
+            named for name, root in self._roots.items() for named in root.named_modules(prefix=name)
+        ]
+
     def parameters(self) -> dict[str, Tensor]:
         """The trainable tensors by name."""
         return {name: tensor for name, tensor in self.tensors().items() if tensor.requires_grad}

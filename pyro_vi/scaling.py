@@ -14,6 +14,7 @@ from __future__ import annotations
 
 __all__ = ["PerDataPoint", "Structure"]
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from torch.distributions import constraints
 
 from pyro_vi.program import Program
 from pyro_vi.sites import is_deterministic, is_discrete
+from pyro_vi.weight_prior import unread_by_the_guide
 
 
 @dataclass(frozen=True)
@@ -73,25 +75,33 @@ class Structure:
             total: rows of the data, or None for data that were not split.
 
         Raises:
-            ValueError: latent sites do not match in name or shape; a minibatch whose observed
+            TypeError: a program that does not take these arguments.
+            ValueError: latent sites do not match in name or shape; a guide that reads parameters
+                which have a prior in the model (`pyro_vi.weight_prior`); a minibatch whose observed
                 sites stand outside the plate; a latent inside the plate on one side only; an
                 autoguide with latents of single data points and a minibatch.
         """
         try:
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            with unread_by_the_guide(model):
+                guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             with _Match(trace=guide_trace):
                 model_trace = poutine.trace(model).get_trace(*args, **kwargs)
         except (ValueError, TypeError) as error:
+            if isinstance(error, TypeError):
+                for name, program in (("guide", guide), ("model", model)):
+                    _check_call(name, program, args, kwargs, error)
             words, shapes, _ = str(error).partition("\nTrace Shapes")
             if not shapes:
                 raise
             raise type(error)(words) from error  # Pyro's table of shapes is in the cause
         latent, proposed = set(_latents(model_trace)), set(_latents(guide_trace, auxiliary=False))
-        if proposed - latent:
+        if strangers := sorted(proposed - latent):
+            cure = "mark auxiliary guide sites with infer={'is_auxiliary': True}"
+            if any("noise" in guide_trace.nodes[name]["infer"] for name in strangers):
+                cure = "the guide's noise is in it alone: give the model the same noise="
             raise ValueError(
-                f"the guide samples {sorted(proposed - latent)}, which the model does not; the"
-                f" model's latent sites are {sorted(latent)} (mark auxiliary guide sites with"
-                " infer={'is_auxiliary': True})"
+                f"the guide samples {strangers}, which the model does not; the model's latent sites"
+                f" are {sorted(latent)} ({cure})"
             )
         _check_observed(model_trace)
         if not _observed(model_trace) and (theirs := _observed(guide_trace)):
@@ -351,11 +361,41 @@ def _inside(site: Mapping[str, Any], plate: str) -> bool:
     return any(frame.name == plate for frame in site["cond_indep_stack"])
 
 
+def _check_call(
+    name: str,
+    program: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    reason: TypeError,
+) -> None:
+    """Raises TypeError if a program, which ended in one, does not take these arguments."""
+    called = _innermost(program)
+    try:
+        takes = inspect.signature(getattr(called, "forward", called))
+    except ValueError:  # it does not say
+        return
+    try:
+        takes.bind(*args, **kwargs)
+    except TypeError:
+        given = [f"{len(args)} by position"] if args else []
+        given += [f"{key}=" for key in kwargs]
+        raise TypeError(
+            f"the {name} takes {takes.replace(return_annotation=inspect.Signature.empty)}, and the"
+            f" data give {', '.join(given) or 'nothing'} ({reason}): give a tensor for one"
+            " argument, a tuple such as (x, y) for several, or a dict by name"
+        ) from reason
+
+
+def _innermost(program: Callable[..., Any]) -> Callable[..., Any]:
+    """A program without handlers and fits around it."""
+    while isinstance(program := poutine.unwrap(program), Program):
+        program = program.function
+    return program
+
+
 def is_autoguide(guide: Callable[..., Any]) -> bool:
     """Whether a guide, fitted or wrapped in handlers, is one of Pyro's autoguides."""
-    while isinstance(guide, Program):
-        guide = guide.function
-    return isinstance(poutine.unwrap(guide), AutoGuide)
+    return isinstance(_innermost(guide), AutoGuide)
 
 
 class _Match(ReplayMessenger):
@@ -370,7 +410,7 @@ class _Match(ReplayMessenger):
                     return None
                 raise ValueError(
                     f"latent site {name!r} of the model is missing from the guide, which samples"
-                    f" {_latents(self.trace)}{_unsampled(msg['fn'])}"
+                    f" {_latents(self.trace)}{_unsampled(msg)}"
                 )
             expected = msg["fn"].event_shape
             value = self.trace.nodes[name]["value"]
@@ -383,8 +423,11 @@ class _Match(ReplayMessenger):
         super()._pyro_sample(msg)
 
 
-def _unsampled(fn: Any) -> str:
+def _unsampled(site: Mapping[str, Any]) -> str:
     """What to do about a latent site that a guide, such as an autoguide, cannot sample."""
+    fn = site["fn"]
+    if "noise" in site["infer"]:
+        return "; the model's noise is in it alone: give the guide the same noise="
     if not is_discrete(fn):
         return ""
     ways = "; it is discrete: sample it in the guide"

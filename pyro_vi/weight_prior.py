@@ -12,12 +12,12 @@ outside the plate over data points, and counts once a data set.
 
 from __future__ import annotations
 
-__all__ = ["WeightPrior"]
+__all__ = ["WeightPrior", "unread_by_the_guide"]
 
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from pyro_vi.program import Bound, Program, modules_of
 from pyro_vi.reach import reach
@@ -44,6 +45,12 @@ class WeightPrior:
     after an error, all is as it was. Priors of other modules go around it:
     ``WeightPrior(WeightPrior(model, model.encoder, 1.0), model.decoder, 0.1)``.
 
+    A model reads a parameter as an attribute of its module. What it keeps elsewhere, in a tuple, a
+    dictionary or a closure variable, is the parameter still, without the prior: the first run
+    raises an error if the model computes with it. In a run a module has no parameters:
+    `parameters()` and `named_parameters()` are without those of the prior, so that a penalty over
+    them is without these too (the prior is one), and a dtype is to be read elsewhere.
+
     A guide of the weights alone is an autoguide of `weights`; `pyro_vi.guides.Joint` puts it beside
     a guide of the other latents.
 
@@ -54,13 +61,15 @@ class WeightPrior:
         scale: the standard deviation of the prior, s.
 
     Attributes:
+        model, scale: as given; they stay what they are, since a recorded step would not see others.
         sites: the names of the sites, those of a prior inside it too.
 
     Raises:
         TypeError: what is no module, and no number as scale.
         ValueError: the model does not lead to the module; a module without parameters, or with lazy
             or constrained ones; a scale that is not positive and finite. When it runs: a module
-            that has a prior already, or a value of another shape than the parameter.
+            that has a prior already, a value of another shape than the parameter, or a model that
+            reads a parameter otherwise than as an attribute of its module.
 
     Example:
         >>> from pyro.infer.autoguide import AutoNormal
@@ -76,6 +85,13 @@ class WeightPrior:
         {'decoder.layers.0.weight': (256, 2), 'z': (3, 2)}
     """
 
+    model: Callable[..., Any]
+    scale: float
+    sites: list[str]
+    _places: dict[str, list[_Place]]
+    _own: list[tuple[str, Tensor]]
+    _is_checked: bool
+
     def __init__(self, model: Callable[..., Any], module: nn.Module, scale: float) -> None:
         if not callable(model):
             raise TypeError(f"expected a Pyro program as model, got {model!r}")
@@ -85,17 +101,41 @@ class WeightPrior:
             raise TypeError(f"expected a number as the prior's scale, got {scale!r}")
         if not 0 < scale < math.inf:
             raise ValueError(f"expected a positive scale of the prior, got {scale}")
-        self.model, self.scale = model, scale
-        self._places = _places(model, module)
+        places = _places(model, module)
         inner = model.sites if isinstance(model, WeightPrior) else []
-        self.sites: list[str] = [*self._places, *inner]
         called = poutine.unwrap(model)
-        self.__signature__ = inspect.signature(getattr(called, "forward", called))
+        vars(self).update(
+            model=model,
+            scale=scale,
+            sites=[*places, *inner],
+            __signature__=inspect.signature(getattr(called, "forward", called)),
+            _places=places,
+            _own=_originals(places),
+            _is_checked=False,
+        )
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{name!r} of a WeightPrior cannot be set: make another one")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         installed = partial(_in_place, self._places, self._draw())
-        with installed(), Bound(installed):
-            return self.model(*args, **kwargs)
+        # Once: it costs a microsecond for each operation of torch.
+        checks = not (self._is_checked or torch.compiler.is_compiling())
+        watched = (
+            _Unread(self.originals(), "the model", _ELSEWHERE, _FORMS) if checks else nullcontext()
+        )
+        with installed(), Bound(installed), watched:
+            result = self.model(*args, **kwargs)
+        if checks:
+            vars(self)["_is_checked"] = True
+        return result
+
+    def originals(self) -> list[tuple[str, Tensor]]:
+        """The parameters themselves with their sites: the first ones, and those of now.
+
+        In a fit these are others, and what the model keeps elsewhere may be either.
+        """
+        return self._own + _originals(self._places)
 
     def weights(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The prior alone, a program of the same arguments, which it does not read.
@@ -140,6 +180,81 @@ class _Place(NamedTuple):
     owner: nn.Module
     key: str
     attribute: str
+
+
+def _originals(places: Mapping[str, list[_Place]]) -> list[tuple[str, Tensor]]:
+    return [(site, _parameter(site, place)) for site, (place, *_) in places.items()]
+
+
+_ELSEWHERE = (
+    "a run has the site's value in its place as an attribute of its module alone; read it there,"
+    " and keep it in no tuple, dictionary or closure variable"
+)
+_FORMS = frozenset(  # what a tensor is asked for beside its values
+    "device dim dtype is_complex is_contiguous is_cuda is_floating_point is_leaf layout ndim"
+    " nelement ndimension numel requires_grad shape size".split()
+)
+
+
+class _Unread(TorchFunctionMode):
+    """Raises ValueError where a program computes with one of some tensors.
+
+    Args:
+        tensors: them with their sites.
+        program: which program it is, in words.
+        cure: what to do, in words.
+        allowed: what it may do with them, by the names of methods and attributes.
+    """
+
+    def __init__(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        program: str,
+        cure: str,
+        allowed: frozenset[str],
+    ) -> None:
+        super().__init__()
+        self._sites = {id(tensor): (site, tensor) for site, tensor in tensors}
+        self._program, self._cure, self._allowed = program, cure, allowed
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for given in (*args, *kwargs.values()):
+            for value in given if isinstance(given, (list, tuple)) else (given,):
+                if id(value) in self._sites and _asked(func) not in self._allowed:
+                    raise ValueError(
+                        f"{self._program} reads the parameter behind site"
+                        f" {self._sites[id(value)][0]!r}, which has a prior: {self._cure}"
+                    )
+        return func(*args, **kwargs)
+
+
+def _asked(func: Any) -> str:
+    """The name of a method, or of the attribute that a getter reads."""
+    name = getattr(func, "__name__", "")
+    return getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
+
+
+@contextmanager
+def unread_by_the_guide(model: Callable[..., Any]) -> Iterator[None]:
+    """Runs a guide of a model, which may not compute with parameters that have priors there.
+
+    It would train the parameter, and the model reads the site. What is detached trains nothing: an
+    autoguide may begin there.
+    """
+    tensors: list[tuple[str, Tensor]] = []
+    while isinstance(model := poutine.unwrap(model), WeightPrior):
+        tensors += model.originals()
+        model = model.model
+    cure = (
+        "the guide would train the parameter, and the model reads the site; give the guide a"
+        " module of its own"
+    )
+    unread = _Unread(tensors, "the guide", cure, _FORMS | {"detach", "data"})
+    with unread if tensors else nullcontext():
+        yield
 
 
 def _places(model: Callable[..., Any], module: nn.Module) -> dict[str, list[_Place]]:

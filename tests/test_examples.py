@@ -285,6 +285,18 @@ def test_ddpm_fashion_tells_its_curve_and_its_bound(printed: str) -> None:
     assert 0 < error < bits < 20 and bits + 4 * error > 8  # of eight images and few steps
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--sizes", "40", "5000"), r"--sizes from 10 to the 1437 images, got \[5000\]"),
+        (("--seeds", "0"), "--steps and --seeds of at least 1"),
+    ],
+)
+def test_noise_augmentation_refuses(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    ran = run("noise_augmentation", tmp_path, *arguments)
+    assert ran.returncode == 2 and re.search(words, ran.stderr)
+
+
 @of("noise_augmentation")
 def test_noise_augmentation_says_what_it_gains(printed: str) -> None:
     assert printed.startswith("log p(lower half | upper half) of 360 test images, nats per image")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,14 +16,23 @@ from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-from pyro_vi import compare, fit
+from pyro_vi import Fit, compare, fit
 from pyro_vi.augmentation import InputNoise, UniformSteps
 from pyro_vi.capture import Graph
 from pyro_vi.compiled import record
 from pyro_vi.elbo import told
 from pyro_vi.families import FullCovariance, MeanField
 from pyro_vi.guides import Encoder, PairEncoder
-from pyro_vi.models import VAE, Bernoulli, Gaussian, LinearGaussian, PredictiveVAE
+from pyro_vi.models import (
+    VAE,
+    Bernoulli,
+    DiscretizedLogistic,
+    Gaussian,
+    LearnedGaussian,
+    LinearGaussian,
+    PixelGaussian,
+    PredictiveVAE,
+)
 from pyro_vi.optimizers import OneOptimizer
 from pyro_vi.schedules import Cosine, Given, Learned, Linear
 from pyro_vi.svi import SVI
@@ -367,13 +377,97 @@ def test_impossible_arguments_are_refused() -> None:
         Encoder((3,), MeanField(2, 8), noise=Cosine(20))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="target_noise without add_back"):
         LinearPair(target_noise=InputNoise(Cosine(20), 3, add_back=True))
+    make = partial(PredictiveVAE, (3,), (4,), MeanField(2, 8))
+    for likelihood in (None, DiscretizedLogistic(17)):
+        with pytest.raises(ValueError, match="target_noise makes any real numbers of y, and"):
+            make(likelihood=likelihood, target_noise=InputNoise(Cosine(20), 3))
+        make(likelihood=likelihood, target_noise=InputNoise(Cosine(20), 0))
+    for likelihood in (Gaussian(0.1), LearnedGaussian(), PixelGaussian()):
+        make(likelihood=likelihood, target_noise=InputNoise(Cosine(20), 3))
 
 
 def test_noise_on_one_side_alone() -> None:
     """In the guide alone it is another thing: under a model that reads x it must say so."""
     clean, noisy = LinearPair(), LinearPair(InputNoise(Cosine(20), 3))
     options = {"steps": 1, "progress": False}
-    with pytest.raises(ValueError, match=r"the guide samples .*'eps', 't'.*which the model does"):
+    words = r"the guide samples .*'eps', 't'.*which the model does.*give the model the same noise="
+    with pytest.raises(ValueError, match=words):
         fit(clean.model, noisy.guide, (clean.x, clean.y), **options)
-    with pytest.raises(ValueError, match="latent site 't' of the model is missing from the guide"):
+    words = "latent site 't' of the model is missing from the guide.*give the guide the same noise="
+    with pytest.raises(ValueError, match=words):
         fit(noisy.model, clean.guide, (clean.x, clean.y), **options)
+
+
+OTHERS = {
+    "more levels": InputNoise(Cosine(100), 60),
+    "fewer levels": InputNoise(Cosine(100), 5),
+    "another schedule": InputNoise(Linear(100), 20),
+    "another offset": InputNoise(Cosine(100, offset=0.1), 20),
+    "added back": InputNoise(Cosine(100), 20, add_back=True),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_and_its_guide_have_one_noise(name: str) -> None:
+    """The guide draws the levels, and would decide what the model is trained for."""
+    noise = InputNoise(Cosine(100), 20)
+    model, guide = LinearPair(noise).model, LinearPair(OTHERS[name]).guide
+    x, y = LinearPair().x, LinearPair().y
+    found = r"has InputNoise\(Cosine\(100\), t_max=20\) and the guide InputNoise\("
+    for loss in (Trace_ELBO(), TraceMeanField_ELBO()):
+        with pytest.raises(ValueError, match=found):
+            loss.loss(model, guide, x, y)
+    with pytest.raises(ValueError, match=r"site 't': the model has .*give both the same noise"):
+        fit(model, guide, (x, y), steps=1, progress=False)
+    with pytest.raises(ValueError, match="site 't_y': the model has"):
+        model, guide = LinearPair(noise, noise).model, LinearPair(noise).guide
+        guide.target_noise = OTHERS[name]
+        Trace_ELBO().loss(model, guide, x, y)
+
+
+def test_equal_noises_are_one() -> None:
+    """Levels that are used are the same: not the objects, nor the schedules' ends."""
+    for other in (InputNoise(Cosine(20), 8), InputNoise(Given(levels(Cosine(20))[:9]), 8)):
+        model, guide = LinearPair(InputNoise(Cosine(20), 8)).model, LinearPair(other).guide
+        pair = LinearPair()
+        fit(model, guide, (pair.x, pair.y), steps=1, progress=False)
+
+
+def levels(schedule: Any) -> list[float]:
+    return torch.sigmoid(-schedule.gamma(torch.arange(1, schedule.steps + 1))).tolist()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_fit_is_not_loaded_with_another_noise(name: str, tmp_path: Path) -> None:
+    def guide(noise: InputNoise | None) -> Encoder:
+        torch.manual_seed(0)
+        return Encoder((3,), MeanField(2, 8), noise=noise)
+
+    model = LinearGaussian(torch.randn(3, 2), torch.randn(3), scale=0.8)
+    noise = InputNoise(Cosine(100), 20)
+    fitted = fit(model, guide(noise), torch.randn(9, 3), steps=1, progress=False)
+    fitted.save(tmp_path / "fit.pt")
+    assert Fit.load(tmp_path / "fit.pt", model, guide(noise)).losses.shape == (1,)
+    with pytest.raises(ValueError, match=r"other programs: 'guide.noise' is InputNoise.* and was"):
+        Fit.load(tmp_path / "fit.pt", model, guide(OTHERS[name]))
+    with pytest.raises(ValueError, match=r"'guide.noise' is None there, and was InputNoise"):
+        Fit.load(tmp_path / "fit.pt", model, guide(None))
+
+
+def test_levels_of_predictions_are_strict() -> None:
+    pair = LinearPair(InputNoise(Cosine(20), 10))
+    for wrong in (5.5, True, None):
+        with pytest.raises(TypeError, match="expected a level of noise as an int"):
+            pair.model.predict(pair.x, t=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="level of noise from 0 to 10, got 11"):
+        pair.model.predict(pair.x, t=11)
+    none = LinearPair(InputNoise(Cosine(20), 0))
+    with pytest.raises(ValueError, match="level of noise from 0 to 0, got 5"):
+        none.model.predict(none.x, t=5)
+
+
+def test_data_that_have_no_noise_are_refused() -> None:
+    noise = InputNoise(Cosine(20), 10)
+    for wrong, got in ((torch.arange(3), r"torch\.int64"), ([0.1], "list")):
+        with pytest.raises(TypeError, match=f"tensor of a floating point dtype, got {got}"):
+            noise(wrong)

@@ -213,6 +213,28 @@ def test_export_holds_the_predictions() -> None:
         posterior.to_datatree(predictions={"z": new})
 
 
+def test_predictions_that_are_none_are_not_exported() -> None:
+    pair = LinearPair()
+    fitted = fit(pair.model, pair.guide, (pair.x, pair.y), steps=0, progress=False)
+    posterior = fitted.posterior((pair.x, pair.y), 5)
+    new = fitted.model.predict(pair.x[:2], 30)
+    tree = posterior.to_datatree(predictions={"y": new.numpy()})
+    np.testing.assert_array_equal(tree["predictions"]["y"].values[0], new.numpy())
+    for wrong, got in ((new[0], r"\(2, 4\)"), (new[..., 0], r"\(30, 2\)"), (new[0, 0, 0], r"\(\)")):
+        words = rf"predictions of 'y': expected shape \(draws, data, 4\), got {got}"
+        with pytest.raises(ValueError, match=words):
+            posterior.to_datatree(predictions={"y": wrong})
+    with pytest.raises(ValueError, match=r"shape \(draws, data, 4\), got \(30, 2, 3\)"):
+        posterior.to_datatree(predictions={"y": new[..., :3]})
+    with pytest.raises(ValueError, match="predictions of 'y': expected draws without NaN"):
+        posterior.to_datatree(predictions={"y": new * np.nan})
+    with pytest.raises(TypeError, match=r"a mapping .* such as \{'y': draws\}, got Tensor"):
+        posterior.to_datatree(predictions=new)
+    for wrong in ("y", 1.0, [1.0]):
+        with pytest.raises(TypeError, match="expected a tensor or an array of draws, got"):
+            posterior.to_datatree(predictions={"y": wrong})
+
+
 def test_many_particles_at_once_and_images() -> None:
     model = PredictiveVAE(
         *((1, 4, 8), (1, 4, 8), LowRank(3, 16)),
@@ -247,6 +269,25 @@ def test_data_that_do_not_fit_are_refused() -> None:
         model.predict(x, 0)
     with pytest.raises(ValueError, match="level of noise from 0 to 0, got 3"):
         model.predict(x, t=3)
+
+
+def test_arguments_of_the_wrong_kind_are_refused() -> None:
+    model, guide, x, y = programs()
+    options = {"steps": 1, "progress": False}
+    words = r"expected tensors as the program's arguments \(x, y\), but x is "
+    with pytest.raises(TypeError, match=f"{words}list"):
+        fit(model, guide, (x.tolist(), y.tolist()), **options)
+    with pytest.raises(TypeError, match=f"{words}ndarray"):
+        guide.encode(x.numpy(), y.numpy())
+    with pytest.raises(
+        TypeError, match=r"the guide takes \(x: .*, y: .*\), and the data give 1 by"
+    ):
+        fit(model, guide, x, **options)
+    with pytest.raises(TypeError, match=r"the guide takes .* and the data give 3 by position"):
+        fit(model, guide, (x, y, y), **options)
+    fitted = fit(model, guide, (x, y), **options)
+    with pytest.raises(TypeError, match=r"the guide takes .*a tuple such as \(x, y\) for several"):
+        fitted.posterior(x)
 
 
 def test_impossible_arguments_are_refused() -> None:

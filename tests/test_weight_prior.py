@@ -251,6 +251,100 @@ def test_modules_of_every_kind(name: str) -> None:
     )
 
 
+class Keeps(nn.Module):
+    """A layer that reads its weight from elsewhere."""
+
+    def __init__(self, keep: Callable[[Tensor], Any], read: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 2))
+        self.kept, self.read = keep(self.weight), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.read(self.kept)) * self.weight.sum()
+
+
+ELSEWHERE: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "tuple": (lambda w: (w,), lambda kept: kept[0]),
+    "dictionary": (lambda w: {"w": w}, lambda kept: kept["w"]),
+    "nested": (lambda w: [{"w": w}], lambda kept: kept[0]["w"]),
+    "closure variable": (lambda w: lambda: w, lambda kept: kept()),
+    "in a list of tensors": (lambda w: (w,), lambda kept: torch.cat([kept[0]])),
+    "transposed": (lambda w: (w,), lambda kept: kept[0].T.mT),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_weight_that_is_read_elsewhere_is_refused(name: str) -> None:
+    """It would be the parameter, without the prior, and the likelihood would not have the site."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(net(x).squeeze(-1), 1.0), obs=torch.zeros(len(x)))
+
+    net, x = Keeps(*ELSEWHERE[name]), torch.randn(4, 2)
+    prior = WeightPrior(model, net, SCALE)
+    words = "the model reads the parameter behind site 'net.weight', .*as an attribute of its mod"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=words):
+            prior(x)
+    with pytest.raises(ValueError, match=words):
+        fit(prior, AutoNormal(prior.weights), x, steps=1, progress=False)
+
+
+def test_forms_of_a_parameter_may_be_read() -> None:
+    net, x = nn.Linear(2, 1), torch.randn(4, 2)
+    weight = net.weight
+
+    def model(x: Tensor) -> None:
+        scale = torch.ones(weight.shape[0], dtype=weight.dtype, device=weight.device)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(net(x).squeeze(-1), scale), obs=torch.zeros(len(x)))
+
+    WeightPrior(model, net, SCALE)(x)
+
+
+def test_a_guide_that_shares_the_weights_is_refused() -> None:
+    model, encoder = vae()
+    prior = WeightPrior(model, model.decoder.layers[2], SCALE)
+    weights = AutoNormal(prior.weights, init_loc_fn=prior.init_loc_fn)
+    shared = model.decoder.layers[2]
+
+    class Sharing(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.shared = encoder, shared
+
+        def forward(self, x: Tensor) -> None:
+            q = self.encoder.encode(x + self.shared.bias.reshape(1, 3, 3))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", q)
+
+    options = {"steps": 1, "progress": False}
+    words = "the guide reads the parameter behind site 'decoder.layers.2.bias'.* module of its own"
+    for program in (
+        prior,
+        poutine.scale(prior, scale=0.5),
+        WeightPrior(prior, model.decoder.layers[0], 1.0),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fit(program, Joint(weights, Sharing()), IMAGES, **options)
+
+    def beside(x: Tensor) -> None:
+        """Leads to the weights, and begins from them, but does not train them."""
+        pyro.param("start", model.decoder.layers[2].bias.detach())
+        encoder(x)
+
+    assert fit(prior, Joint(weights, beside), IMAGES, **options).losses.isfinite().all()
+
+
+def test_what_a_recorded_step_could_not_see_cannot_be_set() -> None:
+    prior, *_ = bayesian()
+    for name in ("model", "scale", "sites", "others"):
+        with pytest.raises(AttributeError, match=f"'{name}' of a WeightPrior cannot be set"):
+            setattr(prior, name, 1.0)
+    assert prior.scale == SCALE and isinstance(prior.model, VAE)
+
+
 def test_many_draws_at_once() -> None:
     """vmap gives every draw its weights, and the same as one by one."""
     model, module = by_statement()
@@ -550,5 +644,90 @@ def test_families_of_weights_side_by_side() -> None:
 
 
 def test_what_is_no_guide_is_refused() -> None:
+    encoder = vae()[1]
     with pytest.raises(TypeError, match="expected callables as guides, got None"):
-        Joint(vae()[1], None)  # type: ignore[arg-type]
+        Joint(encoder, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"expected guides, .* got none"):
+        Joint()
+    with pytest.raises(ValueError, match="site 'z' is in two of the guides"):
+        Joint(encoder, encoder)(IMAGES)
+    with pytest.raises(AttributeError, match="'guides' of a Joint cannot be set"):
+        Joint(encoder).guides = ()
+
+
+def two_latents(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.Normal(torch.zeros(()), 1.0))
+        b = pyro.sample("b", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(a + b, 1.0), obs=x)
+
+
+class Shift(PyroModule):
+    """A guide of one latent, in a plate of its own making."""
+
+    def __init__(self, name: str, plate: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.name, self.plate = name, plate
+        self.loc = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.plate(x) as rows:
+            pyro.sample(self.name, dist.Normal(self.loc + 0.1 * x[rows], 0.9))
+            return rows
+
+
+def whole(x: Tensor) -> pyro.plate:
+    return pyro.plate("data", len(x))
+
+
+def two_rows(x: Tensor) -> pyro.plate:
+    return pyro.plate("data", len(x), subsample_size=2)
+
+
+class InOnePlate(PyroModule):
+    """Both guides' sites in one plate."""
+
+    def __init__(self, *guides: Shift) -> None:
+        super().__init__()
+        self.one, self.other = guides
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            for guide in (self.one, self.other):
+                pyro.sample(guide.name, dist.Normal(guide.loc + 0.1 * x, 0.9))
+
+
+def test_guides_share_a_plate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one guide that has both sites in one plate, eager and recorded, in minibatches too."""
+    monkeypatch.setattr(Graph, "compile", lambda self, batch: None)
+    one, other, x = Shift("a", whole), Shift("b", whole), torch.randn(6)
+    single = InOnePlate(one, other)
+    for batch_size in (None, 2):
+        found = [
+            fit(two_latents, g, x, steps=8, batch_size=batch_size, compile=c, progress=False).losses
+            for g, c in ((single, False), (Joint(one, other), False), (Joint(one, other), True))
+        ]
+        torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found[2], found[0], rtol=1e-9, atol=1e-9)
+
+
+def test_guides_share_the_rows_that_are_drawn() -> None:
+    drawn: list[Tensor] = []
+    guides = [Shift(name, two_rows) for name in "abc"]
+    for guide in guides:
+        guide.register_forward_hook(lambda module, inputs, rows: drawn.append(rows))
+    trace = poutine.trace(Joint(*guides)).get_trace(torch.randn(50))
+    assert all(torch.equal(rows, trace.nodes["data"]["value"]) for rows in drawn) and drawn
+    assert all(trace.nodes[name]["scale"] == 25 for name in "abc")
+    words = "plate 'data' is in two of the guides, of 2 of 50 elements and of 50 of 50 elements"
+    with pytest.raises(ValueError, match=words):
+        Joint(guides[0], Shift("b", whole))(torch.randn(50))
+
+    def rows(*indices: int) -> Callable[[Tensor], pyro.plate]:
+        return lambda x: pyro.plate("data", len(x), subsample=torch.tensor(indices))
+
+    assert poutine.trace(Joint(Shift("a", rows(3, 1)), Shift("b", rows(3, 1)))).get_trace(
+        torch.randn(50)
+    )
+    with pytest.raises(ValueError, match="of 2 of 50 elements, not the same ones"):
+        Joint(Shift("a", rows(3, 1)), Shift("b", rows(3, 2)))(torch.randn(50))
