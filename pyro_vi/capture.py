@@ -121,7 +121,7 @@ def _compiled(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         return code
 
     outputs = _outputs(module)
-    whole = compile_fx(module, inputs, inner_compile=keep, config_patches=_OPTIONS)
+    whole: Any = compile_fx(module, inputs, inner_compile=keep, config_patches=_OPTIONS)
     if len(inner) != 1:
         return whole
     graph, code = inner[0]
