@@ -259,7 +259,7 @@ def _fit_once(
         warnings.filterwarnings("ignore", message="Encountered")
         stream = batches.shuffled(seed + restart)
         structure = _inspect(model, guide, batches, loss, state, plate)
-        check_mode(guide, structure)
+        check_mode(guide, structure, weights)
         if loss.vectorize_particles and math.isinf(loss.max_plate_nesting):
             # Pyro would run the programs to guess it; the particles take a dimension too.
             loss.max_plate_nesting = structure.nesting + (loss.num_particles > 1)
