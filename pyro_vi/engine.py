@@ -212,8 +212,9 @@ class Engine(SVI):
         self, loss: float, reconstruction: float, kl: float, weights: tuple[float, float]
     ) -> None:
         self.taken += 1
-        found = (term * self._outside for term in (loss, reconstruction, kl))
-        self._found.append(Terms(*found, weights))
+        outside = self._outside
+        found = Terms(loss * outside, reconstruction * outside, kl * outside, weights)
+        self._found.append(found)
 
     def _take_eagerly(self, *args: Any, **kwargs: Any) -> None:
         weights = self._weigh(self.taken)

@@ -120,7 +120,8 @@ def losses(result: Comparison) -> Figure:
     shown: list[float] = []
     for family, fit in fits.items():
         colour = colours(result)[family]
-        bound = array(-fit.losses if bounds[family] is None else bounds[family])
+        known = bounds[family]
+        bound = array(-fit.losses if known is None else known)
         steps = np.arange(1, len(bound) + 1)
         axes.plot(steps, bound, color=colour, alpha=0.15, linewidth=0.6, zorder=1)
         middle = np.mean if family in result.step_bounds else np.median
