@@ -40,6 +40,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from pyro.infer import TraceMeanField_ELBO
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -48,6 +49,7 @@ from pyro_vi import Comparison, data, fit, judge, report
 from pyro_vi.families import MeanField
 from pyro_vi.guides import Encoder
 from pyro_vi.models import VAE, DiscretizedLogistic
+from pyro_vi.weighting import check_weight
 
 LATENT, CONTEXT = 6, 64  # dimensions of z, and of what the family reads
 DRAWS = 200  # from the guide for each test image, behind every number of the table
@@ -65,9 +67,20 @@ parser.add_argument(
 )
 parser.add_argument("--out", type=Path, default=Path("runs/loss_design.png"), help="the figure")
 options = parser.parse_args()
-betas = sorted(set(options.betas))
+# Before training, which takes minutes.
+for name in ("steps", "seeds"):
+    if getattr(options, name) < 1:
+        parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
+try:
+    betas = sorted({check_weight(beta) for beta in options.betas})
+except ValueError as error:
+    parser.error(f"--betas: {error}")
+if len({f"{beta:g}" for beta in betas}) < len(betas):
+    parser.error(f"--betas: expected weights that differ in six digits, got {betas}")
 if 1.0 not in betas:
     parser.error(f"--betas: expected 1, the ELBO itself, among the weights, got {betas}")
+if options.out.suffix[1:].lower() not in FigureCanvasBase.filetypes or options.out.is_dir():
+    parser.error(f"--out: expected the name of an image file, such as x.png, got {options.out}")
 
 torch.set_num_threads(1)
 digits = data.digits()
@@ -158,7 +171,8 @@ for beta, x, y in zip(betas, rate, distortion, strict=True):
     axes.annotate(f"{beta:g}", (x, y), xytext=(6, 6), textcoords="offset points")
 axes.set(xlabel="rate R, nats per test image", ylabel="distortion D, nats per test image")
 axes.margins(0.1)  # for the labels at the ends
-axes.legend(frameon=False, loc="upper right", reverse=True)
+# Above the axes: within them it would cover an error bar in one run or another.
+left.legend(frameon=False, loc="outside upper center", reverse=True)
 
 
 def strip(axes: Axes, images: torch.Tensor) -> None:

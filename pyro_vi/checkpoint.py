@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-_FORMAT, _VERSION = "pyro_vi fit", 4
+_FORMAT, _VERSION = "pyro_vi fit", 5
 
 
 def save(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

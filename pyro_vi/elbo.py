@@ -1,8 +1,10 @@
 """Pyro's bounds, told apart and made right where Pyro is silent.
 
 `told(loss)` gives the same bound as an object of ours that also keeps, for the last evaluation,
-the reconstruction (the observed sites' expected log-likelihood), the KL (reconstruction minus
-ELBO), and every site's term, so that a NaN can be named. The mathematics stay Pyro's; changed is
+the reconstruction (the observed sites' expected log-likelihood), the KL, and every site's term, so
+that a NaN can be named. The KL is the sum of its own terms: as reconstruction minus ELBO it would
+be lost to rounding where the reconstruction is large. Both are as they are without `TermWeights`.
+The mathematics stay Pyro's; changed is
 
 - TraceMeanField_ELBO: torch has no KL between a full or low-rank normal and an independent one,
   and would sample it: independent normals are handed to torch as what they are too, multivariate
@@ -25,6 +27,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.util import check_fully_reparametrized
 from pyro.poutine.trace_struct import Trace
@@ -32,6 +35,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vi.sites import draws_terms, is_delta, is_deterministic
+from pyro_vi.weighting import check_sides, unweighted
 
 
 class Told(ELBO):
@@ -39,44 +43,52 @@ class Told(ELBO):
 
     _given: ELBO
     _terms: dict[str, Tensor]
+    _closed: dict[str, Tensor]  # KLs in closed form, by latent site
     _observed: set[str]
 
     def forget(self) -> None:
         """Drops what was kept, and reads the settings again; call it before an evaluation."""
         self.__dict__.update(vars(self._given))
-        self._terms, self._observed = {}, set()
+        self._terms, self._closed, self._observed = {}, {}, set()
 
     def _guess_max_plate_nesting(self, *programs: Any) -> None:
         super()._guess_max_plate_nesting(*programs)  # runs them, which draws
         self._given.max_plate_nesting = self.max_plate_nesting
 
     def _keep(self, model_trace: Trace, guide_trace: Trace) -> None:
+        check_sides(model_trace, guide_trace)
         for trace, whose in ((guide_trace, "guide"), (model_trace, "model")):
             for name, site in trace.nodes.items():
                 if site["type"] == "sample" and not site_is_subsample(site):
                     key = f"{whose}:{name}"
-                    term = site["log_prob_sum"].detach() / self.num_particles
-                    self._terms[key] = self._terms[key] + term if key in self._terms else term
+                    self._add(self._terms, key, _log_prob(site))
                     if site["is_observed"]:
                         self._observed.add(key)
                         _assume_in_support(site)
 
-    def terms(self, loss: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Reconstruction and KL, scalars, where `loss` is what the evaluation returned."""
-        found = [self._terms[key] for key in self._observed if key.startswith("model:")]
-        reconstruction = torch.as_tensor(sum(found))
-        return reconstruction, self._kl(reconstruction, loss)
+    def _add(self, terms: dict[str, Tensor], key: str, term: Tensor) -> None:
+        term = term.detach().double() / self.num_particles
+        terms[key] = terms[key] + term if key in terms else term
 
-    def _kl(self, reconstruction: Tensor, loss: Tensor | float) -> Tensor:
-        return reconstruction + loss
+    def terms(self, loss: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Reconstruction and KL, float64 scalars, on the device of what the evaluation returned."""
+        device = torch.as_tensor(loss).device
+        reconstruction = kl = torch.zeros((), dtype=torch.float64, device=device)
+        for key, term in self._terms.items():
+            whose, _, name = key.partition(":")
+            if whose == "model" and key in self._observed:
+                reconstruction = reconstruction + term
+            elif name not in self._closed:
+                kl = kl + term if whose == "guide" else kl - term
+        return reconstruction, sum(self._closed.values(), kl)
 
     def reconstruction(self) -> float:
-        """E_q of the observed sites' log-likelihood, scaled as the bound was."""
+        """E_q of the observed sites' log-likelihood, scaled as the bound was, but unweighted."""
         return float(self.terms(0.0)[0])
 
-    def kl(self, loss: float) -> float:
-        """Reconstruction minus ELBO, where `loss` is what the evaluation returned."""
-        return float(self._kl(torch.tensor(self.reconstruction(), dtype=torch.float64), loss))
+    def kl(self) -> float:
+        """E_q[log q - log p] of all other sites, likewise; in closed form where the bound is."""
+        return float(self.terms(0.0)[1])
 
     def first_nonfinite(self) -> str | None:
         """The first site, guide before model, whose log probability is not finite."""
@@ -103,10 +115,13 @@ class _MeanField(Told, TraceMeanField_ELBO):
             if site["type"] == "sample" and name in model_trace.nodes:
                 check_fully_reparametrized(site)  # before its distribution may be replaced
                 other = model_trace.nodes[name]
-                if _same(site["scale"], other["scale"]) and _same(site["mask"], other["mask"]):
-                    site["fn"], other["fn"] = _with_kl(site["fn"], other["fn"])
-                else:
+                alike = _same(site["scale"], other["scale"]) and _same(site["mask"], other["mask"])
+                kl = _closed_form(site["fn"], other["fn"]) if alike else None
+                if kl is None:
                     site["fn"] = _Sampled()
+                else:
+                    self._add(self._closed, name, _total(kl, site))
+                    site["fn"] = other["fn"] = _Known(kl, site["fn"].batch_shape)
         _check_order(model_trace, guide_trace)
         return model_trace, guide_trace
 
@@ -129,12 +144,6 @@ class _ImportanceWeighted(Told, RenyiELBO):
                     )
         self._keep(model_trace, guide_trace)
         return model_trace, guide_trace
-
-    def _kl(self, reconstruction: Tensor, loss: Tensor | float) -> Tensor:
-        """E_q[log q - log p] of the latent sites: the bound is not reconstruction minus KL."""
-        model = sum(t for key, t in self._terms.items() if key.startswith("model:"))
-        guide = sum(t for key, t in self._terms.items() if key.startswith("guide:"))
-        return reconstruction - (model - guide)
 
 
 def told(loss: ELBO) -> ELBO:
@@ -173,13 +182,8 @@ def kl_rows(q: Any, p: Any, value: Tensor) -> Tensor:
         q, p: two distributions of one shape.
         value: a draw from q.
     """
-    mine, theirs = _with_kl(q, p)
-    if not isinstance(mine, _Sampled):
-        try:
-            return torch.distributions.kl_divergence(mine, theirs)
-        except NotImplementedError:
-            pass
-    return q.log_prob(value) - p.log_prob(value)
+    kl = _closed_form(q, p)
+    return q.log_prob(value) - p.log_prob(value) if kl is None else kl
 
 
 def _check_order(model_trace: Trace, guide_trace: Trace) -> None:
@@ -207,10 +211,46 @@ class _Sampled:
     has_rsample = True
 
 
+class _Known(torch.distributions.Distribution):
+    """Stands for two distributions whose KL is known, so that it is computed once."""
+
+    has_rsample = True
+
+    def __init__(self, kl: Tensor, batch_shape: torch.Size) -> None:
+        super().__init__(batch_shape, validate_args=False)
+        self.kl = kl
+
+
+@torch.distributions.register_kl(_Known, _Known)  # types that no one else's distributions have
+def _known_kl(q: _Known, p: _Known) -> Tensor:
+    return q.kl
+
+
+def _closed_form(q: Any, p: Any) -> Tensor | None:
+    """KL(q || p) of each element of the batch shape; None where torch's is missing or wrong."""
+    if is_delta(q):
+        return None
+    try:
+        kl = torch.distributions.kl_divergence(*_with_kl(q, p))
+    except NotImplementedError:
+        return None
+    return kl if isinstance(kl, Tensor) else None  # a number: nothing counts, masked as a whole
+
+
+def _log_prob(site: Any) -> Tensor:
+    """A site's log probability, summed."""
+    if unweighted(site) is site["scale"]:
+        return site["log_prob_sum"]
+    return _total(site["unscaled_log_prob"], site)
+
+
+def _total(term: Tensor, site: Any) -> Tensor:
+    """The sum of a term of a site, scaled and masked, but unweighted."""
+    return scale_and_mask(term.detach(), unweighted(site), site["mask"]).sum()
+
+
 def _with_kl(q: Any, p: Any) -> tuple[Any, Any]:
     """The pair itself, or the same pair as types for which torch's KL exists and is right."""
-    if is_delta(q):
-        return _Sampled(), p
     joint = (torch.distributions.MultivariateNormal, torch.distributions.LowRankMultivariateNormal)
     if isinstance(q, joint) and (diagonal := _diagonal_normal(p)) is not None:
         return q, diagonal

@@ -57,8 +57,9 @@ class Scaling:
                 )
             self.outside = 1 / structure.batch
             return
+        # The weights are outermost, so that a site's scale without them is known.
         scaled = PerDataPoint(structure.plate, total=structure.total)
-        self.model, self.guide = scaled(weights.model(model)), scaled(weights.guide(guide))
+        self.model, self.guide = weights.model(scaled(model)), weights.guide(scaled(guide))
 
 
 class _LastSite(Messenger):
@@ -76,12 +77,13 @@ class _LastSite(Messenger):
 class Terms(NamedTuple):
     """What a step found, in nats per data point.
 
-    Reconstruction and KL are as they are without their weights; NaN where a weight is 0.
+    Reconstruction and KL are as they are without their weights, which come last.
     """
 
     loss: float
     reconstruction: float
     kl: float
+    weights: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,8 @@ class Engine(SVI):
             self.take(*args, **kwargs)
 
     def _weigh(self, step: int) -> tuple[float, float]:
-        """Sets the weights of reconstruction and KL to those of a step, and says what they are."""
+        """Begins a step: sets the weights of reconstruction and KL, and says what they are."""
+        self._last.name = "the start"
         self._weights.at(step)
         return self._weights.reconstruction, self._weights.kl
 
@@ -209,11 +212,9 @@ class Engine(SVI):
         self, loss: float, reconstruction: float, kl: float, weights: tuple[float, float]
     ) -> None:
         self.taken += 1
-        unweighted = (
-            term / weight if weight > 0 else math.nan
-            for term, weight in zip((reconstruction, kl), weights, strict=True)
-        )
-        self._found.append(Terms(*(term * self._outside for term in (loss, *unweighted))))
+        outside = self._outside
+        found = Terms(loss * outside, reconstruction * outside, kl * outside, weights)
+        self._found.append(found)
 
     def _take_eagerly(self, *args: Any, **kwargs: Any) -> None:
         weights = self._weigh(self.taken)
@@ -243,7 +244,7 @@ class Engine(SVI):
         if self.told is None:
             self._add(loss, math.nan, math.nan, weights)
         else:
-            self._add(loss, self.told.reconstruction(), self.told.kl(loss), weights)
+            self._add(loss, self.told.reconstruction(), self.told.kl(), weights)
 
 
 def _first_bad(parameters: Iterable[Tensor]) -> str:

@@ -53,9 +53,12 @@ class Fit:
     Attributes:
         model: the model bound to its trained parameters, frozen and in `eval()`.
         guide: the guide, likewise.
-        losses: negative bounds in nats per data point, at the step's weights; shape (steps,).
-        reconstruction: expected log-likelihood, unweighted, nats per data point; (steps,).
-        kl: KL from the latents' prior, unweighted, nats per data point; (steps,).
+        losses: what was minimised, nats per data point: the negative bound where the step's weights
+            are one, and else a weighted objective, which in general bounds nothing; shape (steps,).
+        reconstruction: expected log-likelihood, unweighted, nats per data point; (steps,). NaN if
+            the ELBO's terms are not told apart, such as TraceEnum_ELBO's.
+        kl: KL from the latents' prior, likewise, at a weight of 0 too; (steps,).
+        weights: the step's weights on reconstruction and KL; (steps, 2).
         heldout: (step, bound in nats per data point) of every held-out evaluation; (k, 2).
         seconds: spent in gradient steps.
         parameters: trained values in all.
@@ -81,6 +84,7 @@ class Fit:
     losses: Tensor
     reconstruction: Tensor
     kl: Tensor
+    weights: Tensor
     heldout: Tensor
     seconds: float
     parameters: int
@@ -99,6 +103,16 @@ class Fit:
             f"Fit({len(self.losses)} steps, {self.seconds:.1f} s, {self.parameters:,} parameters,"
             f" last loss {float(self.losses[-1]) if len(self.losses) else float('nan'):.3f} nats)"
         )
+
+    @property
+    def bounds(self) -> Tensor:
+        """The bound at every step, nats per data point; (steps,).
+
+        With weights, reconstruction minus KL without them; NaN where these are not told apart.
+        """
+        if bool((self.weights == 1).all()):
+            return -self.losses
+        return self.reconstruction - self.kl
 
     def posterior(self, data: Data, num_samples: int = 1_000, *, seed: int = 0) -> Posterior:
         """Draws from the guide, with log p, log q and the log-likelihood.
@@ -478,6 +492,7 @@ _PLAIN = (
     "losses",
     "reconstruction",
     "kl",
+    "weights",
     "heldout",
     "seconds",
     "parameters",

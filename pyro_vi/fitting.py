@@ -52,7 +52,7 @@ from pyro_vi.program import (
 from pyro_vi.restarts import best_of, disagreement, move
 from pyro_vi.scaling import PerDataPoint, Structure
 from pyro_vi.svi import SVI, eager_steps
-from pyro_vi.weighting import TermWeights
+from pyro_vi.weighting import ScheduleError, TermWeights
 
 log = logging.getLogger(__name__)
 
@@ -149,13 +149,14 @@ def fit(
         progress: whether to show a progress bar with the current bound; a string labels it.
 
     Returns:
-        The fit: programs bound to their trained parameters, losses (negative bounds in nats per
-        data point, at the step's weights), reconstruction and KL apart and unweighted, time.
+        The fit: programs bound to their trained parameters, losses (in nats per data point, the
+        negative bounds unless they are weighted), reconstruction and KL apart and unweighted, time.
 
     Raises:
         NonFiniteError: a loss or gradient that is not finite; names the step and the site, and
             carries the fit up to there. With restarts, only if all of them end so: the first's.
         ValueError, TypeError: arguments or programs that do not fit together; see the message.
+            A schedule that gives no weight is named with its step.
 
     Example:
         >>> import pyro, torch
@@ -259,7 +260,7 @@ def _fit_once(
         warnings.filterwarnings("ignore", message="Encountered")
         stream = batches.shuffled(seed + restart)
         structure = _inspect(model, guide, batches, loss, state, plate)
-        check_mode(guide, structure)
+        check_mode(guide, structure, weights)
         if loss.vectorize_particles and math.isinf(loss.max_plate_nesting):
             # Pyro would run the programs to guess it; the particles take a dimension too.
             loss.max_plate_nesting = structure.nesting + (loss.num_particles > 1)
@@ -300,6 +301,8 @@ def _fit_once(
                 except FloatingPointError as error:
                     message = f"step {engine.taken}: {error}"
                     raise NonFiniteError(message, step=engine.taken, fit=result()) from error
+                except ScheduleError:
+                    raise  # it says at which step, and no site is at fault
                 except ValueError as error:
                     error.add_note(f"at step {engine.taken}, after {engine.last_site}")
                     if not _NONFINITE.search(str(error)):
@@ -339,16 +342,18 @@ class _History:
         self.losses: list[float] = []
         self.reconstruction: list[float] = []
         self.kl: list[float] = []
+        self.weights: list[tuple[float, float]] = []
         self.heldout: list[tuple[int, float]] = []
         self.seconds = 0.0
         self.recent = math.nan  # the bound, smoothed over about twenty steps
 
     def add(self, steps: Iterable[Terms]) -> None:
-        for loss, reconstruction, kl in steps:
+        for loss, reconstruction, kl, weights in steps:
             self.recent = 0.95 * self.recent - 0.05 * loss if self.losses else -loss
             self.losses.append(loss)
             self.reconstruction.append(reconstruction)
             self.kl.append(kl)
+            self.weights.append(weights)
 
 
 class _Heldout:
@@ -477,6 +482,7 @@ def _result(
         losses=torch.tensor(history.losses, dtype=torch.float64),
         reconstruction=torch.tensor(history.reconstruction, dtype=torch.float64),
         kl=torch.tensor(history.kl, dtype=torch.float64),
+        weights=torch.tensor(history.weights, dtype=torch.float64).reshape(-1, 2),
         heldout=torch.tensor(history.heldout, dtype=torch.float64).reshape(-1, 2),
         seconds=history.seconds,
         parameters=trained,

@@ -20,17 +20,25 @@ from pyro.infer.autoguide import AutoLaplaceApproximation, AutoMultivariateNorma
 from pyro_vi.fitted import Fit
 from pyro_vi.program import Program, State
 from pyro_vi.scaling import Structure
+from pyro_vi.weighting import TermWeights
 
 
-def check_mode(guide: Callable[..., Any], structure: Structure) -> None:
-    """Raises ValueError if the guide is Laplace's and no call has the joint of all data.
+def check_mode(guide: Callable[..., Any], structure: Structure, weights: TermWeights) -> None:
+    """Raises ValueError if the guide is Laplace's and no call has the joint that it is trained on.
 
     Args:
         guide: the variational program.
         structure: what one run shows.
+        weights: those of the fit.
     """
     if not isinstance(guide, AutoLaplaceApproximation):
         return
+    if not weights.plain:
+        raise ValueError(
+            "Laplace's approximation has the mode and the curvature of one log joint, and weighted"
+            " terms have another: expected kl_weight=1 and reconstruction_weight=1, got"
+            f" {weights.kl:g} and {weights.reconstruction:g} at the first step"
+        )
     if structure.marginalized:
         raise ValueError(
             "Laplace's approximation needs the log joint of continuous latents, but"

@@ -55,6 +55,7 @@ __all__ = [
     "samples",
     "schedules",
     "strips",
+    "training_bounds",
 ]
 
 import math
@@ -87,7 +88,7 @@ _POINTS = 1_000  # of a smoothed curve
 
 
 def losses(result: Comparison) -> Figure:
-    """The bound against steps: training losses with the sign turned, so that higher is better.
+    """The bound against steps: higher is better.
 
     A strong line is the running median over 1/20 of the steps, of a diffusion the running mean (it
     draws some terms of its bound alone, some rare ones large), and the raw values stand faint
@@ -96,22 +97,31 @@ def losses(result: Comparison) -> Figure:
     single bad ones, run out of it.
 
     Args:
-        result: what `compare` returned. Training bounds are at the step's KL weight, held-out
-            bounds at weight 1: while a warm-up lasts the two don't compare. Guides that hold the
-            latents at a point while they train (AutoDelta, and AutoLaplaceApproximation before its
-            Gaussian is made) have no bound: theirs is the log joint there.
+        result: what `compare` returned. Bounds are shown at weights of one, whatever weights the
+            fits had (`Fit.bounds`); where a weighted ELBO's terms are not told apart, the weighted
+            objective. Guides that hold the latents at a point while they train (AutoDelta, and
+            AutoLaplaceApproximation before its Gaussian is made) have no bound: theirs is the log
+            joint there. A fit of no steps has no curve.
 
     Returns:
         A figure with one panel; bounds in nats per data point.
+
+    Raises:
+        ValueError: no fit has a step.
     """
+    fits = {family: fit for family, fit in result.fits.items() if len(fit.losses)}
+    if not fits:
+        raise ValueError("expected fits with gradient steps, and all of these have none")
+    bounds = {family: training_bounds(fit) for family, fit in fits.items()}
     figure = Figure(figsize=(WIDTH, 5.5), layout="constrained")
     axes = plain(figure.add_subplot())
-    longest = max(len(fit.losses) for fit in result.fits.values())
+    longest = max(len(fit.losses) for fit in fits.values())
     window = max(1, longest // 20) | 1
     shown: list[float] = []
-    for family, fit in result.fits.items():
+    for family, fit in fits.items():
         colour = colours(result)[family]
-        bound = -array(fit.losses)
+        known = bounds[family]
+        bound = array(-fit.losses if known is None else known)
         steps = np.arange(1, len(bound) + 1)
         axes.plot(steps, bound, color=colour, alpha=0.15, linewidth=0.6, zorder=1)
         middle = np.mean if family in result.step_bounds else np.median
@@ -126,12 +136,21 @@ def losses(result: Comparison) -> Figure:
     axes.set_xlim(0, 1.01 * longest)
     kinds = ["median"] * (len(result.posteriors) > 0) + ["mean"] * (len(result.step_bounds) > 0)
     smoothed = f"\nrunning {' or '.join(kinds)} over {window} steps" if window > 1 else ""
-    axes.set(xlabel="step", ylabel=f"bound (nats per data point){smoothed}")
+    weighted = [bound is None for bound in bounds.values()]
+    shown_is = " or ".join(["bound"] * (not all(weighted)) + ["weighted objective"] * any(weighted))
+    axes.set(xlabel="step", ylabel=f"{shown_is} (nats per data point){smoothed}")
     handles: list[Any] = list(axes.get_legend_handles_labels()[0])
-    if any(len(fit.heldout) for fit in result.fits.values()):
+    if any(len(fit.heldout) for fit in fits.values()):
         handles.append(Line2D([], [], color="0.4", marker="o", ls="", label="on held-out data"))
     legend(figure, handles)
     return figure
+
+
+def training_bounds(fit: Fit) -> Tensor | None:
+    """The bound at every step of a fit; None if its losses are weighted and their terms unknown."""
+    bounds = fit.bounds
+    plain = bool((fit.weights == 1).all())
+    return bounds if plain or bool(bounds.isfinite().all()) else None
 
 
 def reconstructions(result: Comparison, images: Tensor, *, seed: int = 0) -> Figure:

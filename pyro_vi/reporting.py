@@ -221,23 +221,8 @@ def _figures(result: Comparison) -> Iterator[tuple[str, str, Figure]]:
 
     data = "test data" if result.on_test else "data"
     bound = f"{_bound(result):.2f}"
-    yield (
-        "Training",
-        "The bound during training; higher is better. A strong line is a running median"
-        + (
-            " (of a diffusion, which draws terms of its bound, the mean)"
-            if result.step_bounds
-            else ""
-        )
-        + ", with the raw values faint behind it. The start of training runs out of the picture."
-        + (
-            " Guides that train a point (AutoDelta, AutoLaplaceApproximation) have no bound: theirs"
-            " is the log joint there."
-            if result.is_joint
-            else ""
-        ),
-        plots.losses(result),
-    )
+    if any(len(fitted.losses) for fitted in result.fits.values()):
+        yield "Training", _training(result), plots.losses(result)
     if result.is_joint:
         yield from _joint_figures(result)
         return
@@ -286,6 +271,29 @@ def _figures(result: Comparison) -> Iterator[tuple[str, str, Figure]]:
             " the exact posterior: the higher a curve is there, the better.",
             plots.khats(result),
         )
+
+
+def _training(result: Comparison) -> str:
+    """The caption of the bound against steps."""
+    from pyro_vi import plots
+
+    weighted = [name for name, one in result.fits.items() if plots.training_bounds(one) is None]
+    return "".join(
+        (
+            "The bound during training; higher is better. A strong line is a running median",
+            " (of a diffusion, which draws terms of its bound, the mean)"
+            if result.step_bounds
+            else "",
+            ", with the raw values faint behind it. The start of training runs out of the picture.",
+            " Guides that train a point (AutoDelta, AutoLaplaceApproximation) have no bound: theirs"
+            " is the log joint there."
+            if result.is_joint
+            else "",
+            f" Of {', '.join(weighted)} it is the weighted objective, which bounds nothing."
+            if weighted
+            else "",
+        )
+    )
 
 
 def _diffusion_figures(
@@ -372,6 +380,24 @@ def _facts(result: Comparison) -> Iterator[tuple[str, str]]:
         yield "Reference draws", " or ".join(f"{number:,}" for number in sorted(drawn))
     steps = {len(fitted.losses) for fitted in result.fits.values()}
     yield "Gradient steps", " or ".join(f"{number:,}" for number in sorted(steps))
+    for column, name in enumerate(("Weight on the reconstruction", "Weight on the KL")):
+        weights = {family: _weight(one.weights[:, column]) for family, one in result.fits.items()}
+        if set(weights.values()) != {"1"}:
+            same = len(set(weights.values())) == 1
+            yield (
+                name,
+                next(iter(weights.values()))
+                if same
+                else ", ".join(f"{family}: {weight}" for family, weight in weights.items()),
+            )
+
+
+def _weight(weights: Tensor) -> str:
+    """A weight over the steps of a fit, in words."""
+    found = weights.unique()
+    if len(found) > 1:
+        return f"{float(found[0]):g} to {float(found[-1]):g}, by step"
+    return f"{float(found[0]):g}" if len(found) else "1"
 
 
 def _shapes(data: Any) -> str:

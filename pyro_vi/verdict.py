@@ -133,6 +133,11 @@ def _by_point(result: Comparison, ranked: list[Row]) -> str:
     best = ranked[0]
     bound = diagnostics.khat_threshold(result.num_samples)
     data = "test data" if result.on_test else "data"
+    if all(row.active_units == 0 for row in ranked):
+        return (
+            "No latent unit of any family is active: the latents say nothing of the data, so that"
+            f" there is no posterior to trust. {_ADVICE}"
+        )
     if best.khat_bad <= _TRUSTED:
         return (
             f"Trust {best.family}: its k-hat is at most {bound:.2f} for"

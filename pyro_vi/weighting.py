@@ -24,14 +24,27 @@ program under it is the bound still.
 
 from __future__ import annotations
 
-__all__ = ["Simple", "StepWeight", "TermWeights", "Truncated", "check_weight", "cyclical", "warmup"]
+__all__ = [
+    "ScheduleError",
+    "Simple",
+    "StepWeight",
+    "TermWeights",
+    "Truncated",
+    "check_sides",
+    "check_weight",
+    "cyclical",
+    "unweighted",
+    "warmup",
+]
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -43,9 +56,13 @@ class TermWeights:
     """Weights on the two terms of a bound, as a handler for the model and one for the guide.
 
     The reconstruction's weight multiplies the observed sites of the model. The KL's multiplies the
-    latent sites of the model and every site of the guide: auxiliary sites and factors belong to the
-    KL too. With weights of one the bound is Pyro's to the last bit. The handlers go around all
-    others, `poutine.condition` included, so that they see what is observed.
+    latent sites of the model and every site of the guide: auxiliary sites and factors of the guide
+    belong to the KL too. A `pyro.factor` of the model is an observed site, and has the
+    reconstruction's weight. With weights of one the bound is Pyro's to the last bit. The handlers
+    go around all others, `poutine.condition` included, so that they see what is observed.
+
+    Both programs need theirs, from one `TermWeights`: a KL that is weighted on one side is none.
+    `fit` and `SVI` raise ValueError then. A program may still run by itself.
 
     Args:
         reconstruction, kl: at least 0: a number, or a function of the step, from 0 on, such as
@@ -59,6 +76,7 @@ class TermWeights:
 
     Raises:
         ValueError: a weight that is not a finite number of at least 0.
+        ScheduleError: a schedule that gives such a one; a ValueError.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -116,17 +134,25 @@ class _Weight:
     ) -> None:
         self.name = name
         self._schedule = given if callable(given) else None
-        self.value = check_weight(given(0) if callable(given) else given, name)
+        self.value = self._scheduled(0) if callable(given) else check_weight(given, name)
         self.weighs = self._schedule is not None or self.value != 1.0
         # A recorded step reads the tensor; a number would stay in it as it was.
         self._tensor = torch.tensor(self.value, dtype=torch.float64, device=device)
 
     def at(self, step: int) -> None:
         if self._schedule is not None:
-            value = check_weight(self._schedule(step), self.name)
+            value = self._scheduled(step)
             if value != self.value:
                 self.value = value
                 self._tensor.fill_(value)
+
+    def _scheduled(self, step: int) -> float:
+        assert self._schedule is not None
+        weight = self._schedule(step)
+        try:
+            return check_weight(weight, self.name)
+        except ValueError as error:
+            raise ScheduleError(f"the schedule's weight at step {step}: {error}") from None
 
     def factor(self) -> float | Tensor:
         scheduled = self._schedule is not None
@@ -146,8 +172,11 @@ class _Terms(Messenger):
             return
         weight = self._observed if msg["is_observed"] else self._latent
         self._seen[msg["name"]] = weight
+        msg["unweighted"] = msg["scale"]
         if weight.weighs:
             msg["scale"] = msg["scale"] * weight.factor()
+            if not msg["is_observed"]:
+                msg["weighed_by"] = (*msg.get("weighed_by", ()), (self._program, self._latent))
 
     def __exit__(self, *exception: Any) -> None:
         seen, self._seen = self._seen, {}
@@ -164,10 +193,48 @@ class _Terms(Messenger):
                 )
 
 
+class ScheduleError(ValueError):
+    """A schedule gave no weight; the message names the step, and no site is at fault."""
+
+
+def unweighted(site: Mapping[str, Any]) -> Any:
+    """The scale of a site of a trace as it is without the outermost `TermWeights`."""
+    return site.get("unweighted", site["scale"])
+
+
+def check_sides(model_trace: Trace, guide_trace: Trace) -> None:
+    """Raises ValueError unless `TermWeights` weigh a latent in the model as in the guide."""
+    for name, mine in model_trace.nodes.items():
+        if mine["type"] != "sample" or mine["is_observed"] or name not in guide_trace:
+            continue
+        sites = {"model": mine, "guide": guide_trace.nodes[name]}
+        by: dict[str, set[_Weight]] = {}
+        for whose, other in (("model", "guide"), ("guide", "model")):
+            handlers = sites[whose].get("weighed_by", ())
+            if any(program == other for program, _ in handlers):
+                raise ValueError(
+                    f"latent site {name!r}: the {whose} has the {other}'s handler of TermWeights:"
+                    " expected weights.model(model) and weights.guide(guide)"
+                )
+            by[whose] = {weight for _, weight in handlers}
+        for whose, other in (("model", "guide"), ("guide", "model")):
+            if by[whose] > by[other]:
+                raise ValueError(
+                    f"latent site {name!r}: the {whose}'s KL is weighted and the {other}'s is not:"
+                    " expected weights.model(model) and weights.guide(guide)"
+                )
+        if by["model"] != by["guide"]:
+            raise ValueError(
+                f"latent site {name!r} is weighted by one TermWeights in the model and by another"
+                " in the guide: expected weights.model(model) and weights.guide(guide) of one"
+            )
+
+
 def warmup(steps: int) -> Callable[[int], float]:
     """A weight that rises linearly from 1/steps to 1 over the first `steps` steps.
 
     Raises:
+        TypeError: steps that are not a whole number.
         ValueError: fewer than one step.
 
     Example:
@@ -175,8 +242,7 @@ def warmup(steps: int) -> Callable[[int], float]:
         >>> weight(0), weight(49), weight(500)
         (0.01, 0.5, 1.0)
     """
-    if steps < 1:
-        raise ValueError(f"expected at least one step of warm-up, got {steps}")
+    _check_steps("step of warm-up", steps)
     return lambda step: min(1.0, (step + 1) / steps)
 
 
@@ -190,6 +256,7 @@ def cyclical(period: int, *, ratio: float = 0.5) -> Callable[[int], float]:
         ratio: The share of a period in which the weight rises (R).
 
     Raises:
+        TypeError: A period that is not a whole number, or a ratio that is no number.
         ValueError: Fewer than one step, or a ratio that is not above 0 and at most 1.
 
     References:
@@ -200,8 +267,9 @@ def cyclical(period: int, *, ratio: float = 0.5) -> Callable[[int], float]:
         >>> [weight(step) for step in range(10)]
         [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 0.0, 0.25]
     """
-    if period < 1:
-        raise ValueError(f"expected at least one step in a period, got {period}")
+    _check_steps("step in a period", period)
+    if not _is_number(ratio):
+        raise TypeError(f"expected a number as ratio, got {ratio!r}")
     if not 0 < ratio <= 1:
         raise ValueError(f"expected a ratio above 0 and at most 1, got {ratio}")
     return lambda step: min(1.0, (step % period) / (ratio * period))
@@ -209,12 +277,29 @@ def cyclical(period: int, *, ratio: float = 0.5) -> Callable[[int], float]:
 
 def check_weight(weight: object, name: str = "KL") -> float:
     """The weight as a float; raises ValueError unless it is a finite number of at least 0."""
-    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if number or (isinstance(weight, Tensor) and weight.numel() == 1):
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        raise ValueError(
+            f"a {name} weight is not trained: expected a number, got a tensor that requires a"
+            " gradient; give its value (weight.item())"
+        )
+    one = isinstance(weight, Tensor) and weight.numel() == 1
+    if _is_number(weight.item() if one else weight):  # type: ignore[attr-defined]
         value = float(weight)  # type: ignore[arg-type]
         if 0 <= value < math.inf:
             return value
-    raise ValueError(f"expected a {name} weight of at least 0, got {weight!r}")
+    raise ValueError(f"expected a finite {name} weight of at least 0, got {weight!r}")
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a real number, NumPy's included, and no truth value."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _check_steps(what: str, steps: object) -> None:
+    if not isinstance(steps, Integral) or isinstance(steps, bool):
+        raise TypeError(f"expected a whole number, at least one {what}, got {steps!r}")
+    if steps < 1:
+        raise ValueError(f"expected at least one {what}, got {steps}")
 
 
 class StepWeight(Messenger):

@@ -456,6 +456,15 @@ def test_the_verdict_names_a_winner_only_beyond_its_error() -> None:
     assert "b and a share the highest test ELBO" in verdict(ROW, better, spread=20.0)
 
 
+def test_the_verdict_does_not_trust_posteriors_that_are_the_prior() -> None:
+    """Their k-hats are the best there are: the posterior of a model that ignores z is its prior."""
+    collapsed = replace(ROW, khat_bad=0.0, active_units=0, latent_units=6)
+    other = replace(collapsed, family="b", elbo=ROW.elbo + 5)
+    words = verdict(collapsed, other)
+    assert "No latent unit of any family is active" in words and "Trust" not in words
+    assert "Trust" in verdict(collapsed, replace(other, active_units=1))
+
+
 def test_the_verdict_does_not_trust_a_bad_k_hat() -> None:
     bad = replace(ROW, family="b", elbo=-9.0, khat_bad=0.6)
     words = verdict(ROW, bad)

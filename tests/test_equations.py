@@ -118,7 +118,7 @@ class Bound:
                 self.x.repeat(num, 1),
             )
         )
-        return value / num, loss.kl(value) / num
+        return value / num, loss.kl() / num
 
 
 # The bound

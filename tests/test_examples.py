@@ -319,6 +319,27 @@ def test_loss_design_tells_rate_from_distortion(printed: str) -> None:
     assert "Rate and distortion</h2>" in Path(page).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--steps", "0"), "--steps: expected at least 1, got 0"),
+        (("--seeds", "-1"), "--seeds: expected at least 1, got -1"),
+        (("--betas", "1", "nan"), "--betas: expected a finite KL weight of at least 0, got nan"),
+        (("--betas", "1", "-2"), "--betas: expected a finite KL weight of at least 0, got -2.0"),
+        (("--betas", "1", "1.0000001"), "--betas: expected weights that differ in six digits"),
+        (("--betas", "2"), "--betas: expected 1, the ELBO itself, among the weights, got [2.0]"),
+        (("--out", "figure"), "--out: expected the name of an image file, such as x.png"),
+        (("--out", "page.html"), "--out: expected the name of an image file, such as x.png"),
+    ],
+)
+def test_loss_design_refuses_before_training(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    ran = run("loss_design", tmp_path, *arguments)
+    assert ran.returncode == 2 and message in ran.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @of("plain_pyro_svi")
 def test_plain_pyro_svi_trains(printed: str) -> None:
     pattern = rf"epoch +(\d+): bound +({NUMBER}) on training, +({NUMBER}) on test images"

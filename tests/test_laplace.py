@@ -197,3 +197,12 @@ def test_programs_whose_joint_is_not_seen_are_refused_before_training() -> None:
     seen = AutoLaplaceApproximation(pyro.poutine.block(mixture, hide=["k"]))
     with pytest.raises(ValueError, match=r"but \['k'\] are left to enumeration"):
         to_the_mode(mixture, seen, x, loss=TraceEnum_ELBO(max_plate_nesting=1), **options)
+
+
+@pytest.mark.parametrize("name", ["kl_weight", "reconstruction_weight"])
+@pytest.mark.parametrize("weight", [0.5, lambda step: 0.5])
+def test_weighted_terms_are_refused(data: tuple[Tensor, Tensor], name: str, weight: Any) -> None:
+    """The mode of one joint and the curvature of another are no approximation of either."""
+    model = Regression()
+    with pytest.raises(ValueError, match=r"expected kl_weight=1 and reconstruction_weight=1, got"):
+        to_the_mode(model, AutoLaplaceApproximation(model), data, steps=10**9, **{name: weight})

@@ -28,6 +28,7 @@ from pyro_vi import compare, plots
 from pyro_vi.comparison import Comparison
 from pyro_vi.diagnostics import khat_threshold
 from pyro_vi.families import FullCovariance, MeanField
+from pyro_vi.fitted import Fit
 from pyro_vi.fitting import fit
 from pyro_vi.guides import Encoder
 from pyro_vi.models import VAE
@@ -161,6 +162,47 @@ def test_losses_show_the_end_of_training(own: Comparison) -> None:
     fits = {name: replace(fitted, heldout=torch.zeros(0, 2)) for name, fitted in fits.items()}
     low, high = drawn(plots.losses(replace(own, fits=fits))).axes[0].get_ylim()
     assert -8 < low < -5.9 and -5.1 < high < -3
+
+
+def test_losses_of_weighted_fits_are_the_bounds_too(own: Comparison) -> None:
+    """What was minimised is no bound, and not comparable between two weights."""
+
+    def weighted(**parts: torch.Tensor) -> Comparison:
+        fits = {
+            name: replace(
+                fitted, weights=torch.full((60, 2), 0.5), losses=fitted.losses / 2, **parts
+            )
+            for name, fitted in own.fits.items()
+        }
+        return replace(own, fits=fits)
+
+    figure = drawn(plots.losses(weighted()))
+    for index, fitted in enumerate(own.fits.values()):
+        raw = figure.axes[0].lines[3 * index]
+        np.testing.assert_allclose(raw.get_ydata(), -fitted.losses, rtol=1e-5)
+    assert figure.axes[0].get_ylabel().startswith("bound (nats per data point)")
+
+    unknown = torch.full((60,), math.nan)
+    figure = drawn(plots.losses(weighted(kl=unknown, reconstruction=unknown)))
+    for index, fitted in enumerate(own.fits.values()):
+        raw = figure.axes[0].lines[3 * index]
+        np.testing.assert_array_equal(raw.get_ydata(), -fitted.losses / 2)
+    assert figure.axes[0].get_ylabel().startswith("weighted objective (nats per data point)")
+
+
+def without_steps(fitted: Fit) -> Fit:
+    none = torch.zeros(0, dtype=torch.float64)
+    parts = {"losses": none, "reconstruction": none, "kl": none}
+    return replace(fitted, weights=none.reshape(0, 2), heldout=none.reshape(0, 2), **parts)
+
+
+def test_a_fit_of_no_steps_has_no_curve(own: Comparison) -> None:
+    first, *others = own.fits
+    fits = {**own.fits, first: without_steps(own.fits[first])}
+    assert legend(drawn(plots.losses(replace(own, fits=fits)))) == [*others, "on held-out data"]
+    fits = {name: without_steps(fitted) for name, fitted in own.fits.items()}
+    with pytest.raises(ValueError, match="expected fits with gradient steps, and all of these"):
+        plots.losses(replace(own, fits=fits))
 
 
 def test_losses_without_held_out_data(frozen: Comparison) -> None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +34,7 @@ from pyro_vi.fitting import fit
 from pyro_vi.guides import Encoder, ForwardProcess
 from pyro_vi.models import DDPM, VAE, LearnedDiscretizedLogistic, LinearGaussian
 from pyro_vi.schedules import Cosine
+from pyro_vi.weighting import warmup
 
 SHAPE = (1, 4, 4)
 NAMES = ("mean-field", '<b>full</b> & "covariance"')
@@ -263,6 +265,48 @@ def test_diffusions_alone_have_no_pictures_of_posteriors(
     )
     facts = dict(zip(page.texts["dt"], page.texts["dd"], strict=True))
     assert facts["Steps of the chain"] == "4" and "Posterior draws" not in facts
+
+
+def facts(page: Page) -> dict[str, str]:
+    return dict(zip(page.texts["dt"], page.texts["dd"], strict=True))
+
+
+def test_weights_are_told_and_the_bound_is_shown(tmp_path: Path) -> None:
+    model, x = LinearGaussian(torch.ones(3, 1), torch.zeros(3), 1.0), torch.randn(20, 3)
+
+    def page(*weights: Any) -> Page:
+        guide = Encoder((3,), MeanField(1, 8))
+        fits = {
+            f"q{i}": fit(*(model, guide, x), kl_weight=w, steps=4, progress=False)
+            for i, w in enumerate(weights)
+        }
+        return Page(written(judge(fits, x, num_samples=40), tmp_path))
+
+    found = page(1.0)
+    assert not any("Weight" in name for name in facts(found))
+    assert facts(page(0.5, 0.5))["Weight on the KL"] == "0.5"
+    found = page(0.5, warmup(4))
+    assert facts(found)["Weight on the KL"] == "q0: 0.5, q1: 0.25 to 1, by step"
+    assert "Weight on the reconstruction" not in facts(found)
+    assert not any("weighted objective" in text for text in found.texts["figcaption"])
+    assert list(pictures(found)) == ["Training", "k-hat"]
+
+
+def test_fits_of_no_steps_have_no_picture_of_training(tmp_path: Path) -> None:
+    model, x = LinearGaussian(torch.ones(3, 1), torch.zeros(3), 1.0), torch.randn(20, 3)
+    bound = fit(model, Encoder((3,), MeanField(1, 8)), x, steps=0, progress=False)
+    found = Page(written(judge({"q": bound}, x, num_samples=40), tmp_path))
+    assert list(pictures(found)) == ["k-hat"] and facts(found)["Gradient steps"] == "0"
+
+
+def test_a_weighted_objective_is_called_one(local: Comparison, tmp_path: Path) -> None:
+    nan = torch.full((3,), float("nan"))
+    fits = {
+        name: replace(one, weights=torch.full((3, 2), 0.5), kl=nan, reconstruction=nan)
+        for name, one in local.fits.items()
+    }
+    page = Page(written(replace(local, fits=fits), tmp_path))
+    assert "it is the weighted objective, which bounds nothing" in page.texts["figcaption"][0]
 
 
 def test_data_that_are_no_images_have_no_pictures_of_them(tmp_path: Path) -> None:

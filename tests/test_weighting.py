@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from programs import normal_mean, normal_mean_guide
+from programs import (
+    global_and_local,
+    global_and_local_guide,
+    normal_mean,
+    normal_mean_guide,
+)
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoNormal
 from test_ddpm import trio
 from torch import Tensor
 
@@ -31,6 +38,7 @@ from pyro_vi.schedules import Cosine, Learned, Linear
 from pyro_vi.sites import At
 from pyro_vi.stepwise import step_bound
 from pyro_vi.weighting import (
+    ScheduleError,
     Simple,
     StepWeight,
     TermWeights,
@@ -233,10 +241,12 @@ def test_the_weighted_bound_is_the_weighted_sum_of_its_terms(kind: type) -> None
     ):
         torch.manual_seed(0)
         loss.forget()
-        values.append((float(loss.loss(model, guide, x)), loss.reconstruction()))
-    (plain, reconstruction), (weighted, scaled) = values
-    assert scaled == pytest.approx(3 * reconstruction, rel=1e-12)
-    kl = plain + reconstruction
+        value = float(loss.loss(model, guide, x))
+        values.append((value, loss.reconstruction(), loss.kl()))
+    (plain, *terms), (weighted, *same) = values
+    assert same == pytest.approx(terms, rel=1e-12)  # they are told without the weights
+    reconstruction, kl = terms
+    assert plain == pytest.approx(kl - reconstruction, rel=1e-12)
     assert weighted == pytest.approx(0.25 * kl - 3 * reconstruction, rel=1e-12)
 
 
@@ -262,6 +272,8 @@ def test_the_weights_reach_observed_sites_latents_and_every_guide_site() -> None
 
     sites = poutine.trace(weights.guide(factor)).get_trace(x).nodes
     assert sites["bonus"]["scale"] == 0.25
+    sites = poutine.trace(weights.model(factor)).get_trace(x).nodes
+    assert sites["bonus"]["scale"] == 2.0  # a factor of the model is observed
 
 
 def test_schedules() -> None:
@@ -275,9 +287,18 @@ def test_schedules() -> None:
         warmup(0)
     with pytest.raises(ValueError, match="at least one step in a period, got 0"):
         cyclical(0)
-    for ratio in (0.0, 1.5):
+    for steps in (2.5, 1e3, math.nan, math.inf, True, "4", None):
+        with pytest.raises(TypeError, match="whole number, at least one step of warm-up, got"):
+            warmup(steps)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="whole number, at least one step in a period, got"):
+            cyclical(steps)  # type: ignore[arg-type]
+    assert warmup(np.int64(4))(0) == 0.25 and cyclical(np.int64(4))(1) == 0.5
+    for ratio in (0.0, 1.5, math.nan):
         with pytest.raises(ValueError, match=f"ratio above 0 and at most 1, got {ratio}"):
             cyclical(10, ratio=ratio)
+    for ratio in ("1", None, True, 1j):
+        with pytest.raises(TypeError, match="expected a number as ratio, got"):
+            cyclical(10, ratio=ratio)  # type: ignore[arg-type]
 
 
 def test_a_schedule_is_followed_by_hand() -> None:
@@ -289,11 +310,17 @@ def test_a_schedule_is_followed_by_hand() -> None:
     assert (sites["x"]["scale"], sites["mean"]["scale"]) == (6.0, 0.5)
 
 
-@pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf"), "a", None, True, torch.ones(2)])
+NO_WEIGHTS = [
+    *(-0.1, float("nan"), float("inf"), "a", None, True, 1j, np.float32("nan"), np.bool_(True)),
+    *(torch.ones(2), torch.tensor(True), torch.tensor(1j), torch.tensor(-1)),
+]
+
+
+@pytest.mark.parametrize("bad", NO_WEIGHTS)
 def test_weights_that_are_no_weights(bad: Any) -> None:
-    with pytest.raises(ValueError, match="KL weight of at least 0, got"):
+    with pytest.raises(ValueError, match="expected a finite KL weight of at least 0, got"):
         check_weight(bad)
-    with pytest.raises(ValueError, match="reconstruction weight of at least 0, got"):
+    with pytest.raises(ValueError, match="finite reconstruction weight of at least 0, got"):
         TermWeights(reconstruction=bad)
     weights = TermWeights(kl=lambda step: bad if step else 1.0)
     with pytest.raises(ValueError, match="KL weight of at least 0, got"):
@@ -301,6 +328,101 @@ def test_weights_that_are_no_weights(bad: Any) -> None:
     options = {"steps": 3, "progress": False}
     with pytest.raises(ValueError, match="reconstruction weight of at least 0, got"):
         fit(normal_mean, normal_mean_guide, torch.ones(3), reconstruction_weight=bad, **options)
+
+
+@pytest.mark.parametrize(
+    "weight", [2, 2.0, np.float32(2), np.int64(2), torch.tensor(2), torch.tensor([2.0])], ids=repr
+)
+def test_numbers_of_every_kind_are_weights(weight: Any) -> None:
+    assert check_weight(weight) == 2.0 and type(check_weight(weight)) is float
+    fitted = fit(
+        *(normal_mean, normal_mean_guide, torch.ones(3)),
+        kl_weight=weight,
+        steps=1,
+        progress=False,
+    )
+    assert fitted.weights.tolist() == [[1.0, 2.0]]
+
+
+def test_a_weight_is_not_trained() -> None:
+    for trained in (torch.nn.Parameter(torch.tensor(1.0)), torch.ones(1, requires_grad=True) * 2):
+        with pytest.raises(ValueError, match="a KL weight is not trained: expected a number"):
+            check_weight(trained)
+
+
+@pytest.mark.parametrize("bad", [None, -1])
+@pytest.mark.parametrize("name", ["KL", "reconstruction"])
+def test_a_schedule_that_gives_no_weight_is_at_fault_itself(bad: Any, name: str) -> None:
+    message = rf"^the schedule's weight at step 3: expected a finite {name} weight .* got {bad}$"
+    schedule = {f"{name.lower()}_weight": lambda step: 1.0 if step < 3 else bad}
+    with pytest.raises(ScheduleError, match=message) as info:
+        fit(normal_mean, normal_mean_guide, torch.ones(3), steps=9, progress=False, **schedule)
+    assert not getattr(info.value, "__notes__", [])  # no site of the step before
+
+
+def test_an_error_before_the_first_site_is_placed_there() -> None:
+    def broken(step: int) -> float:
+        if step == 2:
+            raise ValueError("no more weights")
+        return 1.0
+
+    with pytest.raises(ValueError, match="no more weights") as info:
+        fit(*(normal_mean, normal_mean_guide, torch.ones(3)), kl_weight=broken, progress=False)
+    assert info.value.__notes__ == ["at step 2, after the start"]
+
+
+# ----------------------------------------------------------------------- both sides, and one alone
+
+
+def around(kind: str, weights: TermWeights) -> tuple[Any, Any]:
+    """Programs with a global latent and one in the plate."""
+    model, guide = global_and_local, global_and_local_guide
+    return {
+        "both": lambda: (weights.model(model), weights.guide(guide)),
+        "model": lambda: (weights.model(model), guide),
+        "guide": lambda: (model, weights.guide(guide)),
+        "swapped": lambda: (weights.guide(model), weights.model(guide)),
+        "two": lambda: (weights.model(model), TermWeights(kl=0.1).guide(guide)),
+    }[kind]()
+
+
+SIDES = {
+    "model": "the model's KL is weighted and the guide's is not",
+    "guide": "the guide's KL is weighted and the model's is not",
+    "swapped": "the model has the guide's handler of TermWeights",
+    "two": "weighted by one TermWeights in the model and by another in the guide",
+}
+
+
+@pytest.mark.parametrize("kind", SIDES)
+@pytest.mark.parametrize("loss", [Trace_ELBO(), TraceMeanField_ELBO()])
+@pytest.mark.parametrize("kl", [0.1, warmup(3)])
+def test_a_kl_weighted_on_one_side_is_refused(kind: str, loss: ELBO, kl: Any) -> None:
+    x = torch.ones(4)
+    message = rf"latent site 'mean'.*{SIDES[kind]}"
+    programs = around(kind, TermWeights(kl=kl))
+    with pytest.raises(ValueError, match=message):
+        SVI(*programs, pyro.optim.Adam({}), loss).step(x)
+    with pytest.raises(ValueError, match=message):
+        SVI(*programs, pyro.optim.Adam({}), loss).evaluate_loss(x)
+    for weight in (1.0, 2.0):  # of the fit's own
+        with pytest.raises(ValueError, match=message):
+            fit(*programs, x, loss=loss, steps=1, kl_weight=weight, progress=False)
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO(), TraceMeanField_ELBO()])
+def test_both_sides_and_sides_by_themselves_are_fine(loss: ELBO) -> None:
+    x = torch.ones(4)
+    weights = TermWeights(kl=0.1)
+    model, guide = around("both", weights)
+    fit(model, guide, x, loss=loss, steps=2, kl_weight=warmup(3), progress=False)
+    poutine.trace(model).get_trace(x)  # the prior, without a guide
+    poutine.trace(guide).get_trace(x)
+    point = AutoDelta(global_and_local)
+    value = told(loss).loss(model, weights.guide(point), x)
+    assert value != told(loss).loss(global_and_local, point, x)
+    alone = TermWeights(reconstruction=2.0)  # the KL is as it was: the guide needs no handler
+    told(loss).loss(alone.model(global_and_local), global_and_local_guide, x)
 
 
 def test_weights_of_sites_that_are_not_there() -> None:
@@ -356,13 +478,16 @@ def test_fits_report_terms_and_heldout_bounds_without_the_weights() -> None:
     )
     rise, cycle = torch.tensor([0.25, 0.5, 0.75, 1.0]), torch.tensor([0.0, 0.5, 1.0, 1.0])
     torch.testing.assert_close(weighted.reconstruction, plain.reconstruction)
-    torch.testing.assert_close(weighted.kl[1:], plain.kl[1:])
-    assert bool(weighted.kl[0].isnan())  # a weight of 0 leaves nothing to divide
+    torch.testing.assert_close(weighted.kl, plain.kl)  # at a weight of 0 too
+    assert torch.equal(weighted.weights, torch.stack([rise, cycle], 1))
+    torch.testing.assert_close(weighted.bounds, -plain.losses)
+    assert torch.equal(plain.bounds, -plain.losses)
     expected = cycle * plain.kl - rise * plain.reconstruction
     torch.testing.assert_close(weighted.losses, expected)
     assert torch.equal(weighted.heldout, plain.heldout)
     without = fit(model, guide, IMAGES, kl_weight=0.0, reconstruction_weight=0.0, **options)
     assert bool((without.losses == 0).all())
+    torch.testing.assert_close(without.bounds, plain.bounds)
 
 
 @pytest.fixture
