@@ -12,7 +12,7 @@ __all__ = ["Holdings", "holdings", "may_ask_modules", "objects", "reach"]
 import dis
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -106,7 +106,8 @@ def holdings(*programs: Any) -> Holdings:
                 known.add(id(one))
                 found.containers.append((one.__name__, vars(one)))
 
-    for name, value, ours in _reached(programs):
+    reached, names = _followed(programs)
+    for name, value, ours in reached:
         if isinstance(value, FunctionType):
             if not _is_library(value.__module__, "pyro_vi"):
                 found.places.extend(_places(value))
@@ -128,13 +129,83 @@ def holdings(*programs: Any) -> Holdings:
         elif isinstance(value, (np.ndarray, np.generic)):
             found.arrays.append((name, value))
         elif not _is_library(type(value).__module__, "pyro_vi"):
-            if type(getattr(value, "__dict__", None)) is dict:
-                owns(value, type(value).__name__)
+            if _is_users(value):
+                kind, held = type(value).__name__, vars(value)
+                if names & _AT_LARGE:
+                    owns(value, kind)
+                else:
+                    read = sorted(names & {*held, *dir(type(value))})
+                    found.owners.append(value)
+                    found.places.extend((f"{kind}.{one}", held.get, one) for one in read)
             classes(type(value))
             for one in type(value).__mro__:
                 for slot in _slots(one):
                     found.places.append((slot, partial(_attribute, value), slot))
     return found
+
+
+def _followed(programs: Iterable[Any]) -> tuple[list[tuple[str, Any, bool]], set[str]]:
+    """What programs lead to, through methods of a user's too; and all names in their code.
+
+    Of a user's objects, only what the code names: a trainer that is the model too counts its steps.
+    """
+    roots, names = list(programs), set[str]()
+    while True:
+        reached = list(_reached(roots, None if names & _AT_LARGE else names))
+        known = {id(value) for _, value, _ in reached}
+        functions = [value for _, value, _ in reached if isinstance(value, FunctionType)]
+        codes = [one.__code__ for one in functions if not _is_library(one.__module__, "pyro_vi")]
+        before, names = names, {name for code in codes for name in _mentioned(code)}
+        kinds = {one for _, value, _ in reached for one in _kinds(value)}
+        methods = [
+            method
+            for kind in kinds
+            for name, held in vars(kind).items()
+            if name in names or (name.startswith("__") and name not in _MAKERS)
+            for method in _functions(held)
+            if id(method) not in known
+        ]
+        if not methods and names == before:
+            return reached, names
+        roots += methods
+
+
+# Names of code that may read attributes without naming them; and of methods that no step calls.
+_AT_LARGE = set(
+    "AttributeError __dict__ asdict astuple attrgetter dir eval exec getattr globals hasattr locals"
+    " vars".split()
+)
+_MAKERS = {"__init__", "__init_subclass__", "__new__", "__repr__", "__setstate__"}
+
+
+def _kinds(value: Any) -> Iterator[type]:
+    """The user's own classes of an object, or of a module's parts."""
+    ones = value.modules() if isinstance(value, nn.Module) else (value,)
+    for one in ones:
+        for kind in (one if isinstance(one, type) else type(one)).__mro__:
+            if not _is_library(kind.__module__, "pyro_vi"):
+                yield kind
+
+
+def _functions(held: Any) -> list[FunctionType]:
+    """The function of what a class holds as a method or a property."""
+    if isinstance(held, (staticmethod, classmethod)):
+        held = held.__func__
+    elif isinstance(held, property):
+        held = held.fget
+    elif isinstance(held, cached_property):
+        held = held.func
+    return [held] if isinstance(held, FunctionType) else []
+
+
+def _mentioned(code: CodeType) -> Iterator[str]:
+    """The names in a function's code, and its strings."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, CodeType):
+            yield from _mentioned(constant)
 
 
 def _places(function: FunctionType) -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
@@ -172,15 +243,24 @@ def objects(*programs: Any) -> list[Any]:
     return [
         value
         for _, value, _ in _reached(programs)
-        if type(getattr(value, "__dict__", None)) is dict
-        and not isinstance(value, (nn.Module, FunctionType, MethodType, partial))
+        if _is_users(value)
         and not isinstance(value, SimpleNamespace)  # whose dictionary cannot be exchanged
-        and not _is_library(type(value).__module__, "pyro_vi")
     ]
 
 
-def _reached(programs: Iterable[Any]) -> Iterator[tuple[str, Any, bool]]:
-    """What programs lead to, each once.
+def _is_users(value: Any) -> bool:
+    """Whether it is an object of a user's own class, and no module."""
+    return (
+        type(getattr(value, "__dict__", None)) is dict
+        and not isinstance(value, (nn.Module, FunctionType, MethodType, partial))
+        and not _is_library(type(value).__module__, "pyro_vi")
+    )
+
+
+def _reached(
+    programs: Iterable[Any], names: set[str] | None = None
+) -> Iterator[tuple[str, Any, bool]]:
+    """What programs lead to, each once; through a user's objects only by names, if they are given.
 
     Returns:
         The last name that leads there, what it is, and whether it is an object of this package that
@@ -199,7 +279,12 @@ def _reached(programs: Iterable[Any]) -> Iterator[tuple[str, Any, bool]]:
                 ours = ours and not isinstance(value, nn.Module)
             yield name, value, ours
             if not isinstance(value, type):
-                deeper += [(inner, held, ours) for inner, held in _held_by(value)]
+                pruned = names is not None and _is_users(value)
+                deeper += [
+                    (inner, held, ours)
+                    for inner, held in _held_by(value)
+                    if not (pruned and inner and inner not in names)
+                ]
         waiting = deeper
 
 

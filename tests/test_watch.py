@@ -97,6 +97,60 @@ class Slotted:
         self.beta = 1.0
 
 
+class Trainer:
+    """A model that keeps the books of its training too."""
+
+    def __init__(self) -> None:
+        self.beta, self.steps, self.losses = 1.0, 0, list[float]()
+
+    def model(self, x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        observe(self.factor(z) * self.beta + self.shift, x)
+
+    def factor(self, z: Tensor) -> Tensor:
+        return z * BEHIND["method"]
+
+    @property
+    def shift(self) -> float:
+        return BEHIND["property"]
+
+    def step(self, svi: SVI) -> float:
+        self.steps += 1
+        self.losses.append(svi.step(X))
+        return self.losses[-1]
+
+
+BEHIND = {"method": 1.0, "property": 1.0}
+
+
+@pytest.mark.usefixtures("recorded_alone")
+def test_what_programs_do_not_read_may_change() -> None:
+    trainer = Trainer()
+    svi = SVI(trainer.model, simple_guide, adam(), Trace_ELBO(), compile=True)
+    for _ in range(6):
+        trainer.step(svi)
+    assert svi._recorder.recorded and trainer.steps == 6
+    trainer.beta = 2.0
+    with pytest.warns(UserWarning, match=r"'Trainer.beta' is 2.0, and was 1.0"):
+        trainer.step(svi)
+
+
+@pytest.mark.usefixtures("recorded_alone")
+@pytest.mark.parametrize("where", BEHIND)
+def test_what_is_read_behind_a_method_is_seen(where: str) -> None:
+    trainer = Trainer()
+    svi = SVI(trainer.model, simple_guide, adam(), Trace_ELBO(), compile=True)
+    for _ in range(4):
+        trainer.step(svi)
+    assert svi._recorder.recorded
+    BEHIND[where] = 2.0
+    try:
+        with pytest.warns(UserWarning, match=f"'BEHIND.{where}' is 2.0, and was 1.0"):
+            trainer.step(svi)
+    finally:
+        BEHIND[where] = 1.0
+
+
 class Net(nn.Module):
     """A layer that reads numbers and functions wherever a module may keep them."""
 
