@@ -279,11 +279,11 @@ def _reached(
                 ours = ours and not isinstance(value, nn.Module)
             yield name, value, ours
             if not isinstance(value, type):
-                pruned = names is not None and _is_users(value)
+                read = names if _is_users(value) else None
                 deeper += [
                     (inner, held, ours)
                     for inner, held in _held_by(value)
-                    if not (pruned and inner and inner not in names)
+                    if read is None or not inner or inner in read
                 ]
         waiting = deeper
 
