@@ -215,7 +215,8 @@ def record(
     for value, what in step.lost:
         if not isinstance(value, Tensor | None) or any(value is read for read in graph.constants):
             raise Uncapturable(f"{what}, and the next may read it")
-    read = [*step.held, *graph.constants]
+    read = [tensor for tensor in step.held if id(tensor) not in step.private]
+    read += graph.constants
     watch = Watch(svi, step.modules, parameters, step.update, read)
     return Recorded(step, graph, watch)
 
@@ -225,7 +226,8 @@ class _Step:
 
     Attributes:
         held: parameters, buffers, the optimizer's state, its rates and counts, and `alive`.
-        own: those that are the record's alone, or an optimizer's that is not in it, by identity.
+        private: those that are the record's alone, by identity.
+        own: those, and the parameters where an optimizer that is not in it moves them.
         batch: the tensors of the batch that it is recorded with.
         lost: what a module bound to itself in a run, and a graph would not: the object before, and
             words.
@@ -263,7 +265,8 @@ class _Step:
         self.alive = torch.ones((), dtype=torch.bool, device=parameters[0].device)
         self.held = [*parameters, *self._buffers, *self._state, *following, self.alive]
         outside = parameters if self.update is None else ()
-        self.own = {id(tensor) for tensor in (*following, self.alive, *outside)}
+        self.private = {id(tensor) for tensor in (*following, self.alive)}
+        self.own = self.private | set(map(id, outside))
         self._validates = torch.distributions.Distribution._validate_args
         self.lost: list[tuple[Any, str]] = []
         self.is_sure = True

@@ -214,9 +214,11 @@ def _places(function: FunctionType) -> Iterator[tuple[str, Callable[[Any], Any],
         yield name, partial(_content_of, cell), None
     everything = function.__globals__
     for name in _globals(function.__code__):
-        yield name, everything.get, name
         module = everything.get(name)
-        if isinstance(module, ModuleType) and not _is_library(module.__name__, "pyro_vi"):
+        if isinstance(module, ModuleType) and _is_library(module.__name__, "pyro_vi"):
+            continue
+        yield name, everything.get, name
+        if isinstance(module, ModuleType):
             for inner in _names(function.__code__):
                 if inner in vars(module):
                     yield f"{name}.{inner}", vars(module).get, inner

@@ -15,7 +15,7 @@ from __future__ import annotations
 __all__ = ["Watch"]
 
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from functools import partial
 from itertools import chain
@@ -34,6 +34,7 @@ from pyro_vi.reach import holdings
 if TYPE_CHECKING:
     from pyro_vi.svi import SVI
 
+_END = (object(),)
 _ITEMS = 10_000  # of a container or an array that are looked at in every step
 _ADVICE = "(make it a tensor and fill_ it, or give it to the step)"
 
@@ -61,8 +62,9 @@ class Watch:
         read: Iterable[Tensor],
     ) -> None:
         self._tensors = list({id(tensor): tensor for tensor in read}.values())
-        *marks, hooks = _marks(self._tensors)
-        self._marked = (*marks, [tuple(map(copy, pair)) for pair in hooks])  # added to in place
+        self._memory = [tensor.detach() for tensor in self._tensors]
+        # Hooks are added in place.
+        self._training = [tuple(map(copy, found)) for found in map(_TRAINING, self._tensors)]
         found = holdings(svi.model, svi.guide, *modules)
         for name, held in (*found.containers, *found.arrays):
             count = held.size if hasattr(held, "size") else len(held)
@@ -80,6 +82,7 @@ class Watch:
             self._places.add(name, get, key)
         for name, container in (*found.containers, *_registers(svi, update)):
             self._contents.add(name, container)
+        self._contents.take()
 
     def stale(self) -> str | None:
         """Says what is something else than it was, in words; None while all is the same."""
@@ -87,8 +90,10 @@ class Watch:
             return changed
         if not all(map(is_, map(vars, self._owners), self._spaces)):
             return "the attributes of an object were exchanged"
-        if _marks(self._tensors) != self._marked:
-            return "a parameter, buffer or tensor was frozen, thawed, moved or hooked"
+        if not all(map(Tensor.is_set_to, self._tensors, self._memory)):
+            return "a parameter, buffer or tensor lies elsewhere, or otherwise"
+        if list(map(_TRAINING, self._tensors)) != self._training:
+            return "a parameter, buffer or tensor was frozen, thawed or hooked"
         for name, array, before in self._arrays:
             if _bytes(array) != before:
                 return f"{name!r} has other numbers {_ADVICE}"
@@ -154,7 +159,7 @@ class _Contents:
         self._read, self._own = read, set[tuple[int, Any]]()
         self._names: list[str] = []
         self._containers: list[Any] = []
-        self._mappings: list[Mapping[Any, Any]] = []
+        self._views: list[Iterable[Any]] = []  # of the values of mappings; they are live
         self._entries: list[list[Any]] = []
 
     def add(self, name: str, container: Any) -> None:
@@ -162,22 +167,21 @@ class _Contents:
         self._names.append(name)
         self._containers.append(container)
         if hasattr(container, "values"):
-            self._mappings.append(container)
+            self._views.append(container.values())
         self._entries.append(_entries(container))
-        self._take()
 
-    def _take(self) -> None:
-        self._lengths = list(map(len, self._containers))
-        self._items = list(chain.from_iterable(self._containers))
-        self._values = list(chain.from_iterable([one.values() for one in self._mappings]))
+    def take(self) -> None:
+        """Takes what is there now for what was there."""
+        self._held = list(self._all())
+
+    def _all(self) -> Iterator[Any]:
+        """All keys, items and values, and an end, so that another number of them is another end."""
+        return chain(chain.from_iterable(self._containers), chain.from_iterable(self._views), _END)
 
     def changed(self) -> str | None:
         """Says in words what one holds and did not, or held and does not; None if there is none."""
-        if list(map(len, self._containers)) == self._lengths:
-            values = chain.from_iterable([one.values() for one in self._mappings])
-            if all(map(is_, chain.from_iterable(self._containers), self._items)):
-                if all(map(is_, values, self._values)):
-                    return None
+        if all(map(is_, self._all(), self._held)):
+            return None
         for i, (name, container) in enumerate(zip(self._names, self._containers, strict=True)):
             now, before = _entries(container), self._entries[i]
             if len(now) != len(before):
@@ -189,7 +193,7 @@ class _Contents:
                     own = f"{name}.{key}" if isinstance(key, str) else name
                     return _words(own, old, value)
             self._entries[i] = now
-        self._take()
+        self.take()
         return None
 
     def learn(self) -> None:
@@ -282,14 +286,7 @@ def _registers(svi: SVI, update: Update | None) -> Iterator[tuple[str, Any]]:
             yield "hooks of all modules", register
 
 
-def _marks(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
-    """What says that tensors train, where and how they lie, and whether they are hooked."""
-    places, strides = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors))
-    return places, strides, list(map(_KEPT, tensors)), list(map(_HOOKS, tensors))
-
-
-_KEPT = attrgetter("requires_grad", "shape")
-_HOOKS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
+_TRAINING = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 def _bytes(array: Any) -> tuple[Any, ...]:
