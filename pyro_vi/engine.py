@@ -244,7 +244,8 @@ class Engine(SVI):
         if self.told is None:
             self._add(loss, math.nan, math.nan, weights)
         else:
-            self._add(loss, self.told.reconstruction(), self.told.kl(), weights)
+            reconstruction, kl = map(float, self.told.terms(loss))
+            self._add(loss, reconstruction, kl, weights)
 
 
 def _first_bad(parameters: Iterable[Tensor]) -> str:

@@ -148,9 +148,7 @@ def losses(result: Comparison) -> Figure:
 
 def training_bounds(fit: Fit) -> Tensor | None:
     """The bound at every step of a fit; None if its losses are weighted and their terms unknown."""
-    bounds = fit.bounds
-    plain = bool((fit.weights == 1).all())
-    return bounds if plain or bool(bounds.isfinite().all()) else None
+    return fit.bounds if bool(fit.bounds.isfinite().all()) else None
 
 
 def reconstructions(result: Comparison, images: Tensor, *, seed: int = 0) -> Figure:
