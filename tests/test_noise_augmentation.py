@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from pyro_vi import Fit, compare, fit
 from pyro_vi.augmentation import InputNoise, UniformSteps
-from pyro_vi.capture import Graph
 from pyro_vi.compiled import record
 from pyro_vi.elbo import told
 from pyro_vi.families import FullCovariance, MeanField
@@ -343,8 +342,8 @@ def test_a_recorded_step_is_the_eager_one(name: str) -> None:
         torch.testing.assert_close(q, p, rtol=1e-8, atol=1e-10)
 
 
-def test_svi_records_it_and_sees_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Graph, "compile", lambda self, batch: None)  # Inductor takes seconds
+@pytest.mark.usefixtures("recorded_alone")
+def test_svi_records_it_and_sees_its_end() -> None:
     torch.manual_seed(0)
     model, guide, loss, args = augmented(False, Trace_ELBO)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss, compile=True)

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from pyro_vi import Fit, compare, fit
-from pyro_vi.capture import Graph
 from pyro_vi.draws import over_draws
 from pyro_vi.elbo import told
 from pyro_vi.families import MeanField
@@ -524,9 +523,9 @@ def test_a_fit_of_a_bayesian_decoder(tmp_path: Path) -> None:
     assert torch.equal(again.log_p, posterior.log_p)
 
 
+@pytest.mark.usefixtures("recorded_alone")
 @pytest.mark.parametrize("kind", [AutoDelta, AutoNormal])
-def test_recorded_steps_are_the_eager_ones(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Graph, "compile", lambda self, batch: None)
+def test_recorded_steps_are_the_eager_ones(kind: type) -> None:
     fits = []
     for compile in (False, True):
         torch.manual_seed(0)
@@ -697,9 +696,9 @@ class InOnePlate(PyroModule):
                 pyro.sample(guide.name, dist.Normal(guide.loc + 0.1 * x, 0.9))
 
 
-def test_guides_share_a_plate(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("recorded_alone")
+def test_guides_share_a_plate() -> None:
     """As one guide that has both sites in one plate, eager and recorded, in minibatches too."""
-    monkeypatch.setattr(Graph, "compile", lambda self, batch: None)
     one, other, x = Shift("a", whole), Shift("b", whole), torch.randn(6)
     single = InOnePlate(one, other)
     for batch_size in (None, 2):

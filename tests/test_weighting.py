@@ -25,7 +25,6 @@ from test_ddpm import trio
 from torch import Tensor
 
 from pyro_vi import SVI, Fit, fit, fitting
-from pyro_vi.capture import Graph
 from pyro_vi.compiled import Recorded
 from pyro_vi.diffusion import Diffusion
 from pyro_vi.elbo import told
@@ -488,12 +487,6 @@ def test_fits_report_terms_and_heldout_bounds_without_the_weights() -> None:
     without = fit(model, guide, IMAGES, kl_weight=0.0, reconstruction_weight=0.0, **options)
     assert bool((without.losses == 0).all())
     torch.testing.assert_close(without.bounds, plain.bounds)
-
-
-@pytest.fixture
-def recorded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records, and leaves Inductor out, which takes seconds a program."""
-    monkeypatch.setattr(Graph, "compile", lambda self, batch: None)
 
 
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
