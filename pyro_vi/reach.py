@@ -1,4 +1,4 @@
-"""What a Pyro program can reach, wherever it keeps it: modules, and the settings that it reads.
+"""What a Pyro program can reach, wherever it keeps it.
 
 A program is a module, or a function, a method, a partial (Pyro's handlers are partials) or an
 object that leads to modules: by its attributes, closure, arguments, containers, or the globals that
@@ -7,16 +7,25 @@ its code names. All of these are followed; library code is not.
 
 from __future__ import annotations
 
-__all__ = ["Holdings", "holdings", "may_ask_modules", "objects", "reach"]
+__all__ = [
+    "CONTAINERS",
+    "codes",
+    "content",
+    "is_library",
+    "is_users",
+    "may_ask_modules",
+    "names_in",
+    "objects",
+    "reach",
+    "reached",
+]
 
-import dis
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property, partial
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
@@ -25,7 +34,7 @@ _LIBRARIES = set(
     "arviz builtins collections functools logging matplotlib numpy pandas pyro scipy sklearn"
     " threading torch tqdm weakref xarray zuko".split()
 )  # their objects and functions lead to no module of a user's
-_CONTAINERS = (dict, list, tuple, set, deque)
+CONTAINERS = (dict, list, tuple, set, deque)
 _MODULE_INTERNALS = set(vars(nn.Module()))
 
 
@@ -66,200 +75,26 @@ def reach(
     return {path: module for path, module in found.items() if id(module) not in below}
 
 
-class Holdings(NamedTuple):
-    """Where programs keep what they read by name, and could find something else the next time.
-
-    Attributes:
-        places: a readable name, a function of a key, and the key: cells of closures, globals that
-            the code loads, code and defaults of functions, slots.
-        containers: a readable name, and a mapping, list or set: attributes of modules, of a user's
-            objects and their classes, dictionaries and the like.
-        owners: objects with attributes.
-        arrays: a readable name, and an array of NumPy.
-    """
-
-    places: list[tuple[str, Callable[[Any], Any], Any]]
-    containers: list[tuple[str, Any]]
-    owners: list[Any]
-    arrays: list[tuple[str, Any]]
-
-
-def holdings(*programs: Any) -> Holdings:
-    """Where programs keep what they read, as far as it can be followed."""
-    found = Holdings([], [], [], [])
-    known: set[int] = set()
-
-    def contains(name: str, container: Any) -> None:
-        if id(container) not in known:
-            known.add(id(container))
-            found.containers.append((name, container))
-
-    def owns(value: Any, name: str) -> None:
-        if id(value) not in known:
-            known.add(id(value))
-            found.owners.append(value)
-            contains(name, vars(value))
-
-    def classes(kind: type) -> None:
-        for one in kind.__mro__:
-            if not _is_library(one.__module__, "pyro_vi") and id(one) not in known:
-                known.add(id(one))
-                found.containers.append((one.__name__, vars(one)))
-
-    reached, names = _followed(programs)
-    for name, value, ours in reached:
-        if isinstance(value, FunctionType):
-            if not _is_library(value.__module__, "pyro_vi"):
-                found.places.extend(_places(value))
-                contains(value.__name__, vars(value))
-        elif isinstance(value, nn.Module):
-            for module in value.modules():
-                owns(module, type(module).__name__)
-                classes(type(module))
-                for inner in vars(module).values():
-                    if isinstance(inner, dict):
-                        contains(type(module).__name__, inner)
-        elif isinstance(value, partial):
-            contains(name, value.keywords)
-        elif isinstance(value, type):
-            classes(value)
-        elif isinstance(value, _CONTAINERS):
-            if not ours and not isinstance(value, tuple):
-                contains(name, value)
-        elif isinstance(value, (np.ndarray, np.generic)):
-            found.arrays.append((name, value))
-        elif not _is_library(type(value).__module__, "pyro_vi"):
-            if _is_users(value):
-                kind, held = type(value).__name__, vars(value)
-                if names & _AT_LARGE:
-                    owns(value, kind)
-                else:
-                    read = sorted(names & {*held, *dir(type(value))})
-                    found.owners.append(value)
-                    found.places.extend((f"{kind}.{one}", held.get, one) for one in read)
-            classes(type(value))
-            for one in type(value).__mro__:
-                for slot in _slots(one):
-                    found.places.append((slot, partial(_attribute, value), slot))
-    return found
-
-
-def _followed(programs: Iterable[Any]) -> tuple[list[tuple[str, Any, bool]], set[str]]:
-    """What programs lead to, through methods of a user's too; and all names in their code.
-
-    Of a user's objects, only what the code names: a trainer that is the model too counts its steps.
-    """
-    roots, names = list(programs), set[str]()
-    while True:
-        reached = list(_reached(roots, None if names & _AT_LARGE else names))
-        known = {id(value) for _, value, _ in reached}
-        functions = [value for _, value, _ in reached if isinstance(value, FunctionType)]
-        codes = [one.__code__ for one in functions if not _is_library(one.__module__, "pyro_vi")]
-        before, names = names, {name for code in codes for name in _mentioned(code)}
-        kinds = {one for _, value, _ in reached for one in _kinds(value)}
-        methods = [
-            method
-            for kind in kinds
-            for name, held in vars(kind).items()
-            if name in names or (name.startswith("__") and name not in _MAKERS)
-            for method in _functions(held)
-            if id(method) not in known
-        ]
-        if not methods and names == before:
-            return reached, names
-        roots += methods
-
-
-# Names of code that may read attributes without naming them; and of methods that no step calls.
-_AT_LARGE = set(
-    "AttributeError __dict__ asdict astuple attrgetter dir eval exec getattr globals hasattr locals"
-    " vars".split()
-)
-_MAKERS = {"__init__", "__init_subclass__", "__new__", "__repr__", "__setstate__"}
-
-
-def _kinds(value: Any) -> Iterator[type]:
-    """The user's own classes of an object, or of a module's parts."""
-    ones = value.modules() if isinstance(value, nn.Module) else (value,)
-    for one in ones:
-        for kind in (one if isinstance(one, type) else type(one)).__mro__:
-            if not _is_library(kind.__module__, "pyro_vi"):
-                yield kind
-
-
-def _functions(held: Any) -> list[FunctionType]:
-    """The function of what a class holds as a method or a property."""
-    if isinstance(held, (staticmethod, classmethod)):
-        held = held.__func__
-    elif isinstance(held, property):
-        held = held.fget
-    elif isinstance(held, cached_property):
-        held = held.func
-    return [held] if isinstance(held, FunctionType) else []
-
-
-def _mentioned(code: CodeType) -> Iterator[str]:
-    """The names in a function's code, and its strings."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, str):
-            yield constant
-        elif isinstance(constant, CodeType):
-            yield from _mentioned(constant)
-
-
-def _places(function: FunctionType) -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
-    """What a function reads by name, besides its own attributes."""
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        yield name, partial(_content_of, cell), None
-    everything = function.__globals__
-    for name in _globals(function.__code__):
-        module = everything.get(name)
-        if isinstance(module, ModuleType) and _is_library(module.__name__, "pyro_vi"):
-            continue
-        yield name, everything.get, name
-        if isinstance(module, ModuleType):
-            for inner in _names(function.__code__):
-                if inner in vars(module):
-                    yield f"{name}.{inner}", vars(module).get, inner
-    for name in ("__code__", "__defaults__", "__kwdefaults__"):
-        yield f"{function.__name__}.{name}", partial(_attribute, function), name
-
-
-def _slots(kind: type) -> list[str]:
-    slots = vars(kind).get("__slots__", ())
-    names = [slots] if isinstance(slots, str) else list(slots)
-    return [name for name in names if name not in ("__dict__", "__weakref__")]
-
-
-def _attribute(value: Any, name: str) -> Any:
-    return getattr(value, name, None)
-
-
-def _content_of(cell: CellType, key: None) -> Any:
-    return _content(cell)
-
-
 def objects(*programs: Any) -> list[Any]:
     """The instances of a user's own classes that programs reach, modules left out."""
     return [
         value
-        for _, value, _ in _reached(programs)
-        if _is_users(value)
+        for _, value, _ in reached(programs)
+        if is_users(value)
         and not isinstance(value, SimpleNamespace)  # whose dictionary cannot be exchanged
     ]
 
 
-def _is_users(value: Any) -> bool:
+def is_users(value: Any) -> bool:
     """Whether it is an object of a user's own class, and no module."""
     return (
         type(getattr(value, "__dict__", None)) is dict
         and not isinstance(value, (nn.Module, FunctionType, MethodType, partial))
-        and not _is_library(type(value).__module__, "pyro_vi")
+        and not is_library(type(value).__module__, "pyro_vi")
     )
 
 
-def _reached(
+def reached(
     programs: Iterable[Any], names: set[str] | None = None
 ) -> Iterator[tuple[str, Any, bool]]:
     """What programs lead to, each once; through a user's objects only by names, if they are given.
@@ -276,28 +111,18 @@ def _reached(
             if id(value) in visited or isinstance(value, (Tensor, ModuleType)):
                 continue
             visited.add(id(value))
-            if not isinstance(value, _CONTAINERS):
+            if not isinstance(value, CONTAINERS):
                 ours = type(value).__module__.startswith("pyro_vi.")
                 ours = ours and not isinstance(value, nn.Module)
             yield name, value, ours
             if not isinstance(value, type):
-                read = names if _is_users(value) else None
+                read = names if is_users(value) else None
                 deeper += [
                     (inner, held, ours)
                     for inner, held in _held_by(value)
                     if read is None or not inner or inner in read
                 ]
         waiting = deeper
-
-
-def _globals(code: CodeType) -> Iterator[str]:
-    """The globals that a function loads, and the functions inside it."""
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            yield instruction.argval
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _globals(constant)
 
 
 def may_ask_modules(value: Any) -> bool:
@@ -330,7 +155,7 @@ def may_ask_modules(value: Any) -> bool:
         if isinstance(value, MethodType):
             found += [value.__self__, value.__func__]
         elif isinstance(value, FunctionType):
-            found += map(_content, value.__closure__ or ())
+            found += map(content, value.__closure__ or ())
         elif isinstance(value, partial):
             found += [value.func, *value.args, *value.keywords.values()]
         elif isinstance(value, dict):
@@ -358,11 +183,11 @@ def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
         yield "", value.__self__
         yield "", value.__func__
     elif isinstance(value, FunctionType):
-        if _is_library(value.__module__):
+        if is_library(value.__module__):
             return
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            yield name, _content(cell)
-        for name in _names(value.__code__):
+            yield name, content(cell)
+        for name in names_in(value.__code__):
             yield name, value.__globals__.get(name)
         for held in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
             yield "default", held
@@ -377,25 +202,32 @@ def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, (list, tuple, set, deque)):
         for index, held in enumerate(value):
             yield str(index), held
-    elif hasattr(value, "__dict__") and not _is_library(type(value).__module__):
+    elif hasattr(value, "__dict__") and not is_library(type(value).__module__):
         yield from list(vars(value).items())
         yield "", vars(type(value)).get("__call__")
 
 
-def _names(code: CodeType) -> Iterator[str]:
+def names_in(code: CodeType) -> set[str]:
     """The globals and attributes that a function names, and the functions inside it."""
-    yield from code.co_names
+    return {name for one in codes(code) for name in one.co_names}
+
+
+def codes(code: CodeType) -> Iterator[CodeType]:
+    """A function's code, and that of the functions inside it."""
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names(constant)
+            yield from codes(constant)
 
 
-def _content(cell: CellType) -> Any:
+def content(cell: CellType) -> Any:
+    """What a closure's cell holds; None if it is not filled yet."""
     try:
         return cell.cell_contents
-    except ValueError:  # not filled yet
+    except ValueError:
         return None
 
 
-def _is_library(module: str | None, *others: str) -> bool:
+def is_library(module: str | None, *others: str) -> bool:
+    """Whether a module belongs to a library whose objects lead to no module of a user's."""
     return (module or "").partition(".")[0] in _LIBRARIES.union(others)

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vi.capture import Uncapturable
+from pyro_vi.holdings import holdings
 from pyro_vi.optimizers import Update
-from pyro_vi.reach import holdings
 
 if TYPE_CHECKING:
     from pyro_vi.svi import SVI
