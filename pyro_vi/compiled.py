@@ -48,15 +48,28 @@ class Recorded:
     """
 
     def __init__(self, step: _Step, graph: Graph, watch: Watch) -> None:
-        self._step, self._graph, self.watch = step, graph, watch
+        self._step, self._graph, self._watch = step, graph, watch
         self._update = step.update
         self._generators = step.generators()
         self._gradients: Sequence[Tensor] = ()
         self.is_sure, self.may_be_late = step.is_sure, step.update is not None
         self._scheduler = step.optim.scheduler if isinstance(step.optim, OneOptimizer) else None
 
+    def stale(self) -> str | None:
+        """Says what has changed since, so that the record is no good; None if nothing has."""
+        if (changed := self._watch.stale()) is not None:
+            return changed
+        if self._update is not None and not self._update.counts.follow():
+            return _APART
+        return None
+
+    def resync(self) -> str | None:
+        """After an eager step: reads the optimizer's counts again; says why they are no good."""
+        return None if self._update is None or self._update.counts.resync() else _APART
+
     def compile(self, batch: Sequence[Tensor]) -> None:
-        """Hands it to Inductor."""
+        """Hands it to Inductor, after a step that proved it."""
+        self._watch.learn()
         self._graph.compile(batch)
 
     def __call__(self, batch: Sequence[Tensor]) -> Tensor:
@@ -68,7 +81,6 @@ class Recorded:
         """
         if self._update is not None:
             self._update.rates.follow()
-            self._update.counts.follow()
         status, *self._gradients = self._graph(batch)
         return status
 
@@ -98,10 +110,6 @@ class Recorded:
 
         return rewind
 
-    def resync(self) -> bool:
-        """After an eager step: reads the optimizer's counts again; False if they go apart."""
-        return self._update is None or self._update.counts.resync()
-
     def predict(self, batch: Sequence[Tensor]) -> Proof:
         """What the record makes of a step that is about to be taken eagerly; changes nothing."""
         rewind = self.rewinder()
@@ -113,6 +121,9 @@ class Recorded:
         drawn = [generator.get_state() for generator in self._generators]
         rewind()
         return Proof(self._step, before, held, status, gradients, drawn)
+
+
+_APART = "parameters took steps apart"
 
 
 class Proof:

@@ -92,7 +92,7 @@ class Recorder:
         kind = self._kinds.get(key)
         if kind is None or not kind.is_proven or kind.recorded is None:
             return None
-        if (change := kind.recorded.watch.stale()) is not None:
+        if (change := kind.recorded.stale()) is not None:
             self._drop(change)
             return None
         return kind.recorded, batch
@@ -118,7 +118,7 @@ class Recorder:
         self._now = _key(args, kwargs)
         kind = self._kinds.get(self._now[0])
         if kind is not None and kind.recorded is not None and not kind.is_refused:
-            if (change := kind.recorded.watch.stale()) is None:
+            if (change := kind.recorded.stale()) is None:
                 self._proof = kind.recorded.predict(self._now[1])
             else:
                 self._drop(change)
@@ -149,13 +149,13 @@ class Recorder:
             return
         kind.seen += 1
         found = [one.recorded for one in self._kinds.values() if one.recorded is not None]
-        if not all([one.resync() for one in found]):
-            self._drop("parameters took steps apart")
-            return
+        for change in [one.resync() for one in found]:
+            if change is not None:
+                self._drop(change)
+                return
         try:
             if self._proof is not None and kind.recorded is not None:
                 self._proof.check()
-                kind.recorded.watch.learn()
                 _log.info("compiling a step, which takes seconds")
                 if self._announce is not None:
                     self._announce()

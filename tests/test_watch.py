@@ -20,6 +20,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule
 from steps import (
     adam,
+    beta_bernoulli,
     by_pyro_module,
     run,
 )
@@ -245,6 +246,24 @@ def everywhere() -> tuple[Callable[[Tensor], None], dict[str, Callable[[], objec
         "parameter: strides": lambda: setattr(net.layer.weight, "data", net.layer.weight.data.t()),
     }
     return model, changes
+
+
+@pytest.mark.usefixtures("recorded_alone")
+def test_counts_that_are_set_apart_are_seen() -> None:
+    """Parameters share Adam's corrections while they have taken equally many steps."""
+    found = []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        model, guide, loss, args = beta_bernoulli()
+        optim = adam()
+        svi = SVI(model, guide, optim, loss, compile=compile)
+        losses = [svi.step(*args) for _ in range(5)]
+        optim.torch_optimizer.state[next(iter(optim.torch_optimizer.state))]["step"].fill_(1.0)
+        seen = pytest.warns(UserWarning, match="parameters took steps apart")
+        with seen if compile else nullcontext():
+            found.append(losses + [svi.step(*args) for _ in range(3)])
+    assert found[1] == pytest.approx(found[0], rel=1e-10)
 
 
 SQUASH = squash
