@@ -128,7 +128,8 @@ def _compiled(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     places = sum(node.op == "placeholder" for node in graph.graph.nodes)
     if places != len(inputs) or _outputs(graph) != outputs:
         return whole
-    return lambda *inputs: code(list(inputs))
+    run = code.current_callable
+    return lambda *inputs: run(list(inputs))
 
 
 def _outputs(module: fx.GraphModule) -> int:
@@ -136,7 +137,7 @@ def _outputs(module: fx.GraphModule) -> int:
 
 
 # Draws as an eager step's. What the layouts are is known before a step.
-_OPTIONS = {"fallback_random": True, "size_asserts": False}
+_OPTIONS = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
 
 
 class _Launched:

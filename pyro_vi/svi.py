@@ -84,7 +84,7 @@ class SVI(pyro.infer.SVI):
                 loss, *_, sound = recorded(batch).tolist()
                 if sound:
                     recorded.finish()
-                    return warn_if_nan(loss, "loss")
+                    return warn_if_nan(loss, "loss") if loss != loss else loss
                 assert rewind is not None
                 rewind()
                 recorder.was_unsound()

@@ -18,8 +18,8 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from functools import partial
-from itertools import chain
-from operator import attrgetter, call, is_
+from itertools import chain, compress
+from operator import attrgetter, call, is_, not_
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -159,28 +159,29 @@ class _Contents:
         self._read, self._own = read, set[tuple[int, Any]]()
         self._names: list[str] = []
         self._containers: list[Any] = []
-        self._views: list[Iterable[Any]] = []  # of the values of mappings; they are live
         self._entries: list[list[Any]] = []
 
     def add(self, name: str, container: Any) -> None:
         """A container, and what it is called."""
         self._names.append(name)
         self._containers.append(container)
-        if hasattr(container, "values"):
-            self._views.append(container.values())
         self._entries.append(_entries(container))
 
     def take(self) -> None:
         """Takes what is there now for what was there."""
+        empty = [not len(entries) for entries in self._entries]
+        self._empty = list(compress(self._containers, empty))
+        some = list(compress(self._containers, map(not_, empty)))
+        self._some = [*some, *(c.values() for c in some if hasattr(c, "values"))]
         self._held = list(self._all())
 
     def _all(self) -> Iterator[Any]:
         """All keys, items and values, and an end, so that another number of them is another end."""
-        return chain(chain.from_iterable(self._containers), chain.from_iterable(self._views), _END)
+        return chain(chain.from_iterable(self._some), _END)
 
     def changed(self) -> str | None:
         """Says in words what one holds and did not, or held and does not; None if there is none."""
-        if all(map(is_, self._all(), self._held)):
+        if not any(self._empty) and all(map(is_, self._all(), self._held)):
             return None
         for i, (name, container) in enumerate(zip(self._names, self._containers, strict=True)):
             now, before = _entries(container), self._entries[i]
