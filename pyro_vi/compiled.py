@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as tree
 
+from pyro_vi.calls import Calls
 from pyro_vi.capture import Graph, PyrosQuestions, Uncapturable, capture
 from pyro_vi.elbo import assumptions
 from pyro_vi.optimizers import OneOptimizer, Update, update_of
@@ -226,9 +227,8 @@ def record(
     for value, what in step.lost:
         if not isinstance(value, Tensor | None) or any(value is read for read in graph.constants):
             raise Uncapturable(f"{what}, and the next may read it")
-    read = [tensor for tensor in step.held if id(tensor) not in step.private]
-    read += graph.constants
-    watch = Watch(svi, step.modules, parameters, step.update, read)
+    read = [*step.parameters, *step.buffers, *graph.constants]
+    watch = Watch(svi, step.calls, step.modules, parameters, step.update, read)
     return Recorded(step, graph, watch)
 
 
@@ -240,6 +240,7 @@ class _Step:
         private: those that are the record's alone, by identity.
         own: those, and the parameters where an optimizer that is not in it moves them.
         batch: the tensors of the batch that it is recorded with.
+        calls: of the programs, while it is recorded.
         lost: what a module bound to itself in a run, and a graph would not: the object before, and
             words.
         is_sure: whether nothing is taken for granted.
@@ -267,27 +268,28 @@ class _Step:
         self.modules = modules_of(svi.model, svi.guide, *self._leaves)
         self._objects = objects(svi.model, svi.guide)
         self._places_of = _buffers(self.modules)
-        self._buffers = [buffer for _, _, buffer in self._places_of]
+        self.buffers = [buffer for _, _, buffer in self._places_of]
         self.update = update_of(svi.optim, parameters)
         self._state, following = [], []
         if self.update is not None:
             self._state = self.update.tensors
             following = [self.update.rates.tensor, self.update.counts.tensor]
         self.alive = torch.ones((), dtype=torch.bool, device=parameters[0].device)
-        self.held = [*parameters, *self._buffers, *self._state, *following, self.alive]
+        self.held = [*parameters, *self.buffers, *self._state, *following, self.alive]
         outside = parameters if self.update is None else ()
         self.private = {id(tensor) for tensor in (*following, self.alive)}
         self.own = self.private | set(map(id, outside))
         self._validates = torch.distributions.Distribution._validate_args
         self.lost: list[tuple[Any, str]] = []
+        self.calls = Calls()
         self.is_sure = True
-        shared = {_storage(tensor) for tensor in (*parameters, *self._buffers)}
+        shared = {_storage(tensor) for tensor in (*parameters, *self.buffers)}
         if any(_storage(tensor) in shared for tensor in self.batch):
             raise Uncapturable("an argument that is a parameter or a buffer of the programs")
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         now = dict(zip(map(id, self.held), tensors, strict=False))
-        fresh = {id(tensor): now[id(tensor)].clone() for tensor in (*self._buffers, *self._state)}
+        fresh = {id(tensor): now[id(tensor)].clone() for tensor in (*self.buffers, *self._state)}
         moved = {id(p): _leaf(now[id(p)], p) for p in self.parameters}
         loss, conditions, others = self._evaluate({**fresh, **moved}, tensors[len(self.held) :])
         self.is_sure = not conditions
@@ -335,6 +337,7 @@ class _Step:
         with (
             substituted([*self.modules, *self._objects], memo) as rebound,
             assumptions(validate=self._validates) as assumed,
+            self.calls.seen(),
             PyrosQuestions(),
             torch.enable_grad(),
         ):

@@ -1,188 +1,198 @@
 """Where Pyro programs keep what they read by name.
 
 A number in a closure, a layer in a global, an option in an attribute: a program finds it there in
-every run, and could find something else the next time. `holdings` lists the places, as far as the
-programs lead to them (`pyro_vi.reach`): through methods and properties that their code names too.
+every run, and could find something else the next time. `holdings` lists the places: of all that the
+programs lead to, those that the code that ran (`pyro_vi.calls`) names.
 """
 
 from __future__ import annotations
 
 __all__ = ["Holdings", "holdings"]
 
-import dis
-from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
-from types import CellType, CodeType, FunctionType, ModuleType
-from typing import Any, NamedTuple
+import builtins
+from collections.abc import Callable, Iterable
+from functools import partial
+from operator import attrgetter
+from types import CodeType, FunctionType, MethodType
+from typing import Any
 
 import numpy as np
-from torch import nn
+from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import Distribution, Transform
 
-from pyro_vi.reach import CONTAINERS, codes, content, is_library, is_users, names_in, reached
+from pyro_vi.calls import Calls
+from pyro_vi.capture import Uncapturable
+from pyro_vi.reach import CONTAINERS, content, is_library, is_namespace, loaded, namespaces
 
-# Names in code that may read attributes without naming them.
-_AT_LARGE = set(
-    "AttributeError __dict__ asdict astuple attrgetter dir eval exec getattr globals hasattr locals"
-    " vars".split()
-)
-# Methods that no step calls.
-_MAKERS = {"__init__", "__init_subclass__", "__new__", "__repr__", "__setstate__"}
+# What may read attributes that no code names; what shows all globals.
+_AT_LARGE = set("AttributeError asdict astuple attrgetter dir getattr hasattr vars".split())
+_EVERYTHING = set("eval exec globals locals".split())
+_INTERNALS = set(vars(PyroModule()))  # of every module, whatever its class
+_PLAIN = {nn.Module, PyroModule, object}
+_ITEMS = 10_000  # of a container or an array that are looked at in every step
 
 
-class Holdings(NamedTuple):
+def holdings(programs: Iterable[Any], calls: Calls) -> Holdings:
+    """Where programs keep what they read, as far as it can be followed.
+
+    Args:
+        programs: callables and modules.
+        calls: of runs of them.
+
+    Raises:
+        Uncapturable: what they read cannot be listed: `globals()`, an iterator.
+    """
+    found = Holdings(calls.codes)
+    found.follow([*programs, *calls.functions(), *calls.objects()])
+    return found
+
+
+class Holdings:
     """Where programs keep what they read by name, and could find something else the next time.
+
+    Args:
+        ran: the code of functions that ran.
 
     Attributes:
         places: a readable name, a function of a key, and the key: cells of closures, globals that
-            the code loads, code and defaults of functions, slots.
-        containers: a readable name, and a mapping, list or set: attributes of modules, of a user's
-            objects and their classes, dictionaries and the like.
+            the code loads, attributes that it names, code and defaults of functions, slots.
+        containers: a readable name, and a dictionary, list or set.
         owners: objects with attributes.
         arrays: a readable name, and an array of NumPy.
     """
 
-    places: list[tuple[str, Callable[[Any], Any], Any]]
-    containers: list[tuple[str, Any]]
-    owners: list[Any]
-    arrays: list[tuple[str, Any]]
+    def __init__(self, ran: Iterable[CodeType]) -> None:
+        self.places: list[tuple[str, Callable[[Any], Any], Any]] = []
+        self.containers: list[tuple[str, Any]] = []
+        self.owners: list[Any] = []
+        self.arrays: list[tuple[str, Any]] = []
+        self._ran = {id(code): code for code in ran}
+        self._names = {name for code in ran for name in (code.co_name, *code.co_names)}
+        self._names |= {text for code in ran for text in code.co_consts if isinstance(text, str)}
+        found = {name for code in ran for name in loaded(code)}
+        if everything := sorted(found & _EVERYTHING):
+            raise Uncapturable(f"{everything[0]}() in the programs, which may read anything")
+        self._at_large = bool(found & _AT_LARGE or "__dict__" in self._names)
+        self._known: set[Any] = set()
+        self._waiting: list[tuple[str, Any]] = []
 
+    def follow(self, values: Iterable[Any]) -> None:
+        """Finds what values lead to."""
+        self._waiting = [("", value) for value in values]
+        while self._waiting:
+            name, value = self._waiting.pop()
+            if not isinstance(value, Tensor) and self._is_new(id(value)):
+                self._open(name, value)
 
-def holdings(*programs: Any) -> Holdings:
-    """Where programs keep what they read, as far as it can be followed."""
-    found = Holdings([], [], [], [])
-    known: set[int] = set()
-
-    def contains(name: str, container: Any) -> None:
-        if id(container) not in known:
-            known.add(id(container))
-            found.containers.append((name, container))
-
-    def owns(value: Any, name: str) -> None:
-        if id(value) not in known:
-            known.add(id(value))
-            found.owners.append(value)
-            contains(name, vars(value))
-
-    def classes(kind: type) -> None:
-        for one in kind.__mro__:
-            if not is_library(one.__module__, "pyro_vi") and id(one) not in known:
-                known.add(id(one))
-                found.containers.append((one.__name__, vars(one)))
-
-    values, names = _followed(programs)
-    for name, value, ours in values:
+    def _open(self, name: str, value: Any) -> None:
+        kind = type(value)
         if isinstance(value, FunctionType):
-            if not is_library(value.__module__, "pyro_vi"):
-                found.places.extend(_places(value))
-                contains(value.__name__, vars(value))
-        elif isinstance(value, nn.Module):
-            for module in value.modules():
-                owns(module, type(module).__name__)
-                classes(type(module))
-                for inner in vars(module).values():
-                    if isinstance(inner, dict):
-                        contains(type(module).__name__, inner)
+            if id(value.__code__) in self._ran:
+                self._function(value)
+        elif isinstance(value, MethodType):
+            self._waiting += [(name, value.__self__), (name, value.__func__)]
         elif isinstance(value, partial):
-            contains(name, value.keywords)
+            self._container(f"{name}.keywords", value.keywords)
+            self._waiting += [(name, one) for one in (value.func, *value.args)]
         elif isinstance(value, type):
-            classes(value)
-        elif isinstance(value, CONTAINERS):
-            if not ours and not isinstance(value, tuple):
-                contains(name, value)
+            self._classes(value)
+        elif isinstance(value, nn.Module):
+            self._module(value)
         elif isinstance(value, (np.ndarray, np.generic)):
-            found.arrays.append((name, value))
-        elif not is_library(type(value).__module__, "pyro_vi"):
-            if is_users(value):
-                kind, held = type(value).__name__, vars(value)
-                if names & _AT_LARGE:
-                    owns(value, kind)
-                else:
-                    read = sorted(names & {*held, *dir(type(value))})
-                    found.owners.append(value)
-                    found.places.extend((f"{kind}.{one}", held.get, one) for one in read)
-            classes(type(value))
-            for one in type(value).__mro__:
-                for slot in _slots(one):
-                    found.places.append((slot, partial(_attribute, value), slot))
-    return found
+            self._check(name, value, value.size)
+            self.arrays.append((name, value))
+        elif isinstance(value, CONTAINERS):
+            self._container(name, value)
+        elif hasattr(kind, "__next__") and kind.__module__ in ("builtins", "itertools"):
+            raise Uncapturable(f"{name!r} is a {kind.__name__}, which goes on from step to step")
+        elif isinstance(value, (Distribution, Messenger, Transform)):
+            self._attributes(value, [one for one in vars(value) if one[:1] != "_"])
+        elif kind.__module__.startswith("pyro_vi."):  # what it keeps is its own business
+            self._waiting += _items(getattr(value, "__dict__", {}))
+        if not isinstance(value, (nn.Module, type)) and not is_library(kind.__module__, "pyro_vi"):
+            self._object(value)
+
+    def _function(self, function: FunctionType) -> None:
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        for name, cell in cells:
+            self._place(name, content, cell)
+        for path, space, names in namespaces(function):
+            for name in names:
+                if name in space or not hasattr(builtins, name):
+                    self._place(f"{path}.{name}" if path else name, space.get, name)
+        for name in ("__code__", "__defaults__", "__kwdefaults__"):
+            self._place(f"{function.__name__}.{name}", attrgetter(name), function)
+        self._container(function.__name__, vars(function))
+
+    def _module(self, module: nn.Module) -> None:
+        kind, held = type(module), vars(module)
+        self._classes(kind)
+        self.owners.append(module)
+        libraries = {one for one in kind.__mro__ if not is_namespace(one.__module__)}
+        if self._at_large or libraries - _PLAIN:  # which read it too
+            self._container(kind.__name__, held)
+        else:
+            named = self._names.intersection([*held, *dir(kind)])
+            self._attributes(module, named.union(_INTERNALS.intersection(held)))
+        for name in _INTERNALS.intersection(held):
+            if isinstance(held[name], dict):
+                self._container(f"{kind.__name__}.{name}", held[name])
+
+    def _object(self, value: Any) -> None:
+        kind, held = type(value), getattr(value, "__dict__", None)
+        self._classes(kind)
+        if type(held) is dict:
+            self.owners.append(value)
+            if self._at_large:
+                self._container(kind.__name__, held)
+            else:
+                self._attributes(value, self._names.intersection([*held, *dir(kind)]))
+        for one in kind.__mro__:
+            for slot in _slots(one):
+                self._place(f"{kind.__name__}.{slot}", partial(_attribute, value), slot)
+
+    def _classes(self, kind: type) -> None:
+        """What a class of a user's keeps, and those that it inherits from."""
+        for one in kind.__mro__:
+            if not is_library(one.__module__, "pyro_vi"):
+                for name in sorted(self._names.intersection(dir(kind))):
+                    if self._is_new((one, name)):
+                        self._place(f"{one.__name__}.{name}", vars(one).get, name)
+
+    def _attributes(self, value: Any, names: Iterable[str]) -> None:
+        for name in sorted(names):
+            if self._is_new((id(value), name)):
+                self._place(f"{type(value).__name__}.{name}", vars(value).get, name)
+
+    def _container(self, name: str, container: Any) -> None:
+        self._check(name, container, len(container))
+        if not isinstance(container, tuple):
+            self.containers.append((name, container))
+        self._waiting += _items(container)
+
+    def _place(self, name: str, get: Callable[[Any], Any], key: Any) -> None:
+        self.places.append((name, get, key))
+        self._waiting.append((name, get(key)))
+
+    def _is_new(self, key: Any) -> bool:
+        before = len(self._known)
+        self._known.add(key)
+        return len(self._known) > before
+
+    def _check(self, name: str, held: Any, items: int) -> None:
+        if items > _ITEMS:
+            raise Uncapturable(
+                f"{name!r}, {items} items in a {type(held).__name__}, which may change unseen:"
+                " make it a tensor"
+            )
 
 
-def _followed(programs: Iterable[Any]) -> tuple[list[tuple[str, Any, bool]], set[str]]:
-    """What programs lead to, through methods of a user's too; and all names in their code.
-
-    Of a user's objects, only what the code names: a trainer that is the model too counts its steps.
-    """
-    roots, names = list(programs), set[str]()
-    while True:
-        values = list(reached(roots, None if names & _AT_LARGE else names))
-        known = {id(value) for _, value, _ in values}
-        functions = [value for _, value, _ in values if isinstance(value, FunctionType)]
-        found = [one.__code__ for one in functions if not is_library(one.__module__, "pyro_vi")]
-        before, names = names, set().union(*map(names_in, found), *map(_strings_in, found))
-        kinds = {one for _, value, _ in values for one in _kinds(value)}
-        methods = [
-            method
-            for kind in kinds
-            for name, held in vars(kind).items()
-            if name in names or (name.startswith("__") and name not in _MAKERS)
-            for method in _functions(held)
-            if id(method) not in known
-        ]
-        if not methods and names == before:
-            return values, names
-        roots += methods
-
-
-def _kinds(value: Any) -> Iterator[type]:
-    """The user's own classes of an object, or of a module's parts."""
-    ones = value.modules() if isinstance(value, nn.Module) else (value,)
-    for one in ones:
-        for kind in (one if isinstance(one, type) else type(one)).__mro__:
-            if not is_library(kind.__module__, "pyro_vi"):
-                yield kind
-
-
-def _functions(held: Any) -> list[FunctionType]:
-    """The function of what a class holds as a method or a property."""
-    if isinstance(held, (staticmethod, classmethod)):
-        held = held.__func__
-    elif isinstance(held, property):
-        held = held.fget
-    elif isinstance(held, cached_property):
-        held = held.func
-    return [held] if isinstance(held, FunctionType) else []
-
-
-def _strings_in(code: CodeType) -> set[str]:
-    """The strings in a function's code, which may name attributes too."""
-    return {c for one in codes(code) for c in one.co_consts if isinstance(c, str)}
-
-
-def _places(function: FunctionType) -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
-    """What a function reads by name, besides its own attributes."""
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        yield name, partial(_content_of, cell), None
-    everything = function.__globals__
-    for name in sorted(_globals(function.__code__)):
-        module = everything.get(name)
-        if isinstance(module, ModuleType) and is_library(module.__name__, "pyro_vi"):
-            continue
-        yield name, everything.get, name
-        if isinstance(module, ModuleType):
-            for inner in sorted(names_in(function.__code__) & vars(module).keys()):
-                yield f"{name}.{inner}", vars(module).get, inner
-    for name in ("__code__", "__defaults__", "__kwdefaults__"):
-        yield f"{function.__name__}.{name}", partial(_attribute, function), name
-
-
-def _globals(code: CodeType) -> set[str]:
-    """The globals that a function loads, and the functions inside it."""
-    return {
-        instruction.argval
-        for one in codes(code)
-        for instruction in dis.get_instructions(one)
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-    }
+def _items(container: Any) -> list[tuple[str, Any]]:
+    if isinstance(container, dict):
+        return [(str(key), value) for key, value in dict.items(container)]
+    return [(str(i), value) for i, value in enumerate(container)]
 
 
 def _slots(kind: type) -> list[str]:
@@ -193,7 +203,3 @@ def _slots(kind: type) -> list[str]:
 
 def _attribute(value: Any, name: str) -> Any:
     return getattr(value, name, None)
-
-
-def _content_of(cell: CellType, key: None) -> Any:
-    return content(cell)

@@ -1,8 +1,8 @@
 """What a Pyro program can reach, wherever it keeps it.
 
 A program is a module, or a function, a method, a partial (Pyro's handlers are partials) or an
-object that leads to modules: by its attributes, closure, arguments, containers, or the globals that
-its code names. All of these are followed; library code is not.
+object that leads to modules: by its attributes, closure, arguments, containers, or what its code
+names in its own file and in others. All of these are followed; library code is not.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ __all__ = [
     "codes",
     "content",
     "is_library",
+    "is_namespace",
     "is_users",
+    "loaded",
     "may_ask_modules",
-    "names_in",
+    "namespaces",
     "objects",
     "reach",
     "reached",
 ]
 
+import dis
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -32,7 +36,7 @@ from torch.distributions import Distribution, Transform
 _DEPTH = 12  # how far to look for modules behind a program
 _LIBRARIES = set(
     "arviz builtins collections functools logging matplotlib numpy pandas pyro scipy sklearn"
-    " threading torch tqdm weakref xarray zuko".split()
+    " _thread threading torch tqdm weakref xarray zuko".split()
 )  # their objects and functions lead to no module of a user's
 CONTAINERS = (dict, list, tuple, set, deque)
 _MODULE_INTERNALS = set(vars(nn.Module()))
@@ -79,7 +83,7 @@ def objects(*programs: Any) -> list[Any]:
     """The instances of a user's own classes that programs reach, modules left out."""
     return [
         value
-        for _, value, _ in reached(programs)
+        for value in reached(programs)
         if is_users(value)
         and not isinstance(value, SimpleNamespace)  # whose dictionary cannot be exchanged
     ]
@@ -94,35 +98,17 @@ def is_users(value: Any) -> bool:
     )
 
 
-def reached(
-    programs: Iterable[Any], names: set[str] | None = None
-) -> Iterator[tuple[str, Any, bool]]:
-    """What programs lead to, each once; through a user's objects only by names, if they are given.
-
-    Returns:
-        The last name that leads there, what it is, and whether it is an object of this package that
-        is no module, or a container of one: what those keep is their own business.
-    """
+def reached(programs: Iterable[Any]) -> Iterator[Any]:
+    """What programs lead to, each once."""
     visited: set[int] = set()
-    waiting = [("", program, False) for program in programs]
-    for _ in range(_DEPTH + 1):
-        deeper = []
-        for name, value, ours in waiting:
-            if id(value) in visited or isinstance(value, (Tensor, ModuleType)):
-                continue
-            visited.add(id(value))
-            if not isinstance(value, CONTAINERS):
-                ours = type(value).__module__.startswith("pyro_vi.")
-                ours = ours and not isinstance(value, nn.Module)
-            yield name, value, ours
-            if not isinstance(value, type):
-                read = names if is_users(value) else None
-                deeper += [
-                    (inner, held, ours)
-                    for inner, held in _held_by(value)
-                    if read is None or not inner or inner in read
-                ]
-        waiting = deeper
+    waiting = deque(programs)
+    while waiting:
+        value = waiting.popleft()
+        if id(value) in visited or isinstance(value, (Tensor, ModuleType, type)):
+            continue
+        visited.add(id(value))
+        yield value
+        waiting.extend(held for _, held in _held_by(value))
 
 
 def may_ask_modules(value: Any) -> bool:
@@ -187,8 +173,9 @@ def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
             return
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             yield name, content(cell)
-        for name in names_in(value.__code__):
-            yield name, value.__globals__.get(name)
+        for _, space, names in namespaces(value):
+            for name in names:
+                yield name, space.get(name)
         for held in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
             yield "default", held
     elif isinstance(value, partial):
@@ -197,19 +184,46 @@ def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
             yield "", held
         yield from value.keywords.items()
     elif isinstance(value, dict):
-        for key, held in value.items():
+        for key, held in dict.items(value):
             yield str(key), held
-    elif isinstance(value, (list, tuple, set, deque)):
+    elif isinstance(value, CONTAINERS):
         for index, held in enumerate(value):
             yield str(index), held
-    elif hasattr(value, "__dict__") and not is_library(type(value).__module__):
-        yield from list(vars(value).items())
-        yield "", vars(type(value)).get("__call__")
+    if type(getattr(value, "__dict__", None)) is dict and not is_library(type(value).__module__):
+        if not isinstance(value, (nn.Module, MethodType, FunctionType, partial)):
+            yield from list(vars(value).items())
+            yield "", vars(type(value)).get("__call__")
 
 
-def names_in(code: CodeType) -> set[str]:
-    """The globals and attributes that a function names, and the functions inside it."""
-    return {name for one in codes(code) for name in one.co_names}
+def namespaces(function: FunctionType) -> list[tuple[str, dict[str, Any], list[str]]]:
+    """Where a function finds what it names outside of itself: its file, and others that it imports.
+
+    Returns:
+        Each with what it is called there ("" for its own file), and the names that are looked up.
+    """
+    code, space = function.__code__, function.__globals__
+    named = {name for one in codes(code) for name in one.co_names}
+    found = {id(space): ("", space, sorted(loaded(code)))}
+    waiting = [(name, space.get(name)) for name in loaded(code)]
+    waiting += [(name, sys.modules.get(name)) for name in loaded(code, "IMPORT_NAME")]
+    while waiting:
+        path, module = waiting.pop()
+        if isinstance(module, ModuleType) and is_namespace(module.__name__):
+            space = vars(module)
+            if id(space) not in found:
+                found[id(space)] = (path, space, sorted(named & space.keys()))
+                waiting += [(f"{path}.{name}", space[name]) for name in found[id(space)][2]]
+    return list(found.values())
+
+
+def loaded(code: CodeType, *kinds: str) -> set[str]:
+    """The globals that a function loads, or what it imports, and the functions inside it."""
+    return {
+        instruction.argval
+        for one in codes(code)
+        for instruction in dis.get_instructions(one)
+        if instruction.opname in (kinds or ("LOAD_GLOBAL", "LOAD_NAME"))
+    }
 
 
 def codes(code: CodeType) -> Iterator[CodeType]:
@@ -226,6 +240,12 @@ def content(cell: CellType) -> Any:
         return cell.cell_contents
     except ValueError:
         return None
+
+
+def is_namespace(module: str | None) -> bool:
+    """Whether a module is a user's, in which functions may name anything."""
+    top = (module or "").partition(".")[0]
+    return top not in sys.stdlib_module_names and not is_library(top, "pyro_vi")
 
 
 def is_library(module: str | None, *others: str) -> bool:

@@ -2,8 +2,8 @@
 
 A record sees what changes in place in a tensor. What is bound to another object after it was
 recorded it cannot see: a number, a function, a layer, a hook, an option of the optimizer. So all
-that programs, store, loss and optimizer keep by name is looked at before every step, whatever it
-is. What nobody can find are objects behind library code.
+that the code which ran names is looked at before every step, whatever it is, and what store, loss
+and optimizer keep. What is not found are objects behind library code.
 
 The smallest steps take 100 microseconds: so what is there is held against what was by identity, in
 loops that are not Python's. Only where that finds a difference is it asked which, and whether it
@@ -18,16 +18,17 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from functools import partial
-from itertools import chain, compress
-from operator import attrgetter, call, is_, not_
+from itertools import chain
+from operator import attrgetter, call, is_, itemgetter
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
-from pyro_vi.capture import Uncapturable
+from pyro_vi.calls import Calls
 from pyro_vi.holdings import holdings
 from pyro_vi.optimizers import Update
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from pyro_vi.svi import SVI
 
 _END = (object(),)
-_ITEMS = 10_000  # of a container or an array that are looked at in every step
 _ADVICE = "(make it a tensor and fill_ it, or give it to the step)"
 
 
@@ -44,18 +44,20 @@ class Watch:
 
     Args:
         svi: whose programs, loss and optimizer they are.
+        calls: of the programs.
         modules: those that the programs reach, and those among their arguments.
         parameters: those that are trained.
         update: the optimizers' step, if it is in the graph.
-        read: the tensors that the record reads or changes.
+        read: the tensors that the record reads or changes, besides the optimizers' state.
 
     Raises:
-        Uncapturable: a container or an array that is too long to be looked at in every step.
+        Uncapturable: what cannot be looked at in every step.
     """
 
     def __init__(
         self,
         svi: SVI,
+        calls: Calls,
         modules: Iterable[nn.Module],
         parameters: Sequence[Tensor],
         update: Update | None,
@@ -63,25 +65,32 @@ class Watch:
     ) -> None:
         self._tensors = list({id(tensor): tensor for tensor in read}.values())
         self._memory = [tensor.detach() for tensor in self._tensors]
+        stored = set(map(id, pyro.get_param_store()._params.values()))
+        self._trainable = [
+            one
+            for one in self._tensors
+            if one.requires_grad or isinstance(one, nn.Parameter) or id(one) in stored
+        ]
         # Hooks are added in place.
-        self._training = [tuple(map(copy, found)) for found in map(_TRAINING, self._tensors)]
-        found = holdings(svi.model, svi.guide, *modules)
-        for name, held in (*found.containers, *found.arrays):
-            count = held.size if hasattr(held, "size") else len(held)
-            if count > _ITEMS:
-                raise Uncapturable(
-                    f"{name!r}, {count} items in a {type(held).__name__}, which may change unseen:"
-                    " make it a tensor"
-                )
+        self._training = [tuple(map(copy, found)) for found in map(_TRAINING, self._trainable)]
+        self._state = update.tensors if update is not None else []
+        self._addresses = list(map(Tensor.data_ptr, self._state))
+        optimizers = update.optimizers if update is not None else []
+        self._groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._options = [itemgetter(*sorted(g.keys() - {"params", "lr"})) for g in self._groups]
+        self._chosen = list(map(call, self._options, self._groups))
+        found = holdings([svi.model, svi.guide, *modules, *_PYRO_STACK], calls)
         self._arrays = [(name, array, _bytes(array)) for name, array in found.arrays]
         self._owners = found.owners
         self._spaces = [vars(owner) for owner in found.owners]
-        seen = {id(tensor) for tensor in self._tensors}
+        seen = {id(tensor) for tensor in (*self._tensors, *self._state)}
         self._places, self._contents = _Places(seen), _Contents(seen)
         for name, get, key in (*_outside(svi, parameters, update), *found.places):
             self._places.add(name, get, key)
-        for name, container in (*found.containers, *_registers(svi, update)):
+        for name, container in found.containers:
             self._contents.add(name, container)
+        for name, container, *keys in _registers(svi, parameters, update):
+            self._contents.add(name, container, *keys)
         self._contents.take()
 
     def stale(self) -> str | None:
@@ -92,8 +101,12 @@ class Watch:
             return "the attributes of an object were exchanged"
         if not all(map(Tensor.is_set_to, self._tensors, self._memory)):
             return "a parameter, buffer or tensor lies elsewhere, or otherwise"
-        if list(map(_TRAINING, self._tensors)) != self._training:
+        if list(map(Tensor.data_ptr, self._state)) != self._addresses:
+            return "the optimizer's state lies elsewhere"
+        if list(map(_TRAINING, self._trainable)) != self._training:
             return "a parameter, buffer or tensor was frozen, thawed or hooked"
+        if list(map(call, self._options, self._groups)) != self._chosen:
+            return "the optimizer's options are others"
         for name, array, before in self._arrays:
             if _bytes(array) != before:
                 return f"{name!r} has other numbers {_ADVICE}"
@@ -159,20 +172,22 @@ class _Contents:
         self._read, self._own = read, set[tuple[int, Any]]()
         self._names: list[str] = []
         self._containers: list[Any] = []
+        self._keys: list[set[int] | None] = []
         self._entries: list[list[Any]] = []
 
-    def add(self, name: str, container: Any) -> None:
-        """A container, and what it is called."""
+    def add(self, name: str, container: Any, keys: Iterable[Any] | None = None) -> None:
+        """A container, what it is called, and those of its keys that matter, if not all do."""
         self._names.append(name)
         self._containers.append(container)
-        self._entries.append(_entries(container))
+        self._keys.append(None if keys is None else set(map(id, keys)))
+        self._entries.append(_entries(container, self._keys[-1]))
 
     def take(self) -> None:
         """Takes what is there now for what was there."""
-        empty = [not len(entries) for entries in self._entries]
-        self._empty = list(compress(self._containers, empty))
-        some = list(compress(self._containers, map(not_, empty)))
-        self._some = [*some, *(c.values() for c in some if hasattr(c, "values"))]
+        self._empty = [one for one in self._containers if not one]
+        some = [one for one in self._containers if one]
+        views = [dict.values(one) for one in some if isinstance(one, dict)]  # they are live
+        self._some = [*some, *views]
         self._held = list(self._all())
 
     def _all(self) -> Iterator[Any]:
@@ -184,7 +199,7 @@ class _Contents:
         if not any(self._empty) and all(map(is_, self._all(), self._held)):
             return None
         for i, (name, container) in enumerate(zip(self._names, self._containers, strict=True)):
-            now, before = _entries(container), self._entries[i]
+            now, before = _entries(container, self._keys[i]), self._entries[i]
             if len(now) != len(before):
                 return f"{name!r} has {len(now)} entries, and had {len(before)}"
             for (key, value), (old_key, old) in zip(now, before, strict=True):
@@ -199,24 +214,23 @@ class _Contents:
 
     def learn(self) -> None:
         """Takes what is bound anew for the programs' own."""
-        for i, (container, before) in enumerate(zip(self._containers, self._entries, strict=True)):
-            if not hasattr(container, "values"):
-                continue
-            pairs = zip(before, container.items(), strict=False)
-            self._own |= {(i, key) for (key, old), (_, new) in pairs if _is_remade(old, new)}
+        for i, container in enumerate(self._containers):
+            if isinstance(container, dict):
+                pairs = zip(self._entries[i], _entries(container, self._keys[i]), strict=False)
+                self._own |= {(i, key) for (key, old), (_, new) in pairs if _is_remade(old, new)}
 
 
-def _entries(container: Any) -> list[tuple[Any, Any]]:
+def _entries(container: Any, keys: set[int] | None) -> list[tuple[Any, Any]]:
     """Keys and values; the items of a list or a set are its values."""
-    if hasattr(container, "values"):
-        return list(container.items())
-    return [(None, item) for item in container]
+    if not isinstance(container, dict):
+        return [(None, item) for item in container]
+    return [one for one in dict.items(container) if keys is None or id(one[0]) in keys]
 
 
 def _matters(old: Any, new: Any, read: set[int]) -> bool:
-    """Whether a program could tell one from the other."""
-    if isinstance(old, Tensor) and isinstance(new, Tensor | None):
-        return old is not new and id(old) in read
+    """Whether a program could tell one from the other; of a tensor, it may read the shape alone."""
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        return old is not new and (id(old) in read or _LAYOUT(old) != _LAYOUT(new))
     if old is new:
         return False
     return not _is_plain(old) or not _is_plain(new) or repr(old) != repr(new)  # 1 and 1.0, -0.0
@@ -254,32 +268,29 @@ def _outside(
         if id(p) in trained:
             yield name, partial(_stored, store), name
     for optimizer in update.optimizers if update is not None else ():
-        yield "the optimizer's state", vars(optimizer).get, "state"
-        for group in optimizer.param_groups:
-            for name in group.keys() - {"params", "lr"}:
-                yield f"the optimizer's {name}", group.get, name
-        for p in parameters:
-            if p in optimizer.state:
-                yield "the optimizer's state", optimizer.state.get, p
-                state = optimizer.state[p]
-                for name, value in state.items():
-                    if isinstance(value, Tensor):
-                        yield f"the optimizer's {name}", state.get, name
-    for table in (getattr(svi.optim, "optim_objs", {}), getattr(svi.optim, "grad_clip", {})):
-        for p in parameters:
-            yield "a parameter's optimizer", table.get, p
+        for name in ("state", "param_groups"):
+            yield f"the optimizer's {name}", vars(optimizer).get, name
+        for state in [optimizer.state[p] for p in parameters if p in optimizer.state]:
+            for name in [name for name, value in state.items() if isinstance(value, Tensor)]:
+                yield f"the optimizer's {name}", state.get, name
 
 
 def _stored(store: Any, name: str) -> Any:
     return store._params.get(name)
 
 
-def _registers(svi: SVI, update: Update | None) -> Iterator[tuple[str, Any]]:
-    """Containers of the step that are not the programs'."""
+def _registers(
+    svi: SVI, parameters: Sequence[Tensor], update: Update | None
+) -> Iterator[tuple[Any, ...]]:
+    """Containers of the step that are not the programs'; and the keys that matter, if not all."""
     assert svi.told is not None
     yield "the loss", vars(svi.told._given)
     yield "the optimizer", vars(svi.optim)
+    for name in ("optim_objs", "grad_clip"):
+        yield "a parameter's optimizer", getattr(svi.optim, name, {}), parameters
     for optimizer in update.optimizers if update is not None else ():
+        yield "the optimizer's state", optimizer.state, parameters
+        yield "the optimizer's param_groups", optimizer.param_groups
         yield "the optimizer's hooks", optimizer._optimizer_step_pre_hooks
         yield "the optimizer's hooks", optimizer._optimizer_step_post_hooks
     for name, register in vars(torch.nn.modules.module).items():
@@ -287,6 +298,7 @@ def _registers(svi: SVI, update: Update | None) -> Iterator[tuple[str, Any]]:
             yield "hooks of all modules", register
 
 
+_LAYOUT = attrgetter("shape", "dtype", "device", "requires_grad")
 _TRAINING = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 
 
