@@ -208,6 +208,12 @@ def capture(function: Callable[..., Any], held: Sequence[Tensor], batch: Sequenc
     if not all(one is other or _equal(one, other) for one, other in pairs):
         raise Uncapturable("two runs of the programs made other tensors of numbers")
     lifted, constants = _lifted(second, {id(one) for one, other in pairs if one is other})
+    if any(tensor.requires_grad for tensor in constants):
+        raise Uncapturable(
+            "gradients of a tensor that is not in the parameter store: put it there (pyro.module,"
+            " pyro.param), or requires_grad_(False)"
+        )
+    _check_changes(lifted, len(held))
     return Graph(lifted, held, constants)
 
 
@@ -316,6 +322,19 @@ def _lifted(module: fx.GraphModule, outside: set[int]) -> tuple[fx.GraphModule, 
         graph.erase_node(node)
     graph.lint()
     return fx.GraphModule(torch.nn.Module(), graph), constants
+
+
+def _check_changes(module: fx.GraphModule, held: int) -> None:
+    """Raises Uncapturable if the record changes an input in place that is not held."""
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    kept, views = set(inputs[held:]), {node: node for node in inputs}  # of what each is a view
+    for node in module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        for value, argument in zip(node.args, schema.arguments if schema else (), strict=False):
+            if argument.alias_info is not None and value in views:
+                if argument.alias_info.is_write and views[value] in kept:
+                    raise Uncapturable("an argument of the step, or a tensor, is changed in place")
+                views[node] = views[value]
 
 
 def _randomness() -> Any:

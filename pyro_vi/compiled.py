@@ -23,6 +23,7 @@ from torch.utils import _pytree as tree
 from pyro_vi.calls import Calls
 from pyro_vi.capture import Graph, PyrosQuestions, Uncapturable, capture
 from pyro_vi.elbo import assumptions
+from pyro_vi.holdings import check_repeatable
 from pyro_vi.optimizers import OneOptimizer, Update, update_of
 from pyro_vi.program import modules_of, substituted
 from pyro_vi.reach import objects
@@ -217,6 +218,7 @@ def record(
     Raises:
         Uncapturable: see `pyro_vi.capture`.
     """
+    check_repeatable([svi.model, svi.guide])
     step = _Step(svi, parameters, args, kwargs, scale=scale, guard=guard)
     assert svi.told is not None
     kept = dict(vars(svi.told))  # its terms are of the last eager step

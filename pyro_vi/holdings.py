@@ -7,11 +7,12 @@ programs lead to, those that the code that ran (`pyro_vi.calls`) names.
 
 from __future__ import annotations
 
-__all__ = ["Holdings", "holdings"]
+__all__ = ["Holdings", "check_repeatable", "holdings"]
 
 import builtins
-from collections.abc import Callable, Iterable
-from functools import partial
+import dis
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import _lru_cache_wrapper, partial
 from operator import attrgetter
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -24,11 +25,12 @@ from torch.distributions import Distribution, Transform
 
 from pyro_vi.calls import Calls
 from pyro_vi.capture import Uncapturable
-from pyro_vi.reach import CONTAINERS, content, is_library, is_namespace, loaded, namespaces
+from pyro_vi.reach import CONTAINERS, content, is_library, is_namespace, loaded, namespaces, reached
 
 # What may read attributes that no code names; what shows all globals.
-_AT_LARGE = set("AttributeError asdict astuple attrgetter dir getattr hasattr vars".split())
+_AT_LARGE = set("AttributeError asdict astuple attrgetter dir vars".split())
 _EVERYTHING = set("eval exec globals locals".split())
+_PATH = set("LOAD_FAST LOAD_DEREF LOAD_GLOBAL LOAD_ATTR LOAD_METHOD CACHE".split())
 _INTERNALS = set(vars(PyroModule()))  # of every module, whatever its class
 _PLAIN = {nn.Module, PyroModule, object}
 _ITEMS = 10_000  # of a container or an array that are looked at in every step
@@ -47,6 +49,12 @@ def holdings(programs: Iterable[Any], calls: Calls) -> Holdings:
     found = Holdings(calls.codes)
     found.follow([*programs, *calls.functions(), *calls.objects()])
     return found
+
+
+def check_repeatable(programs: Sequence[Any]) -> None:
+    """Raises Uncapturable if programs read an iterator, of which every run takes one more."""
+    functions = [one for one in reached(programs) if isinstance(one, FunctionType)]
+    Holdings([one.__code__ for one in functions]).follow(programs)
 
 
 class Holdings:
@@ -70,11 +78,12 @@ class Holdings:
         self.arrays: list[tuple[str, Any]] = []
         self._ran = {id(code): code for code in ran}
         self._names = {name for code in ran for name in (code.co_name, *code.co_names)}
-        self._names |= {text for code in ran for text in code.co_consts if isinstance(text, str)}
+        self._names |= {text for code in ran for text in _strings(code.co_consts)}
         found = {name for code in ran for name in loaded(code)}
         if everything := sorted(found & _EVERYTHING):
             raise Uncapturable(f"{everything[0]}() in the programs, which may read anything")
-        self._at_large = bool(found & _AT_LARGE or "__dict__" in self._names)
+        self._asked = {name for code in ran for name in _asked(code)}
+        self._at_large = bool(found & _AT_LARGE or self._asked & {"__dict__", None})
         self._known: set[Any] = set()
         self._waiting: list[tuple[str, Any]] = []
 
@@ -93,8 +102,11 @@ class Holdings:
                 self._function(value)
         elif isinstance(value, MethodType):
             self._waiting += [(name, value.__self__), (name, value.__func__)]
+        elif isinstance(value, _lru_cache_wrapper):  # which may not have run
+            self._function(value.__wrapped__)
         elif isinstance(value, partial):
-            self._container(f"{name}.keywords", value.keywords)
+            called = getattr(value.func, "__name__", name)
+            self._container(f"a partial of {called}", value.keywords)
             self._waiting += [(name, one) for one in (value.func, *value.args)]
         elif isinstance(value, type):
             self._classes(value)
@@ -134,8 +146,7 @@ class Holdings:
         if self._at_large or libraries - _PLAIN:  # which read it too
             self._container(kind.__name__, held)
         else:
-            named = self._names.intersection([*held, *dir(kind)])
-            self._attributes(module, named.union(_INTERNALS.intersection(held)))
+            self._attributes(module, self._read(module) | _INTERNALS.intersection(held))
         for name in _INTERNALS.intersection(held):
             if isinstance(held[name], dict):
                 self._container(f"{kind.__name__}.{name}", held[name])
@@ -148,10 +159,14 @@ class Holdings:
             if self._at_large:
                 self._container(kind.__name__, held)
             else:
-                self._attributes(value, self._names.intersection([*held, *dir(kind)]))
+                self._attributes(value, self._read(value))
         for one in kind.__mro__:
             for slot in _slots(one):
                 self._place(f"{kind.__name__}.{slot}", partial(_attribute, value), slot)
+
+    def _read(self, value: Any) -> set[str]:
+        """The attributes of an object that code names, and those that it asks for."""
+        return self._names.intersection([*vars(value), *dir(type(value))]) | self._asked
 
     def _classes(self, kind: type) -> None:
         """What a class of a user's keeps, and those that it inherits from."""
@@ -193,6 +208,25 @@ def _items(container: Any) -> list[tuple[str, Any]]:
     if isinstance(container, dict):
         return [(str(key), value) for key, value in dict.items(container)]
     return [(str(i), value) for i, value in enumerate(container)]
+
+
+def _strings(constants: Iterable[Any]) -> Iterator[str]:
+    for one in constants:
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, tuple):  # such as the names of a pattern
+            yield from _strings(one)
+
+
+def _asked(code: CodeType) -> Iterator[str | None]:
+    """What code gives getattr and hasattr for a name; None for what is made in the run."""
+    instructions = iter(list(dis.get_instructions(code)))
+    for one in instructions:
+        if one.opname == "LOAD_GLOBAL" and one.argval in ("getattr", "hasattr"):
+            of = next(one for one in instructions if one.opname not in _PATH)
+            yield of.argval if of.opname == "LOAD_CONST" and isinstance(of.argval, str) else None
+        elif one.argval == "__dict__":
+            yield "__dict__"
 
 
 def _slots(kind: type) -> list[str]:

@@ -173,9 +173,10 @@ class Net(nn.Module):
 def everywhere() -> tuple[Callable[[Tensor], None], dict[str, Callable[[], object]]]:
     """A model that reads from many places, and what changes one of them each."""
     torch.manual_seed(0)
-    config, slotted, own, net, another = Config(), Slotted(), Config(), Net(), nn.Linear(2, 2)
+    config, slotted, own, net = Config(), Slotted(), Config(), Net()
+    another = nn.Linear(2, 2).requires_grad_(False)
     beta, nothing, pair, prior = 1.0, None, (1.0, 0.0), dist.Normal(0.0, 1.0)
-    act, tensor, layer = abs, X, nn.Linear(2, 2)
+    act, tensor, layer = abs, X, nn.Linear(2, 2).requires_grad_(False)
 
     def model(x: Tensor) -> None:
         pyro.module("net", net)
