@@ -4,7 +4,8 @@ A kind of batch is what a record is good for: the layouts of its tensors, its ot
 handlers around the step. Each is counted. After some eager steps one is recorded; the next step is
 taken both ways, and only if loss, updates and generators come out alike is the record compiled and
 used. From then on it is asked before every step whether anything that it was made of is something
-else by now (`pyro_vi.watch`).
+else by now (`pyro_vi.watch`). And for what is not found by asking, a step is now and then taken both
+ways again: the 100th compiled one, the 200th, the 400th and so on.
 """
 
 from __future__ import annotations
@@ -33,14 +34,16 @@ _log = logging.getLogger(__name__)
 _MOST = 4  # graphs of an SVI
 _KINDS = 100  # kinds of batches that are counted
 _OTHER = 100  # batches of another kind than the first recorded one, before it is recorded too
+_AUDIT = 100  # compiled steps before one is taken both ways again, and then ever twice as many
 _UNSOUND = 3  # steps that were not as a record takes for granted, before it is dropped
 
 
 @dataclass
 class _Kind:
-    """A kind of batch: its eager steps so far, and its record."""
+    """A kind of batch: its eager and its compiled steps so far, and its record."""
 
     seen: int = 0
+    used: int = 0
     recorded: Recorded | None = None
     is_proven: bool = False
     is_refused: bool = False
@@ -94,6 +97,10 @@ class Recorder:
             return None
         if (change := kind.recorded.stale()) is not None:
             self._drop(change)
+            return None
+        kind.used += 1
+        audited, rest = divmod(kind.used, _AUDIT)
+        if rest == 0 and audited.bit_count() == 1:
             return None
         return kind.recorded, batch
 
@@ -155,12 +162,7 @@ class Recorder:
                 return
         try:
             if self._proof is not None and kind.recorded is not None:
-                self._proof.check()
-                _log.info("compiling a step, which takes seconds")
-                if self._announce is not None:
-                    self._announce()
-                kind.recorded.compile(batch)
-                kind.is_proven = True
+                self._prove(kind, self._proof, batch)
             elif kind.recorded is None and self._is_time(kind):
                 if isinstance(key, _Strange):
                     raise Uncapturable(str(key))
@@ -172,6 +174,27 @@ class Recorder:
         finally:
             self._proof = None
 
+    def _prove(self, kind: _Kind, proof: Proof, batch: list[Tensor]) -> None:
+        """After a step that was predicted: compiles its record, if it is not yet."""
+        assert kind.recorded is not None
+        if kind.is_proven and not proof.is_sound:  # which an eager step may well be
+            return
+        if (differs := proof.differs()) is not None:
+            one = "the step after the recorded one"
+            if kind.is_proven:
+                one = f"after {kind.used} compiled steps, one"
+            raise Uncapturable(
+                f"{one} has another {differs} than its record: the programs read something that"
+                " changes unseen"
+            )
+        if kind.is_proven:
+            return
+        _log.info("compiling a step, which takes seconds")
+        if self._announce is not None:
+            self._announce()
+        kind.recorded.compile(batch)
+        kind.is_proven = True
+
     def _is_time(self, kind: _Kind) -> bool:
         others = [one for one in self._kinds.values() if one.recorded is not None]
         if len(others) >= _MOST:
@@ -180,7 +203,7 @@ class Recorder:
 
     def _stay(self, key: Any, why: str) -> None:
         self._kinds[key] = _Kind(is_refused=True)
-        warnings.warn(f"steps stay eager: {why}", stacklevel=5)
+        warnings.warn(f"steps stay eager: {why}", stacklevel=4)
 
 
 class _Strange(str):
