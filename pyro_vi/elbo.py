@@ -268,7 +268,7 @@ def _diagonal_normal(fn: Any) -> Any | None:
     ):
         return None
     return dist.MultivariateNormal(
-        fn.base_dist.loc, scale_tril=torch.diag_embed(fn.base_dist.scale)
+        fn.base_dist.loc, scale_tril=torch.diag_embed(fn.base_dist.scale), validate_args=False
     )
 
 

@@ -29,8 +29,8 @@ _QUESTIONS = {torch._is_all_true, torch.Tensor.all}
 class Checks(TorchFunctionMode):
     """Lets every check pass, and keeps the conditions that it depends on.
 
-    Left out are those of Python's numbers, which an eager step has checked, and those that only a NaN
-    fails, which the loss shows.
+    Left out are those of Python's numbers, which an eager step has checked, and those that only a
+    NaN fails, which the loss shows.
 
     Args:
         conditions: where they are appended to.
