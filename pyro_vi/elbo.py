@@ -34,7 +34,8 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vi.sites import draws_terms, is_delta, is_deterministic
+from pyro_vi.sites import draws_terms, is_delta
+from pyro_vi.validity import Checks
 from pyro_vi.weighting import check_sides, unweighted
 
 
@@ -64,7 +65,6 @@ class Told(ELBO):
                     self._add(self._terms, key, _log_prob(site))
                     if site["is_observed"]:
                         self._observed.add(key)
-                        _assume_in_support(site)
 
     def _add(self, terms: dict[str, Tensor], key: str, term: Tensor) -> None:
         term = term.detach().double() / self.num_particles
@@ -268,7 +268,7 @@ def _diagonal_normal(fn: Any) -> Any | None:
     ):
         return None
     return dist.MultivariateNormal(
-        fn.base_dist.loc, scale_tril=torch.diag_embed(fn.base_dist.scale)
+        fn.base_dist.loc, scale_tril=torch.diag_embed(fn.base_dist.scale), validate_args=False
     )
 
 
@@ -286,13 +286,7 @@ def _is_one(scale: Any) -> bool:
     return _holds((torch.as_tensor(scale) == 1).all())
 
 
-class _Assumptions(list[Tensor]):
-    """Conditions; `validate` says whether those of distributions belong to them."""
-
-    validate = False
-
-
-_assumed: ContextVar[_Assumptions | None] = ContextVar("assumed", default=None)
+_assumed: ContextVar[list[Tensor] | None] = ContextVar("assumed", default=None)
 
 
 @contextmanager
@@ -302,13 +296,14 @@ def assumptions(*, validate: bool) -> Iterator[list[Tensor]]:
     So that it can be recorded from tensors without values; the record checks them at every replay.
 
     Args:
-        validate: whether observations are assumed to be in their distributions' support.
+        validate: whether distributions check parameters and values where they do not say
+            themselves.
     """
-    found = _Assumptions()
-    found.validate = validate
+    found: list[Tensor] = []
     token = _assumed.set(found)
     try:
-        yield found
+        with dist.validation_enabled(validate), Checks(found):
+            yield found
     finally:
         _assumed.reset(token)
 
@@ -319,12 +314,3 @@ def _holds(condition: Tensor) -> bool:
         return bool(condition)
     assumed.append(condition)
     return True
-
-
-def _assume_in_support(site: Any) -> None:
-    assumed = _assumed.get()
-    if assumed is not None and assumed.validate and not is_deterministic(site):
-        try:
-            assumed.append(site["fn"].support.check(site["value"]))
-        except (AttributeError, NotImplementedError):  # it has none, or no check
-            return
