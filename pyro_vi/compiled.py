@@ -307,7 +307,9 @@ class _Step:
             if self._guard:
                 norm = torch.nn.utils.get_total_norm(list(gradients.values()))
                 finite = finite & norm.isfinite()
-            sound = torch.stack(conditions).all() if conditions else torch.ones_like(finite)
+            sound = torch.ones_like(finite)
+            for condition in conditions:  # in one kernel, which torch.stack would not be
+                sound = sound & condition
             if self.update is not None:
                 fresh |= {key: leaf.detach().clone() for key, leaf in moved.items()}
                 self._move(self.update, fresh, gradients, now)

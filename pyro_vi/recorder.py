@@ -4,7 +4,7 @@ A kind of batch is what a record is good for: the layouts of its tensors, its ot
 handlers around the step. Each is counted. After some eager steps one is recorded; the next step is
 taken both ways, and only if loss, updates and generators come out alike is the record compiled and
 used. From then on it is asked before every step whether anything that it was made of is something
-else by now (`pyro_vi.watch`). And for what is not found by asking, a step is now and then taken both
+else by now (`pyro_vi.watch`). For what is not found by asking, a step is now and then taken both
 ways again: the 100th compiled one, the 200th, the 400th and so on.
 """
 
@@ -110,8 +110,8 @@ class Recorder:
         if self._unsound == _UNSOUND:
             self._unsound = 0
             self._drop(
-                "masks or scales that were alike in model and guide are not always, or observations"
-                " are outside of their support"
+                "masks or scales that were alike in model and guide are not always, or parameters"
+                " and values are outside of their constraints and supports"
             )
 
     def _drop(self, why: str) -> None:
