@@ -39,11 +39,15 @@ class Calls:
             self._see(frame)
             return before(frame, event, arg) if before is not None else None
 
+        collects = gc.isenabled()
+        gc.disable()  # it calls functions that are not the run's
         sys.settrace(see)
         try:
             yield
         finally:
             sys.settrace(before)
+            if collects:
+                gc.enable()
 
     def _see(self, frame: FrameType) -> None:
         code = frame.f_code

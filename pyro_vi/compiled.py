@@ -269,6 +269,8 @@ class _Step:
         self._leaves, self._spec = tree.tree_flatten((args, kwargs))
         self._places = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.batch = [self._leaves[place] for place in self._places]
+        if any(one.requires_grad or one.layout is not torch.strided for one in self.batch):
+            raise Uncapturable("an argument that is no plain tensor, or has a gradient")
         self.modules = modules_of(svi.model, svi.guide, *self._leaves)
         self._objects = objects(svi.model, svi.guide)
         self._places_of = _buffers(self.modules)

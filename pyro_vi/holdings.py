@@ -147,9 +147,6 @@ class Holdings:
             self._container(kind.__name__, held)
         else:
             self._attributes(module, self._read(module) | _INTERNALS.intersection(held))
-        for name in _INTERNALS.intersection(held):
-            if isinstance(held[name], dict):
-                self._container(f"{kind.__name__}.{name}", held[name])
 
     def _object(self, value: Any) -> None:
         kind, held = type(value), getattr(value, "__dict__", None)
@@ -185,7 +182,7 @@ class Holdings:
         self._check(name, container, len(container))
         if not isinstance(container, tuple):
             self.containers.append((name, container))
-        self._waiting += _items(container)
+        self._waiting += [(f"{name}.{key}", value) for key, value in _items(container)]
 
     def _place(self, name: str, get: Callable[[Any], Any], key: Any) -> None:
         self.places.append((name, get, key))

@@ -14,6 +14,7 @@ __all__ = ["Counts", "OneOptimizer", "Rates", "Update", "update_of"]
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter, mul
 from typing import Any
 
 import torch
@@ -128,6 +129,9 @@ class OneOptimizer(PyroOptim):
         }
 
 
+_LR = itemgetter("lr")
+
+
 class Rates:
     """The learning rates of the next step as one tensor, which follows the optimizers' own.
 
@@ -136,17 +140,18 @@ class Rates:
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], device: torch.device) -> None:
-        self._groups, self._last = list(groups), [math.nan] * len(groups)
+        self._groups, self._given = list(groups), [math.nan] * len(groups)
+        self._last = self._given
         self._decays = [group.get("lrd", 1.0) for group in groups]  # ClippedAdam's own schedule
         self._led = [i for i, decay in enumerate(self._decays) if decay != 1.0]
         self.tensor = torch.zeros(len(groups), dtype=torch.float64, device=device)
 
     def follow(self) -> None:
         """Sets the tensor to the rates of the next step."""
-        groups, decays = self._groups, self._decays
-        rates = [group["lr"] * decay for group, decay in zip(groups, decays, strict=True)]
-        if rates != self._last:
-            self._last = rates
+        given = list(map(_LR, self._groups))
+        if given != self._given:
+            self._given = given
+            self._last = rates = list(map(mul, given, self._decays))
             self.tensor.copy_(torch.tensor(rates, dtype=torch.float64))
 
     def lead(self) -> None:

@@ -36,7 +36,7 @@ from torch.distributions import Distribution, Transform
 _DEPTH = 12  # how far to look for modules behind a program
 _LIBRARIES = set(
     "arviz builtins collections functools logging matplotlib numpy pandas pyro scipy sklearn"
-    " _thread threading torch tqdm weakref xarray zuko".split()
+    " _thread threading torch tqdm typing_extensions weakref xarray zuko".split()
 )  # their objects and functions lead to no module of a user's
 CONTAINERS = (dict, list, tuple, set, deque)
 _MODULE_INTERNALS = set(vars(nn.Module()))
@@ -245,7 +245,9 @@ def content(cell: CellType) -> Any:
 def is_namespace(module: str | None) -> bool:
     """Whether a module is a user's, in which functions may name anything."""
     top = (module or "").partition(".")[0]
-    return top not in sys.stdlib_module_names and not is_library(top, "pyro_vi")
+    if top in sys.stdlib_module_names or top.startswith("namedtuple_"):
+        return False
+    return not is_library(top, "pyro_vi")
 
 
 def is_library(module: str | None, *others: str) -> bool:

@@ -16,6 +16,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -218,21 +219,24 @@ def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tenso
         return _Strange("autocast around a step: put it around the network (Autocast)"), []
     around = (torch.get_default_dtype(), *_PYRO_STACK)
     if not kwargs and all(type(one) is Tensor for one in args):
-        leaves, spec = list(args), None
-    else:
-        leaves, spec = tree.tree_flatten((args, kwargs))
+        if not any(map(_IS_NESTED, args)):
+            return (around, *map(_LAYOUT, args), *map(Tensor.stride, args)), list(args)
+    leaves, spec = tree.tree_flatten((args, kwargs))
     batch: list[Tensor] = []
     key: list[Any] = [around, spec]
     for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            if leaf.requires_grad or leaf.layout is not torch.strided or leaf.is_nested:
-                return _Strange("an argument that is no plain tensor, or has a gradient"), []
-            key.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
+        if isinstance(leaf, Tensor) and not leaf.is_nested:
+            key.append((_LAYOUT(leaf), leaf.stride()))
             batch.append(leaf)
         elif isinstance(leaf, (bool, int, float, str, type(None), torch.dtype, torch.device)):
             key.append((type(leaf), repr(leaf)))
         elif isinstance(leaf, nn.Module):  # what it keeps is watched
             key.append(leaf)
         else:
-            return _Strange(f"an argument of type {type(leaf).__name__}"), []
+            kind = "nested tensor" if isinstance(leaf, Tensor) else type(leaf).__name__
+            return _Strange(f"an argument of type {kind}"), []
     return tuple(key), batch
+
+
+_LAYOUT = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
+_IS_NESTED = attrgetter("is_nested")
