@@ -7,10 +7,10 @@ installed one. Each file of `tests/infer` runs three times, each time in a proce
 loads this file as a plugin of pytest: with Pyro's SVI, and with ours in its place, eager and
 recorded. A test that fails with Pyro's SVI too says nothing, so the outcomes are compared.
 
-Most of these tests take one step, or ask for gradients alone. So the recorded kind records after
-the first eager step, and replays at once: a first step is followed by a recorded one, and gradients
-are the record's. The record runs as it is; with `--inductor` it is compiled, which takes hours for
-all files. What took longer than `--limit` seconds counts as failed, for Pyro's SVI too.
+Most of these tests take one step, or ask for gradients alone. So the recorded kind follows a first
+step with those that it takes to record, to prove and to replay, and gradients are the record's. It
+runs as it is; with `--inductor` it is compiled, which takes hours for all files. What took longer
+than `--limit` seconds counts as failed, for Pyro's SVI too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import pyro
 import pytest
 import torch
 
-from pyro_vi import capture, compiled, svi
+from pyro_vi import capture, compiled, recorder, svi
 
 KINDS = ("Pyro's", "eager", "recorded")
 FILES = ("test_gradient.py", "test_valid_models.py", "test_inference.py", "test_autoguide.py")
@@ -51,9 +51,11 @@ class _Gradients(pyro.optim.PyroOptim):
 
     def __init__(self) -> None:
         super().__init__(torch.optim.SGD, {"lr": 0.0})
+        self.found: dict[Any, Any] = {}
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self.found = {p: p.grad for p in params}
+        self.found.clear()
+        self.found.update((p, p.grad) for p in params)
 
 
 class _Recorded(svi.SVI):
@@ -66,7 +68,7 @@ class _Recorded(svi.SVI):
             loss = args[3] if len(args) > 3 else kwargs["loss"]
             _now["other"].append(getattr(loss, "__name__", type(loss).__name__))
             return
-        self._kept = _Gradients()
+        self._kept, self._records = _Gradients(), dict[Any, compiled.Recorded]()
         kept = {"told": self.told, "optim": self._kept}
         self._programs = SimpleNamespace(loss_and_grads=self._plain, **kept)
         self.loss_and_grads = self._gradients
@@ -75,9 +77,9 @@ class _Recorded(svi.SVI):
         first, self._first, self._inside = self._first, False, True
         try:
             loss = super().step(*args, **kwargs)
-            for _ in range(2):  # one that proves the record, and one that is it
+            for _ in range(3):  # one that is recorded, one that proves it, and one that is it
                 kinds = self._recorder._kinds.values() if self._recorder is not None else ()
-                if first and any(kind.recorded is not None for kind in kinds):
+                if first and any(not kind.is_refused for kind in kinds):
                     loss = super().step(*args, **kwargs)
         finally:
             self._inside = False
@@ -88,21 +90,29 @@ class _Recorded(svi.SVI):
         if self._inside:
             return self._plain(model, guide, *args, **kwargs)
         self._programs.model, self._programs.guide = model, guide
-        before = {p: p.grad for p in pyro.get_param_store()._params.values()}
-        state = torch.get_rng_state()
-        with svi._Parameters() as used:
-            loss = self._plain(model, guide, *args, **kwargs)
-        try:
-            recorded = compiled.record(self._programs, list(used.names), args, kwargs)
-        except capture.Uncapturable as error:
-            _now["refused"].append(str(error))
-            return loss
-        torch.set_rng_state(state)
-        loss = recorded(recorded._step.batch)[0].item()
-        recorded.finish()
+        before = {p: _copy(p.grad) for p in pyro.get_param_store()._params.values()}
+        key, batch = recorder._key(args, kwargs)
+        found = self._records.get(key)
+        if found is None or found.stale() is not None:
+            state = torch.get_rng_state()
+            with svi._Parameters() as used:
+                loss = self._plain(model, guide, *args, **kwargs)
+            try:
+                found = compiled.record(self._programs, list(used.names), args, kwargs)
+            except capture.Uncapturable as error:
+                _now["refused"].append(str(error))
+                return loss
+            self._records[key] = found
+            torch.set_rng_state(state)
+        loss = found(batch)[0].item()
+        found.finish()
         for p, gradient in self._kept.found.items():  # added, as by a backward pass
             p.grad = gradient if before.get(p) is None else before[p] + gradient
         return loss
+
+
+def _copy(gradient: torch.Tensor | None) -> torch.Tensor | None:
+    return None if gradient is None else gradient.clone()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -122,7 +132,6 @@ def pytest_configure(config: pytest.Config) -> None:
             module.SVI = svi.SVI if kind == "eager" else _Recorded  # type: ignore[attr-defined]
     if kind == "eager":
         return
-    svi._SETTLED = 1
     if not config.getoption("--inductor"):
         capture.Graph.compile = lambda self, batch: None  # type: ignore[method-assign]
     replay, warn = compiled.Recorded.__call__, warnings.warn
