@@ -128,10 +128,8 @@ FILES = {  # what a program reads there, what becomes 2.0, and how that is calle
     "behind a function": ("hyper.read()", "hyper.BETA", "'BETA"),
     "submodule": ("hypers.deep.BETA", "hypers.deep.BETA", "'hypers.deep.BETA"),
     "import": ("import hyper; hyper.BETA", "hyper.BETA", "'hyper.BETA"),
-    "import as": ("import hyper as h; h.BETA", "hyper.BETA", "'hyper.BETA"),
     "import from": ("from hyper import BETA; BETA", "hyper.BETA", "'hyper.BETA"),
     "import of a submodule": ("import hypers.deep as h; h.BETA", "hypers.deep.BETA", "BETA"),
-    "import of a part": ("from hypers import deep; deep.BETA", "hypers.deep.BETA", "BETA"),
 }
 
 
