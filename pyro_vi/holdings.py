@@ -7,14 +7,15 @@ programs lead to, those that the code that ran (`pyro_vi.calls`) names.
 
 from __future__ import annotations
 
-__all__ = ["Holdings", "check_repeatable", "holdings"]
+__all__ = ["ABSENT", "Holdings", "check_repeatable", "holdings"]
 
 import builtins
 import dis
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import _lru_cache_wrapper, partial
-from operator import attrgetter
-from types import CodeType, FunctionType, MethodType
+from operator import attrgetter, methodcaller
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,11 @@ from pyro_vi.reach import CONTAINERS, content, is_library, is_namespace, loaded,
 # What may read attributes that no code names; what shows all globals.
 _AT_LARGE = set("AttributeError asdict astuple attrgetter dir vars".split())
 _EVERYTHING = set("eval exec globals locals".split())
-_PATH = set("LOAD_FAST LOAD_DEREF LOAD_GLOBAL LOAD_ATTR LOAD_METHOD CACHE".split())
+_NOISE = set("CACHE NOP PRECALL PUSH_NULL".split())
+# An object, a name, and perhaps another value, as what getattr is called with.
+_BY_NAME = re.compile(
+    r"(LOAD_(?:FAST|DEREF|GLOBAL) (?:LOAD_ATTR )*)LOAD_CONST (?:LOAD_(?:FAST|DEREF|CONST) )?CALL"
+)
 _INTERNALS = set(vars(PyroModule()))  # of every module, whatever its class
 _PLAIN = {nn.Module, PyroModule, object}
 _ITEMS = 10_000  # of a container or an array that are looked at in every step
@@ -49,6 +54,16 @@ def holdings(programs: Iterable[Any], calls: Calls) -> Holdings:
     found = Holdings(calls.codes)
     found.follow([*programs, *calls.functions(), *calls.objects()])
     return found
+
+
+class _Absent:
+    """What stands for an attribute that is not there."""
+
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()
 
 
 def check_repeatable(programs: Sequence[Any]) -> None:
@@ -79,11 +94,13 @@ class Holdings:
         self._ran = {id(code): code for code in ran}
         self._names = {name for code in ran for name in (code.co_name, *code.co_names)}
         self._names |= {text for code in ran for text in _strings(code.co_consts)}
-        found = {name for code in ran for name in loaded(code)}
+        own = [code for code in ran if "site-packages" not in code.co_filename]
+        found = {name for code in own for name in loaded(code)}
         if everything := sorted(found & _EVERYTHING):
             raise Uncapturable(f"{everything[0]}() in the programs, which may read anything")
-        self._asked = {name for code in ran for name in _asked(code)}
-        self._at_large = bool(found & _AT_LARGE or self._asked & {"__dict__", None})
+        asked = {name for code in own for name in _asked(code)}
+        self._at_large = bool(found & _AT_LARGE or None in asked)
+        self._asked = {name for name in asked if name is not None}
         self._known: set[Any] = set()
         self._waiting: list[tuple[str, Any]] = []
 
@@ -110,6 +127,9 @@ class Holdings:
             self._waiting += [(name, one) for one in (value.func, *value.args)]
         elif isinstance(value, type):
             self._classes(value)
+        elif isinstance(value, ModuleType):
+            if is_namespace(value.__name__):
+                self._attributes(value, self._names.intersection(vars(value)))
         elif isinstance(value, nn.Module):
             self._module(value)
         elif isinstance(value, (np.ndarray, np.generic)):
@@ -133,7 +153,7 @@ class Holdings:
         for path, space, names in namespaces(function):
             for name in names:
                 if name in space or not hasattr(builtins, name):
-                    self._place(f"{path}.{name}" if path else name, space.get, name)
+                    self._item(f"{path}.{name}" if path else name, space, name)
         for name in ("__code__", "__defaults__", "__kwdefaults__"):
             self._place(f"{function.__name__}.{name}", attrgetter(name), function)
         self._container(function.__name__, vars(function))
@@ -171,18 +191,22 @@ class Holdings:
             if not is_library(one.__module__, "pyro_vi"):
                 for name in sorted(self._names.intersection(dir(kind))):
                     if self._is_new((one, name)):
-                        self._place(f"{one.__name__}.{name}", vars(one).get, name)
+                        self._item(f"{one.__name__}.{name}", vars(one), name)
 
     def _attributes(self, value: Any, names: Iterable[str]) -> None:
         for name in sorted(names):
             if self._is_new((id(value), name)):
-                self._place(f"{type(value).__name__}.{name}", vars(value).get, name)
+                kind = value if isinstance(value, ModuleType) else type(value)
+                self._item(f"{kind.__name__}.{name}", vars(value), name)
 
     def _container(self, name: str, container: Any) -> None:
         self._check(name, container, len(container))
         if not isinstance(container, tuple):
             self.containers.append((name, container))
         self._waiting += [(f"{name}.{key}", value) for key, value in _items(container)]
+
+    def _item(self, name: str, held: Any, key: str) -> None:
+        self._place(name, methodcaller("get", key, ABSENT), held)
 
     def _place(self, name: str, get: Callable[[Any], Any], key: Any) -> None:
         self.places.append((name, get, key))
@@ -216,14 +240,16 @@ def _strings(constants: Iterable[Any]) -> Iterator[str]:
 
 
 def _asked(code: CodeType) -> Iterator[str | None]:
-    """What code gives getattr and hasattr for a name; None for what is made in the run."""
-    instructions = iter(list(dis.get_instructions(code)))
-    for one in instructions:
+    """What code gives getattr and hasattr for a name; None for one that is made in the run."""
+    instructions = [one for one in dis.get_instructions(code) if one.opname not in _NOISE]
+    for i, one in enumerate(instructions):
         if one.opname == "LOAD_GLOBAL" and one.argval in ("getattr", "hasattr"):
-            of = next(one for one in instructions if one.opname not in _PATH)
-            yield of.argval if of.opname == "LOAD_CONST" and isinstance(of.argval, str) else None
+            after = instructions[i + 1 :]
+            found = _BY_NAME.match(" ".join(each.opname for each in after))
+            name = after[found[1].count(" ")].argval if found is not None else None
+            yield name if isinstance(name, str) else None
         elif one.argval == "__dict__":
-            yield "__dict__"
+            yield None
 
 
 def _slots(kind: type) -> list[str]:
@@ -233,4 +259,4 @@ def _slots(kind: type) -> list[str]:
 
 
 def _attribute(value: Any, name: str) -> Any:
-    return getattr(value, name, None)
+    return getattr(value, name, ABSENT)

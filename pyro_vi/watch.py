@@ -29,7 +29,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
 from pyro_vi.calls import Calls
-from pyro_vi.holdings import holdings
+from pyro_vi.holdings import ABSENT, holdings
 from pyro_vi.optimizers import Update
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class Watch:
         self._arrays = [(name, array, _bytes(array)) for name, array in found.arrays]
         self._owners = found.owners
         self._spaces = [vars(owner) for owner in found.owners]
+        self._types = [type(owner) for owner in found.owners]
         seen = {id(tensor) for tensor in (*self._tensors, *self._state)}
         self._places, self._contents = _Places(seen), _Contents(seen)
         for name, get, key in (*_outside(svi, parameters, update), *found.places):
@@ -99,6 +100,8 @@ class Watch:
             return changed
         if not all(map(is_, map(vars, self._owners), self._spaces)):
             return "the attributes of an object were exchanged"
+        if not all(map(is_, map(type, self._owners), self._types)):
+            return "the class of an object was exchanged"
         if not all(map(Tensor.is_set_to, self._tensors, self._memory)):
             return "a parameter, buffer or tensor lies elsewhere, or otherwise"
         if list(map(Tensor.data_ptr, self._state)) != self._addresses:
@@ -252,7 +255,7 @@ def _words(name: str, old: Any, new: Any) -> str:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
-    return isinstance(value, (bool, int, float, str, type(None)))
+    return value is ABSENT or isinstance(value, (bool, int, float, str, type(None)))
 
 
 def _outside(

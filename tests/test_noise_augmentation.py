@@ -1,6 +1,6 @@
 """Noise on a program's input: its sites, the bounds that it gives, and where it is not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -314,6 +314,14 @@ RECORDED: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.fixture
+def local() -> Iterator[None]:
+    """Parameters of a model and a guide do not meet by their names."""
+    with pyro.settings.context(module_local_params=True):
+        yield
+
+
+@pytest.mark.usefixtures("local")
 @pytest.mark.parametrize("name", RECORDED)
 def test_a_recorded_step_is_the_eager_one(name: str) -> None:
     torch.manual_seed(0)
@@ -342,7 +350,7 @@ def test_a_recorded_step_is_the_eager_one(name: str) -> None:
         torch.testing.assert_close(q, p, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.usefixtures("recorded_alone")
+@pytest.mark.usefixtures("local", "recorded_alone")
 def test_svi_records_it_and_sees_its_end() -> None:
     torch.manual_seed(0)
     model, guide, loss, args = augmented(False, Trace_ELBO)

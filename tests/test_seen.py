@@ -215,7 +215,14 @@ def options(*bases: type, **attributes: Any) -> Callable[[], Any]:
     return lambda: type("Options", bases, deepcopy(attributes))()
 
 
-NEW, OTHER = "is 2.0, and was None", "is another one"
+class Other:
+    """What an object may become."""
+
+    beta = 2.0
+
+
+NEW, OTHER = "is 2.0, and was absent", "is another one"
+GONE, space = "is None, and was absent", partial(SimpleNamespace, beta=1.0)
 BETA, LATE, MEAN = ("beta", 2.0), ("late", 2.0), ("running_mean", torch.zeros(20))
 batch_norm = partial(nn.BatchNorm1d, 10, affine=False)
 masked, unmasked = partial(SimpleNamespace, mask=X), partial(SimpleNamespace, mask=None)
@@ -223,6 +230,8 @@ HELD: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], tuple[str, Any], 
     "by name": (options(beta=1.0), lambda o: getattr(o, "beta", 0.5), BETA, NEW),
     "late": (options(), lambda o: getattr(o, "late", 1.0), LATE, NEW),
     "asked for": (options(), lambda o: 2.0 if hasattr(o, "late") else 1.0, LATE, NEW),
+    "by a made name": (space, lambda o: getattr(o, f"{'be'}ta"), BETA, "is 2.0, and was 1.0"),
+    "shadowed": (options(mask=X), lambda o: 1.0 if o.mask is None else 2.0, ("mask", None), GONE),
     "of a dictionary": (options(dict, beta=1.0), lambda o: o.beta, BETA, NEW),
     "entry": (partial(AttrDict, beta=1.0), lambda o: o.beta, BETA, "is 2.0, and was 1.0"),
     "shape of a buffer": (batch_norm, lambda o: len(o.running_mean) / 10, MEAN, OTHER),
@@ -240,6 +249,27 @@ def test_attributes_are_seen(name: str, replays: list[None]) -> None:
         return Case(times(lambda: read(held)), lambda: setattr(held, attribute, value))
 
     check_seen(build, f".{attribute}' {words}", replays)
+
+
+def test_another_class_of_an_object_is_seen(replays: list[None]) -> None:
+    def build() -> Case:
+        held = options(beta=1.0)()
+        return Case(times(lambda: held.beta), lambda: setattr(held, "__class__", Other))
+
+    check_seen(build, "the class of an object was exchanged", replays)
+
+
+@pytest.mark.parametrize("keeps", [lambda m: m, lambda m: SimpleNamespace(module=m)])
+def test_a_module_that_is_kept_is_followed(
+    keeps: Callable[[Any], Any], load: Callable[[str], Any], replays: list[None]
+) -> None:
+    def build() -> Case:
+        file = load("hyper.BETA")
+        kept = keeps(file.hyper)
+        read = lambda: getattr(kept, "module", kept).BETA  # noqa: E731
+        return Case(times(read), lambda: setattr(file.hyper, "BETA", 2.0))
+
+    check_seen(build, "hyper.BETA' is 2.0, and was 1.0", replays)
 
 
 @pytest.mark.parametrize("base", [object, nn.Module])
