@@ -154,7 +154,7 @@ def behind_code() -> dict[str, tuple[Case, str]]:
         "closures": (Case(times(nested)), HOT),
         "singleton": (
             Case(times(lambda: Single.get().beta), lambda: setattr(Single.one, "beta", 2.0)),
-            "'Single.beta' is 2.0, and was None",
+            "'Single.beta' is 2.0, and was absent",
         ),
         "scale around": (Case(one, lambda: setattr(outer, "scale", 3.0), around=outer), SCALE),
         "scale within": (Case(within, lambda: setattr(handler, "scale", 3.0)), SCALE),
