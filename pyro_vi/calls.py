@@ -25,7 +25,7 @@ class Calls:
     """Sees the calls of a user's functions in runs of the same programs."""
 
     def __init__(self) -> None:
-        self._codes: dict[int, CodeType | None] = {}  # None for libraries' code
+        self._codes: dict[int, tuple[CodeType, bool]] = {}  # and whether it is a user's
         self._contents: dict[int, list[list[Any]]] = {}  # of the closures that were called, by code
         self._runs: list[dict[int, Any]] = []  # what functions were given, by identity
 
@@ -35,7 +35,7 @@ class Calls:
         self._runs.append({})
         before = sys.gettrace()
 
-        def see(frame: FrameType, event: str, arg: Any) -> Any:
+        def see(frame: FrameType, event: Any, arg: Any) -> Any:
             self._see(frame)
             return before(frame, event, arg) if before is not None else None
 
@@ -52,9 +52,8 @@ class Calls:
     def _see(self, frame: FrameType) -> None:
         code = frame.f_code
         if id(code) not in self._codes:
-            ours = is_namespace(frame.f_globals.get("__name__"))
-            self._codes[id(code)] = code if ours else None
-        if self._codes[id(code)] is None:
+            self._codes[id(code)] = code, is_namespace(frame.f_globals.get("__name__"))
+        if not self._codes[id(code)][1]:
             return
         local = frame.f_locals
         count = code.co_argcount + code.co_kwonlyargcount
@@ -70,7 +69,7 @@ class Calls:
     @property
     def codes(self) -> list[CodeType]:
         """The code that ran."""
-        return [code for code in self._codes.values() if code is not None]
+        return [code for code, is_users in self._codes.values() if is_users]
 
     def objects(self) -> list[Any]:
         """What functions were given in every run: the others were made in one."""
@@ -80,7 +79,8 @@ class Calls:
     def functions(self) -> list[FunctionType]:
         """The functions that ran, as far as they outlive a run."""
         found = [one for one in gc.get_referrers(*self.codes) if isinstance(one, FunctionType)]
-        return [one for one in found if self._codes.get(id(one.__code__)) and self._ran(one)]
+        ran = set(map(id, self.codes))
+        return [one for one in found if id(one.__code__) in ran and self._ran(one)]
 
     def _ran(self, function: FunctionType) -> bool:
         held = [content(cell) for cell in function.__closure__ or ()]

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 __all__ = ["Proof", "Recorded", "record"]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -220,7 +221,8 @@ def record(
     Raises:
         Uncapturable: see `pyro_vi.capture`.
     """
-    check_repeatable([svi.model, svi.guide])
+    with _listing():
+        check_repeatable([svi.model, svi.guide])
     step = _Step(svi, parameters, args, kwargs, scale=scale, guard=guard)
     assert svi.told is not None
     kept = dict(vars(svi.told))  # its terms are of the last eager step
@@ -232,8 +234,21 @@ def record(
         if not isinstance(value, Tensor | None) or any(value is read for read in graph.constants):
             raise Uncapturable(f"{what}, and the next may read it")
     read = [*step.parameters, *step.buffers, *graph.constants]
-    watch = Watch(svi, step.calls, step.modules, parameters, step.update, read)
+    with _listing():
+        watch = Watch(svi, step.calls, step.modules, parameters, step.update, read)
     return Recorded(step, graph, watch)
+
+
+@contextmanager
+def _listing() -> Iterator[None]:
+    """Within it a user's objects are looked at, which may raise anything."""
+    try:
+        yield
+    except Uncapturable:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise Uncapturable(f"what the programs read cannot be listed ({what})") from error
 
 
 class _Step:

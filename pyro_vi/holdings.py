@@ -119,8 +119,9 @@ class Holdings:
                 self._function(value)
         elif isinstance(value, MethodType):
             self._waiting += [(name, value.__self__), (name, value.__func__)]
-        elif isinstance(value, _lru_cache_wrapper):  # which may not have run
-            self._function(value.__wrapped__)
+        elif isinstance(value, _lru_cache_wrapper):
+            if isinstance(value.__wrapped__, FunctionType):  # which may not have run
+                self._function(value.__wrapped__)
         elif isinstance(value, partial):
             called = getattr(value.func, "__name__", name)
             self._container(f"a partial of {called}", value.keywords)

@@ -240,6 +240,11 @@ def unseeable() -> dict[str, tuple[Case, str]]:
     def gradients() -> list[Any]:
         return [p.grad.tolist() for p in net.parameters() if p.grad is not None]
 
+    class Shy(type):
+        def __dir__(cls) -> Any:
+            raise RuntimeError("closed")
+
+    shy = Shy("Options", (), {"beta": 1.0})()
     rate, anything = rates(), times(lambda: globals()["TEMPERATURE"])
     count_on = Case(times(lambda: next(steps.count)), lambda: [next(steps.count)])
     return {
@@ -247,5 +252,6 @@ def unseeable() -> dict[str, tuple[Case, str]]:
         "counter": (count_on, "'SimpleNamespace.count' is a count, which goes on"),
         "batch": (Case(in_place, batch.tolist, batch=batch), "an argument of the step, or a"),
         "weights": (Case(weights, gradients), "gradients of a tensor that is not in the"),
+        "closed": (Case(times(lambda: shy.beta), list), "cannot be listed (RuntimeError: closed)"),
         "everything": (Case(anything, list), "globals() in the programs, which may read"),
     }
