@@ -11,12 +11,13 @@ from __future__ import annotations
 __all__ = ["SVI", "eager_steps"]
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import pyro
 from pyro.infer import ELBO
 from pyro.infer.util import torch_item, zero_grads
+from pyro.nn import PyroModule
 from pyro.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
 from pyro.util import warn_if_nan
@@ -69,6 +70,7 @@ class SVI(pyro.infer.SVI):
         evaluated = told(loss) if isinstance(loss, ELBO) else loss
         self.told: Told | None = evaluated if isinstance(evaluated, Told) else None
         super().__init__(model, guide, optim, evaluated, loss_and_grads, **kwargs)
+        self._has_stepped = False
         self._recorder: Recorder | None = None
         after = eager_steps(compile, evaluated)
         if after is not None:
@@ -114,6 +116,10 @@ class SVI(pyro.infer.SVI):
         names = pyro.get_param_store()._param_to_name  # optimizers ask for names
         for parameter, name in used.names.items():
             names.setdefault(parameter, name)
+        if not self._has_stepped:
+            self._has_stepped = True
+            for program in (self.model, self.guide):
+                _warn_of_shared_names(program, used.names)
         return loss, list(used.names)
 
     def _update(self, parameters: Sequence[Tensor]) -> None:
@@ -145,6 +151,21 @@ def eager_steps(compile: object, loss: object, steps: int | None = None) -> int 
     if steps is None:
         return _WORTH
     return _SETTLED if steps >= _WORTH else None
+
+
+def _warn_of_shared_names(program: object, used: Mapping[Tensor, str]) -> None:
+    """Warns of a PyroModule's parameters that have gradients, and that nothing trains."""
+    if not isinstance(program, PyroModule):
+        return
+    parameters = program.named_parameters()
+    if lost := [name for name, p in parameters if p.grad is not None and p not in used]:
+        warnings.warn(
+            f"{type(program).__name__}: {lost[0]!r} (and {len(lost) - 1} others) are not trained,"
+            " because Pyro's store has other parameters of these names, such as the other"
+            " program's. Keep them apart with pyro.settings.set(module_local_params=True) before"
+            " the modules are made, as pyro_vi.fit does",
+            stacklevel=4,
+        )
 
 
 _SETTLED = 2  # the first step makes what is lazy

@@ -23,8 +23,8 @@ from torch.optim.lr_scheduler import StepLR
 
 from pyro_vi import SVI
 from pyro_vi.families import MeanField
-from pyro_vi.guides import Encoder
-from pyro_vi.models import VAE
+from pyro_vi.guides import Encoder, PairEncoder
+from pyro_vi.models import VAE, PredictiveVAE
 from pyro_vi.optimizers import OneOptimizer
 
 Problem = tuple[Callable[..., object], Callable[..., object], tuple[Tensor, ...]]
@@ -161,3 +161,16 @@ def test_the_elbo_that_was_given_learns_how_deep_plates_are() -> None:
         )
         found.append(loss.max_plate_nesting)
     assert found == [2, 2]
+
+
+def test_names_that_meet_in_the_store_are_warned_of() -> None:
+    """Model and guide both have a `network`; in Pyro's store one of them is left out."""
+    pair = PredictiveVAE((3,), (4,), MeanField(2, 8)), PairEncoder((3,), (4,), MeanField(2, 8))
+    x, y = torch.randn(5, 3), torch.rand(5, 4).round()
+    svi = SVI(*pair, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+    with pytest.warns(UserWarning, match=r"PredictiveVAE: .*\(and 5 others\) are not trained"):
+        svi.step(x, y)
+    before = {name: p.detach().clone() for name, p in pair[0].named_parameters()}
+    svi.step(x, y)  # no second warning
+    still = [name for name, p in pair[0].named_parameters() if torch.equal(p, before[name])]
+    assert len(still) == 6 and len(before) > 6
