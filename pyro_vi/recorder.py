@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.utils import _pytree as tree
 
 from pyro_vi.capture import Uncapturable
@@ -217,7 +218,8 @@ def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tenso
         return None, []
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return _Strange("autocast around a step: put it around the network (Autocast)"), []
-    around = (torch.get_default_dtype(), *_PYRO_STACK)
+    validates = Distribution._validate_args
+    around = (torch.get_default_dtype(), validates, *_PYRO_STACK)
     if not kwargs and all(type(one) is Tensor for one in args):
         if not any(map(_IS_NESTED, args)):
             return (around, *map(_LAYOUT, args), *map(Tensor.stride, args)), list(args)

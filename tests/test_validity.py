@@ -336,6 +336,19 @@ def test_a_distribution_made_before_is_checked_as_then(replays: list[bool]) -> N
 
 
 @alone
+def test_validation_that_is_turned_on_later_checks(replays: list[bool]) -> None:
+    model, guide = INVALID["a latent outside"]
+    with pyro.validation_enabled(False):
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(), compile=True)
+        for _ in range(60):
+            svi.step()
+        assert len(replays) == 57 and all(replays)
+    with pyro.validation_enabled(True), pytest.raises(ValueError, match="within the support"):
+        for _ in range(60):
+            svi.step()
+
+
+@alone
 def test_a_nan_is_no_condition_and_seen_in_the_loss(replays: list[bool]) -> None:
     model, guide = observed(lambda: dist.Normal(falls("a", 0.4).sqrt(), 1.0), -1.0)
     losses, _, error = run(model, guide, False)
