@@ -134,7 +134,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     if not config.getoption("--inductor"):
         capture.Graph.compile = lambda self, batch: None  # type: ignore[method-assign]
-    replay, warn = compiled.Recorded.__call__, warnings.warn
+    replay = compiled.Recorded.__call__
 
     def counted(self: Any, batch: Sequence[Any]) -> Any:
         status = replay(self, batch)
@@ -147,10 +147,11 @@ def pytest_configure(config: pytest.Config) -> None:
             if not reason.startswith("those of"):  # of losses that are never recorded
                 _now["refused"].append(reason)
         else:
-            warn(message, *args, **kwargs)
+            warnings.warn(message, *args, **kwargs)
 
     compiled.Recorded.__call__ = counted  # type: ignore[method-assign]
-    warnings.warn = collected
+    for module in (recorder, svi):  # theirs alone: what is called in a step is watched
+        module.warnings = SimpleNamespace(warn=collected)  # type: ignore[attr-defined]
 
 
 @pytest.hookimpl(wrapper=True)
