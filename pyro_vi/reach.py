@@ -35,8 +35,9 @@ from torch.distributions import Distribution, Transform
 
 _DEPTH = 12  # how far to look for modules behind a program
 _LIBRARIES = set(
-    "_pytest _thread arviz builtins collections contextlib functools logging matplotlib numpy pandas"
-    " pyro pytest scipy sklearn threading torch tqdm typing_extensions weakref xarray zuko".split()
+    "_pytest _thread arviz builtins collections contextlib functools logging matplotlib numpy"
+    " pandas pyro pytest scipy sklearn threading torch tqdm typing_extensions weakref xarray"
+    " zuko".split()
 )  # their objects and functions lead to no module of a user's
 CONTAINERS = (dict, list, tuple, set, deque)
 _MODULE_INTERNALS = set(vars(nn.Module()))
