@@ -27,8 +27,9 @@ import random
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from operator import getitem
 from typing import Any
 from unittest import mock
 
@@ -329,12 +330,24 @@ def _check_changes(module: fx.GraphModule, held: int) -> None:
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     kept, views = set(inputs[held:]), {node: node for node in inputs}  # of what each is a view
     for node in module.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        for value, argument in zip(node.args, schema.arguments if schema else (), strict=False):
-            if argument.alias_info is not None and value in views:
-                if argument.alias_info.is_write and views[value] in kept:
+        for source, is_write in _aliases(node):
+            if source in views:
+                if is_write and views[source] in kept:
                     raise Uncapturable("an argument of the step, or a tensor, is changed in place")
-                views[node] = views[value]
+                views[node] = views[source]
+
+
+def _aliases(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
+    """What a node's result may share memory with, and whether it writes there."""
+    if node.target is getitem:  # of several views
+        yield node.all_input_nodes[0], False
+    schema = getattr(node.target, "_schema", None)
+    for i, argument in enumerate(schema.arguments if schema is not None else ()):
+        given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        if argument.alias_info is not None:
+            for source in given if isinstance(given, (list, tuple)) else [given]:
+                if isinstance(source, fx.Node):
+                    yield source, argument.alias_info.is_write
 
 
 def _randomness() -> Any:

@@ -221,6 +221,9 @@ class Network(nn.Module):
         self.losses.append(self.epoch)
 
 
+CHANGED = "an argument of the step, or a tensor, is changed in place"
+
+
 def unseeable() -> dict[str, tuple[Case, str]]:
     """What is done after the steps tells more of their numbers."""
     taken: list[float] = []
@@ -234,8 +237,12 @@ def unseeable() -> dict[str, tuple[Case, str]]:
     def weights(x: Tensor) -> None:
         observe(net(draw().reshape(1))[0], x)
 
-    def in_place(x: Tensor) -> None:
-        observe(draw(), x.add_(torch.rand(3)))
+    def in_place(change: Callable[[Tensor, Tensor], Any]) -> Case:
+        def model(x: Tensor) -> None:
+            change(x, torch.rand(3))
+            observe(draw(), x)
+
+        return Case(model, batch.tolist, batch=batch)
 
     def gradients() -> list[Any]:
         return [p.grad.tolist() for p in net.parameters() if p.grad is not None]
@@ -250,7 +257,10 @@ def unseeable() -> dict[str, tuple[Case, str]]:
     return {
         "generator": (Case(times(lambda: next(rate)), lambda: taken), "'rate' is a generator, "),
         "counter": (count_on, "'SimpleNamespace.count' is a count, which goes on"),
-        "batch": (Case(in_place, batch.tolist, batch=batch), "an argument of the step, or a"),
+        "batch": (in_place(lambda x, u: x.add_(u)), CHANGED),
+        "batch: out": (in_place(lambda x, u: torch.add(x, u, out=x)), CHANGED),
+        "batch: of several": (in_place(lambda x, u: torch._foreach_add_([x], [u])), CHANGED),
+        "batch: views": (in_place(lambda x, u: x.unbind()[0].add_(u[0])), CHANGED),
         "weights": (Case(weights, gradients), "gradients of a tensor that is not in the"),
         "closed": (Case(times(lambda: shy.beta), list), "cannot be listed (RuntimeError: closed)"),
         "everything": (Case(anything, list), "globals() in the programs, which may read"),
