@@ -157,8 +157,8 @@ def _warn_of_shared_names(program: object, used: Mapping[Tensor, str]) -> None:
     """Warns of a PyroModule's parameters that have gradients, and that nothing trains."""
     if not isinstance(program, PyroModule):
         return
-    parameters = program.named_parameters()
-    if lost := [name for name, p in parameters if p.grad is not None and p not in used]:
+    trained = [(name, p) for name, p in program.named_parameters() if p.requires_grad]
+    if lost := [name for name, p in trained if p.grad is not None and p not in used]:
         warnings.warn(
             f"{type(program).__name__}: {lost[0]!r} (and {len(lost) - 1} others) are not trained,"
             " because Pyro's store has other parameters of these names, such as the other"

@@ -174,3 +174,13 @@ def test_names_that_meet_in_the_store_are_warned_of() -> None:
     svi.step(x, y)  # no second warning
     still = [name for name, p in pair[0].named_parameters() if torch.equal(p, before[name])]
     assert len(still) == 6 and len(before) > 6
+
+
+def test_what_is_frozen_is_not_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    """Though it has a gradient from before."""
+    model, guide, (images,) = vae()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+        p.requires_grad_(False)
+    SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(images)
+    assert not [str(w.message) for w in recwarn if "are not trained" in str(w.message)]
