@@ -173,7 +173,7 @@ class Proof:
     def differs(self) -> str | None:
         """After the step: in what it is another one than was predicted; None if in nothing."""
         if not self.is_sound:
-            return "mask, scale or support of an observation"
+            return "mask, scale, constraint or support"
         step = self._step
         if self._status[3] and not self._differs:
             step.adopt_buffers()
@@ -256,8 +256,8 @@ class _Step:
 
     Attributes:
         held: parameters, buffers, the optimizer's state, its rates and counts, and `alive`.
-        private: those that are the record's alone, by identity.
-        own: those, and the parameters where an optimizer that is not in it moves them.
+        own: those that are the record's alone, and the parameters where an optimizer that is not
+            in it moves them, by identity.
         batch: the tensors of the batch that it is recorded with.
         calls: of the programs, while it is recorded.
         lost: what a module bound to itself in a run, and a graph would not: the object before, and
@@ -298,8 +298,7 @@ class _Step:
         self.alive = torch.ones((), dtype=torch.bool, device=parameters[0].device)
         self.held = [*parameters, *self.buffers, *self._state, *following, self.alive]
         outside = parameters if self.update is None else ()
-        self.private = {id(tensor) for tensor in (*following, self.alive)}
-        self.own = self.private | set(map(id, outside))
+        self.own = {id(tensor) for tensor in (*following, self.alive, *outside)}
         self._validates = torch.distributions.Distribution._validate_args
         self.lost: list[tuple[Any, str]] = []
         self.calls = Calls()

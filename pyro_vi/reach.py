@@ -9,11 +9,9 @@ from __future__ import annotations
 
 __all__ = [
     "CONTAINERS",
-    "codes",
     "content",
     "is_library",
     "is_namespace",
-    "is_users",
     "loaded",
     "may_ask_modules",
     "namespaces",
@@ -85,12 +83,12 @@ def objects(*programs: Any) -> list[Any]:
     return [
         value
         for value in reached(programs)
-        if is_users(value)
+        if _is_users(value)
         and not isinstance(value, SimpleNamespace)  # whose dictionary cannot be exchanged
     ]
 
 
-def is_users(value: Any) -> bool:
+def _is_users(value: Any) -> bool:
     """Whether it is an object of a user's own class, and no module."""
     return (
         type(getattr(value, "__dict__", None)) is dict

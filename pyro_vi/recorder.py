@@ -27,6 +27,7 @@ from torch.utils import _pytree as tree
 
 from pyro_vi.capture import Uncapturable
 from pyro_vi.compiled import Proof, Recorded, record
+from pyro_vi.watch import LAYOUT
 
 if TYPE_CHECKING:
     from pyro_vi.svi import SVI
@@ -222,13 +223,13 @@ def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tenso
     around = (torch.get_default_dtype(), validates, *_PYRO_STACK)
     if not kwargs and all(type(one) is Tensor for one in args):
         if not any(map(_IS_NESTED, args)):
-            return (around, *map(_LAYOUT, args), *map(Tensor.stride, args)), list(args)
+            return (around, *map(LAYOUT, args), *map(Tensor.stride, args)), list(args)
     leaves, spec = tree.tree_flatten((args, kwargs))
     batch: list[Tensor] = []
     key: list[Any] = [around, spec]
     for leaf in leaves:
         if isinstance(leaf, Tensor) and not leaf.is_nested:
-            key.append((_LAYOUT(leaf), leaf.stride()))
+            key.append((LAYOUT(leaf), leaf.stride()))
             batch.append(leaf)
         elif isinstance(leaf, (bool, int, float, str, type(None), torch.dtype, torch.device)):
             key.append((type(leaf), repr(leaf)))
@@ -240,5 +241,4 @@ def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tenso
     return tuple(key), batch
 
 
-_LAYOUT = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
 _IS_NESTED = attrgetter("is_nested")

@@ -12,7 +12,7 @@ says the same all the same.
 
 from __future__ import annotations
 
-__all__ = ["Watch"]
+__all__ = ["LAYOUT", "Watch"]
 
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -233,7 +233,7 @@ def _entries(container: Any, keys: set[int] | None) -> list[tuple[Any, Any]]:
 def _matters(old: Any, new: Any, read: set[int]) -> bool:
     """Whether a program could tell one from the other; of a tensor, it may read the shape alone."""
     if isinstance(old, Tensor) and isinstance(new, Tensor):
-        return old is not new and (id(old) in read or _LAYOUT(old) != _LAYOUT(new))
+        return old is not new and (id(old) in read or LAYOUT(old) != LAYOUT(new))
     if old is new:
         return False
     return not _is_plain(old) or not _is_plain(new) or repr(old) != repr(new)  # 1 and 1.0, -0.0
@@ -301,7 +301,7 @@ def _registers(
             yield "hooks of all modules", register
 
 
-_LAYOUT = attrgetter("shape", "dtype", "device", "requires_grad")
+LAYOUT = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
 _TRAINING = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 
 
