@@ -25,7 +25,8 @@ class Calls:
     """Sees the calls of a user's functions in runs of the same programs."""
 
     def __init__(self) -> None:
-        self._codes: dict[int, tuple[CodeType, bool]] = {}  # and whether it is a user's
+        self._codes: dict[int, CodeType] = {}  # by identity, as the next
+        self._libraries: dict[int, CodeType] = {}  # no user's
         self._contents: dict[int, list[list[Any]]] = {}  # of the closures that were called, by code
         self._runs: list[dict[int, Any]] = []  # what functions were given, by identity
 
@@ -33,11 +34,12 @@ class Calls:
     def seen(self) -> Iterator[None]:
         """Within it is a run."""
         self._runs.append({})
-        before = sys.gettrace()
+        before, known = sys.gettrace(), self._libraries
 
-        def see(frame: FrameType, event: Any, arg: Any) -> Any:
-            self._see(frame)
-            return before(frame, event, arg) if before is not None else None
+        def see(frame: FrameType, event: Any, arg: Any) -> Any:  # a million times
+            if id(frame.f_code) not in known:
+                self._see(frame)
+            return None if before is None else before(frame, event, arg)
 
         collects = gc.isenabled()
         gc.disable()  # it calls functions that are not the run's
@@ -51,10 +53,10 @@ class Calls:
 
     def _see(self, frame: FrameType) -> None:
         code = frame.f_code
-        if id(code) not in self._codes:
-            self._codes[id(code)] = code, is_namespace(frame.f_globals.get("__name__"))
-        if not self._codes[id(code)][1]:
+        if id(code) not in self._codes and not is_namespace(frame.f_globals.get("__name__")):
+            self._libraries[id(code)] = code
             return
+        self._codes[id(code)] = code
         local = frame.f_locals
         count = code.co_argcount + code.co_kwonlyargcount
         count += bool(code.co_flags & _ARGS) + bool(code.co_flags & _KWARGS)
@@ -69,7 +71,7 @@ class Calls:
     @property
     def codes(self) -> list[CodeType]:
         """The code that ran."""
-        return [code for code, is_users in self._codes.values() if is_users]
+        return list(self._codes.values())
 
     def objects(self) -> list[Any]:
         """What functions were given in every run: the others were made in one."""
