@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
 # Where Pyro reads a loss as a number, and where it asks whether one is a NaN, to warn of it.
@@ -112,6 +113,7 @@ def _compiled(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     Around it AOTAutograd puts what a record has no need of, since nothing in it has a gradient, and
     of a small step that is a fifth.
     """
+    from torch._functorch import config as functorch
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     inner: list[tuple[fx.GraphModule, Any]] = []
@@ -122,7 +124,10 @@ def _compiled(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         return code
 
     outputs = _outputs(module)
-    whole: Any = compile_fx(module, inputs, inner_compile=keep, config_patches=_OPTIONS)
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)  # Inductor's cache asks for it
+    fakes = [mode.from_tensor(tensor) for tensor in inputs]
+    with functorch.patch(enable_autograd_cache=False):  # what it finds has the wrapper
+        whole: Any = compile_fx(module, fakes, inner_compile=keep, config_patches=_OPTIONS)
     if len(inner) != 1:
         return whole
     graph, code = inner[0]
