@@ -36,7 +36,7 @@ import pyro
 import pytest
 import torch
 
-from pyro_vi import capture, compiled, reach, recorder, svi
+from pyro_vi import calls, capture, compiled, reach, recorder, svi
 
 KINDS = ("Pyro's", "eager", "recorded")
 FILES = ("test_gradient.py", "test_valid_models.py", "test_inference.py", "test_autoguide.py")
@@ -95,10 +95,10 @@ class _Recorded(svi.SVI):
         found = self._records.get(key)
         if found is None or found.stale() is not None:
             state = torch.get_rng_state()
-            with svi._Parameters() as used:
+            with svi._Parameters() as used, calls.Calls().seen() as seen:
                 loss = self._plain(model, guide, *args, **kwargs)
             try:
-                found = compiled.record(self._programs, list(used.names), args, kwargs)
+                found = compiled.record(self._programs, seen, list(used.names), args, kwargs)
             except capture.Uncapturable as error:
                 _now["refused"].append(str(error))
                 return loss

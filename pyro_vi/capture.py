@@ -21,7 +21,7 @@ to another one later: `pyro_vi.watch` looks at those.
 
 from __future__ import annotations
 
-__all__ = ["Graph", "PyrosQuestions", "Uncapturable", "capture"]
+__all__ = ["Graph", "PyrosQuestions", "Uncapturable", "capture", "first_line"]
 
 import random
 import sys
@@ -95,13 +95,21 @@ class Graph:
                 warnings.simplefilter("ignore", FutureWarning)
                 self._run = _compiled(self.module, inputs)
         except Exception as error:
-            raise Uncapturable(f"Inductor: {_first_line(error)}") from error
+            raise Uncapturable(f"Inductor: {first_line(error)}") from error
         if inputs and all(tensor.is_cuda for tensor in inputs):
             self._run = _Launched(self._run, inputs, len(self._held), len(batch))
 
-    def interpret(self, held: Sequence[Tensor], batch: Sequence[Tensor]) -> Any:
-        """Runs the record as it is, on other tensors."""
-        return self.module(*held, *batch, *self._constants)
+    def interpret(
+        self, held: Sequence[Tensor], batch: Sequence[Tensor], *, as_compiled: bool = False
+    ) -> Any:
+        """Runs the record on other tensors: as it is, or as it was compiled.
+
+        None if it is not compiled, or a CUDA graph, which runs on its own tensors alone.
+        """
+        if as_compiled and (self._run is self.module or isinstance(self._run, _Launched)):
+            return None
+        run = self._run if as_compiled else self.module
+        return run(*held, *batch, *self._constants)
 
     def __call__(self, batch: Sequence[Tensor]) -> Any:
         return self._run(*self._held, *batch, *self._constants)
@@ -200,6 +208,8 @@ def capture(function: Callable[..., Any], held: Sequence[Tensor], batch: Sequenc
     before, python, numpys = _randomness(), random.getstate(), np.random.get_state()
     try:
         first, second = _record(function, inputs), _record(function, inputs)
+        if str(first.graph) != str(second.graph):  # torch's caches were empty in the first
+            first, second = second, _record(function, inputs)
         if _randomness() != before:
             raise Uncapturable(
                 "random numbers of Python or NumPy, which a graph would repeat: draw torch's"
@@ -236,7 +246,7 @@ def _record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphM
         except Uncapturable as error:
             raise Uncapturable(f"{error}{_line(error)}") from error
         except Exception as error:
-            raise Uncapturable(f"{_first_line(error)}{_line(error)}") from error
+            raise Uncapturable(f"{first_line(error)}{_line(error)}") from error
 
 
 class PyrosQuestions(TorchFunctionMode):
@@ -364,7 +374,8 @@ def _cuda(inputs: Sequence[Tensor]) -> list[int]:
     return sorted({tensor.device.index or 0 for tensor in inputs if tensor.is_cuda})
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What kind of error it is, and how its message begins."""
     if type(error).__name__.startswith("DataDependent"):
         return "a tensor was asked for its value (item, float, a branch, a shape)"
     text = str(error).strip().partition("\n")[0]

@@ -13,21 +13,23 @@ from __future__ import annotations
 
 __all__ = ["Proof", "Recorded", "record"]
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.utils import _pytree as tree
 
 from pyro_vi.calls import Calls
-from pyro_vi.capture import Graph, PyrosQuestions, Uncapturable, capture
+from pyro_vi.capture import Graph, PyrosQuestions, Uncapturable, capture, first_line
 from pyro_vi.elbo import assumptions
-from pyro_vi.holdings import check_repeatable
+from pyro_vi.holdings import Holdings, Kept
 from pyro_vi.optimizers import OneOptimizer, Update, update_of
 from pyro_vi.program import modules_of, substituted
-from pyro_vi.reach import objects
+from pyro_vi.reach import is_namespace, objects
 from pyro_vi.watch import Watch
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class Recorded:
         self._update = step.update
         self._generators = step.generators()
         self._gradients: Sequence[Tensor] = ()
+        self._bound = [(vars(holder), name) for holder, name, _ in step.bound]
         self.is_sure, self.may_be_late = step.is_sure, step.update is not None
         self._scheduler = step.optim.scheduler if isinstance(step.optim, OneOptimizer) else None
 
@@ -71,9 +74,11 @@ class Recorded:
         return None if self._update is None or self._update.counts.resync() else _APART
 
     def compile(self, batch: Sequence[Tensor]) -> None:
-        """Hands it to Inductor, after a step that proved it."""
+        """Hands it to Inductor, after a step that proved it, and holds what comes against it."""
         self._watch.learn()
         self._graph.compile(batch)
+        if not self.predict(batch).is_one:
+            raise Uncapturable("what Inductor made of the record has another loss")
 
     def __call__(self, batch: Sequence[Tensor]) -> Tensor:
         """Takes a step, all of it that is in the graph.
@@ -84,11 +89,19 @@ class Recorded:
         """
         if self._update is not None:
             self._update.rates.follow()
-        status, *self._gradients = self._graph(batch)
+        try:
+            status, *found = self._graph(batch)
+        except Exception:  # such as an index out of bounds; an eager step says of what
+            if self.is_sure:
+                raise
+            return torch.tensor([math.nan, math.nan, math.nan, 0, 0], dtype=torch.float64)
+        self._found, self._gradients = found[: len(self._bound)], found[len(self._bound) :]
         return status
 
     def finish(self) -> None:
         """Does the rest of a step that updates, what is not in the graph."""
+        for (held, name), value in zip(self._bound, self._found, strict=True):
+            held[name] = value
         if self._update is None:
             self._step.update_outside(self._gradients)
             return
@@ -119,11 +132,15 @@ class Recorded:
         if self._update is not None:
             self._update.rates.follow()
         before = [tensor.detach().clone() for tensor in self._step.held]
-        held = [tensor.clone() for tensor in before]
-        status, *gradients = self._graph.interpret(held, batch)
-        drawn = [generator.get_state() for generator in self._generators]
-        rewind()
-        return Proof(self._step, before, held, status, gradients, drawn)
+        held, others = ([tensor.clone() for tensor in before] for _ in range(2))
+        try:
+            status, *found = self._graph.interpret(held, batch)
+            drawn = [generator.get_state() for generator in self._generators]
+            rewind()
+            compiled, *_ = self._graph.interpret(others, batch, as_compiled=True) or [status]
+        finally:
+            rewind()
+        return Proof(self._step, before, held, status, compiled, found[len(self._bound) :], drawn)
 
 
 _APART = "parameters took steps apart"
@@ -136,6 +153,7 @@ class Proof:
         step: what was recorded.
         before, after: the tensors that it holds, at the step's beginning and predicted end.
         status, gradients: as the record returns them.
+        compiled: the status as its compiled form returns it, where there is one.
         drawn: where the generators are then.
 
     Attributes:
@@ -148,24 +166,35 @@ class Proof:
         before: Sequence[Tensor],
         after: Sequence[Tensor],
         status: Tensor,
+        compiled: Tensor,
         gradients: Sequence[Tensor],
         drawn: Sequence[Tensor],
     ) -> None:
         self._step, self._before, self._after, self._drawn = step, before, after, drawn
-        self._status, self._gradients = status, gradients
+        self._status, self._compiled, self._gradients = status.cpu(), compiled.cpu(), gradients
         self.is_sound = bool(status[4])
         self._differs = ""
+        # Losses are one within a thousand roundings of their terms.
+        eps = torch.finfo(step.parameters[0].dtype).eps
+        self._rounding = 1000 * eps * self._status[:3].abs().sum().nan_to_num(0.0)
+
+    @property
+    def is_one(self) -> bool:
+        """Whether the compiled form has the loss of the record."""
+        return not self.is_sound or self._is_loss(self._compiled[0], self._status[0])
+
+    def _is_loss(self, found: Tensor, loss: Tensor) -> bool:
+        return not (found - loss).abs() > self._rounding
 
     def compare(self, loss: Any, parameters: Sequence[Tensor]) -> None:
         """Looks at an evaluated step: its loss, and its gradients if they are the record's last."""
         loss = torch.as_tensor(loss, dtype=torch.float64).detach().cpu()
         dtype = self._step.parameters[0].dtype
-        found, *terms = self._status[:3].cpu()
-        size = sum(map(torch.abs, terms), found.abs()).nan_to_num(0.0)
         if list(map(id, parameters)) != list(map(id, self._step.parameters)):
             self._differs = "parameters"
-        elif self.is_sound and (found - loss).abs() > 1000 * torch.finfo(dtype).eps * size:
-            self._differs = f"loss, {float(loss):g} and {float(found):g},"
+        for found in (self._status[0], self._compiled[0]):
+            if self.is_sound and not self._differs and not self._is_loss(found, loss):
+                self._differs = f"loss, {float(loss):g} and {float(found):g},"
         for parameter, gradient in zip(parameters, self._gradients, strict=False):
             if parameter.grad is not None and not _alike(gradient, parameter.grad, dtype):
                 self._differs = self._differs or "gradient"
@@ -173,7 +202,7 @@ class Proof:
     def differs(self) -> str | None:
         """After the step: in what it is another one than was predicted; None if in nothing."""
         if not self.is_sound:
-            return "mask, scale, constraint or support"
+            return "mask, scale, constraint or support, or a NaN for a loss,"
         step = self._step
         if self._status[3] and not self._differs:
             step.adopt_buffers()
@@ -202,6 +231,7 @@ def _alike(
 
 def record(
     svi: SVI,
+    calls: Calls,
     parameters: Sequence[Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -213,6 +243,7 @@ def record(
 
     Args:
         svi: with one of the ELBOs in `pyro_vi.elbo`.
+        calls: in eager steps.
         parameters: the unconstrained parameters of the last eager step.
         args, kwargs: a batch.
         scale: a factor for the gradients.
@@ -221,34 +252,39 @@ def record(
     Raises:
         Uncapturable: see `pyro_vi.capture`.
     """
-    with _listing():
-        check_repeatable([svi.model, svi.guide])
-    step = _Step(svi, parameters, args, kwargs, scale=scale, guard=guard)
+    try:
+        return _record(_Step(svi, parameters, args, kwargs, scale=scale, guard=guard), calls)
+    except Uncapturable:
+        raise
+    except Exception as error:  # of a user's objects, which may raise anything, or of torch
+        raise Uncapturable(f"recording ended with {first_line(error)}") from error
+
+
+def _record(step: _Step, calls: Calls) -> Recorded:
+    svi, validates = step.svi, Distribution._validate_args
     assert svi.told is not None
-    kept = dict(vars(svi.told))  # its terms are of the last eager step
+    found = Holdings([svi.model, svi.guide, *step.modules, *_PYRO_STACK], calls)
+    kept, terms = Kept(found), dict(vars(svi.told))  # its terms are of the last eager step
+    failed: Exception | None = None
     try:
         graph = capture(step, step.held, step.batch)
+    except Exception as error:
+        failed = error
     finally:
-        svi.told.__dict__.update(kept)
+        svi.told.__dict__.update(terms)
+        Distribution.set_default_validate_args(validates)  # which Pyro's context sets to Pyro's
+        left = kept.restore()
+    if left is not None:  # which may be why it failed
+        raise Uncapturable(f"a run of the programs leaves something in {left!r}") from failed
+    if failed is not None:
+        raise failed
     for value, what in step.lost:
         if not isinstance(value, Tensor | None) or any(value is read for read in graph.constants):
             raise Uncapturable(f"{what}, and the next may read it")
     read = [*step.parameters, *step.buffers, *graph.constants]
-    with _listing():
-        watch = Watch(svi, step.calls, step.modules, parameters, step.update, read)
-    return Recorded(step, graph, watch)
-
-
-@contextmanager
-def _listing() -> Iterator[None]:
-    """Within it a user's objects are looked at, which may raise anything."""
-    try:
-        yield
-    except Uncapturable:
-        raise
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise Uncapturable(f"what the programs read cannot be listed ({what})") from error
+    if any(one.layout is not torch.strided for one in read):
+        raise Uncapturable("a tensor that is sparse")
+    return Recorded(step, graph, Watch(svi, found, step.parameters, step.update, read))
 
 
 class _Step:
@@ -259,9 +295,9 @@ class _Step:
         own: those that are the record's alone, and the parameters where an optimizer that is not
             in it moves them, by identity.
         batch: the tensors of the batch that it is recorded with.
-        calls: of the programs, while it is recorded.
         lost: what a module bound to itself in a run, and a graph would not: the object before, and
             words.
+        bound: the tensors among that, which the graph returns: of whom, and what they are called.
         is_sure: whether nothing is taken for granted.
     """
 
@@ -299,9 +335,9 @@ class _Step:
         self.held = [*parameters, *self.buffers, *self._state, *following, self.alive]
         outside = parameters if self.update is None else ()
         self.own = {id(tensor) for tensor in (*following, self.alive, *outside)}
-        self._validates = torch.distributions.Distribution._validate_args
+        self._validates = Distribution._validate_args
         self.lost: list[tuple[Any, str]] = []
-        self.calls = Calls()
+        self.bound: list[tuple[Any, str, Tensor]] = []
         self.is_sure = True
         shared = {_storage(tensor) for tensor in (*parameters, *self.buffers)}
         if any(_storage(tensor) in shared for tensor in self.batch):
@@ -312,6 +348,8 @@ class _Step:
         fresh = {id(tensor): now[id(tensor)].clone() for tensor in (*self.buffers, *self._state)}
         moved = {id(p): _leaf(now[id(p)], p) for p in self.parameters}
         loss, conditions, others = self._evaluate({**fresh, **moved}, tensors[len(self.held) :])
+        if self._validates and not self._guard:  # an eager step says what made it one
+            conditions.append(~loss.isnan())
         self.is_sure = not conditions
         with torch.no_grad():
             gradients = {
@@ -329,6 +367,8 @@ class _Step:
             if self.update is not None:
                 fresh |= {key: leaf.detach().clone() for key, leaf in moved.items()}
                 self._move(self.update, fresh, gradients, now)
+            else:  # what the programs themselves have set
+                fresh |= {key: leaf.detach() for key, leaf in moved.items()}
             alive = now[id(self.alive)]
             keep = alive & finite & sound if self._guard else sound
             for key, new in (fresh | others).items():
@@ -337,11 +377,11 @@ class _Step:
             if self._guard:
                 alive.copy_(keep)
             status = self._status(loss, finite, sound)
-        if self.update is not None:
-            return (status,)
-        return status, *(
-            gradients.get(id(p), torch.zeros_like(now[id(p)])) for p in self.parameters
-        )
+            bound = [tensor for _, _, tensor in self.bound]
+            if self.update is not None:
+                return status, *bound
+            zeros = {id(p): torch.zeros_like(now[id(p)]) for p in self.parameters}
+        return status, *bound, *(zeros | gradients).values()
 
     def _evaluate(
         self, memo: dict[int, Tensor], batch: Sequence[Tensor]
@@ -354,22 +394,26 @@ class _Step:
         svi, keys = self.svi, {id(tensor): key for key, tensor in memo.items()}
         assert svi.told is not None
         svi.told.forget()
-        self.lost = []
+        self.lost, self.bound = [], []
         others = {}
         with (
             substituted([*self.modules, *self._objects], memo) as rebound,
             assumptions(validate=self._validates) as assumed,
-            self.calls.seen(),
             PyrosQuestions(),
             torch.enable_grad(),
         ):
             loss = svi.loss_and_grads(svi.model, svi.guide, *args, **kwargs)
-            for holder, name, before, after in rebound():
+            for holder, attribute, name, before, after in rebound():
                 if id(before) in keys and isinstance(after, Tensor) and after.shape == before.shape:
                     others[keys[id(before)]] = after.detach()
-                else:
-                    what = f"{type(holder).__name__} sets its {name!r} in a run"
+                    continue
+                what = f"{type(holder).__name__} sets its {attribute!r} in a run"
+                if name == attribute and isinstance(after, Tensor):
+                    self.bound.append((holder, name, after.detach().clone()))
                     self.lost.append((before, what))
+                else:
+                    is_own = is_namespace(type(holder).__module__) and attribute not in _INTERNALS
+                    self.lost.append((object() if is_own else before, what))
         return torch.as_tensor(loss).detach(), [torch.as_tensor(a).all() for a in assumed], others
 
     def _move(
@@ -417,6 +461,9 @@ class _Step:
         if device.type != "cuda":
             return [torch.default_generator]
         return [torch.default_generator, torch.cuda.default_generators[device.index or 0]]
+
+
+_INTERNALS = {*vars(nn.Module()), "_cached_x_y"}  # what torch keeps in objects of a user's
 
 
 def _leaf(value: Tensor, parameter: Tensor) -> Tensor:

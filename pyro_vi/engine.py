@@ -11,6 +11,7 @@ __all__ = ["Engine", "Scaling", "Terms"]
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -220,7 +221,7 @@ class Engine(SVI):
         weights = self._weigh(self.taken)
         if self._recorder is not None:
             self._recorder.before(args, kwargs)
-        with self._last:
+        with self._last, self._recorder.seen() if self._recorder is not None else nullcontext():
             loss, parameters = self._evaluate(*args, **kwargs)
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:

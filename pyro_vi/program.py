@@ -28,8 +28,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy, deepcopy
 from functools import partial, wraps
+from numbers import Number
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import torch
 from pyro.nn.module import _Context
@@ -399,24 +401,30 @@ def modules_of(*programs: Callable[..., Any]) -> list[nn.Module]:
 
 
 class Rebound(NamedTuple):
-    """An attribute of an object, or an item of one, that is another than it was."""
+    """An attribute of an object, or an item of one, that is another than it was.
+
+    Attributes:
+        attribute: the name of the attribute.
+        name: that, or the key of the item.
+    """
 
     holder: Any
-    name: str
+    attribute: str
+    name: Any
     before: Any
     after: Any
 
 
 def _numbers(holder: Any) -> Iterator[tuple[tuple[str, Any], Any]]:
-    """Numbers and tensors that an object keeps, in containers of its own too, by their places."""
+    """Values and tensors that an object keeps, in containers of its own too, by their places."""
     for name, value in holder.__dict__.items():
         items: dict[Any, Any] = {name: value}
         if type(value) in (dict, OrderedDict):
             items = value
-        elif type(value) is list:
+        elif type(value) in (list, tuple):
             items = dict(enumerate(value))
         for key, item in items.items():
-            if isinstance(item, (bool, int, float, Tensor)):
+            if isinstance(item, (Number, str, np.ndarray, Tensor)):
                 yield (name, key), item
 
 
@@ -426,7 +434,7 @@ def substituted(
 ) -> Iterator[Callable[[], list[Rebound]]]:
     """Runs programs with other tensors in the place of their own, and forgets what they change.
 
-    Gives a function that tells which numbers and tensors they have bound to a holder so far.
+    Gives a function that tells which values and tensors they have bound to a holder so far.
 
     Args:
         holders: the modules and other objects that they reach.
@@ -444,7 +452,7 @@ def substituted(
         kept = [dict(_numbers(holder)) for holder in holders]
         with store.scope({**state, "params": params, "constraints": {**state["constraints"]}}):
             yield lambda: [
-                Rebound(holder, place[-1], old.get(place), value)
+                Rebound(holder, *place, old.get(place), value)
                 for holder, old in zip(holders, kept, strict=True)
                 for place, value in _numbers(holder)
                 if value is not old.get(place)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "CONTAINERS",
+    "codes",
     "content",
     "is_library",
     "is_namespace",
@@ -22,9 +23,10 @@ __all__ = [
 
 import dis
 import sys
+import sysconfig
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -37,7 +39,8 @@ _LIBRARIES = set(
     " pandas pyro pytest scipy sklearn threading torch tqdm typing_extensions weakref xarray"
     " zuko".split()
 )  # their objects and functions lead to no module of a user's
-CONTAINERS = (dict, list, tuple, set, deque)
+CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+_STANDARD = sysconfig.get_path("stdlib")
 _MODULE_INTERNALS = set(vars(nn.Module()))
 
 
@@ -216,12 +219,12 @@ def namespaces(function: FunctionType) -> list[tuple[str, dict[str, Any], list[s
 
 
 def loaded(code: CodeType, *kinds: str) -> set[str]:
-    """The globals that a function loads, or what it imports, and the functions inside it."""
+    """The globals that a function loads or sets, or what it imports, and those inside it."""
     return {
         instruction.argval
         for one in codes(code)
         for instruction in dis.get_instructions(one)
-        if instruction.opname in (kinds or ("LOAD_GLOBAL", "LOAD_NAME"))
+        if instruction.opname in (kinds or ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL"))
     }
 
 
@@ -244,9 +247,14 @@ def content(cell: CellType) -> Any:
 def is_namespace(module: str | None) -> bool:
     """Whether a module is a user's, in which functions may name anything."""
     top = (module or "").partition(".")[0]
-    if top in sys.stdlib_module_names or top.startswith("namedtuple_"):
-        return False
-    return not is_library(top, "pyro_vi")
+    return not (top.startswith("namedtuple_") or _is_standard(top) or is_library(top, "pyro_vi"))
+
+
+@cache
+def _is_standard(top: str) -> bool:
+    """Whether it is of the standard library, and no file of a user's of the same name."""
+    file = getattr(sys.modules.get(top), "__file__", None)
+    return top in sys.stdlib_module_names and (file is None or file.startswith(_STANDARD))
 
 
 def is_library(module: str | None, *others: str) -> bool:

@@ -13,9 +13,11 @@ from __future__ import annotations
 __all__ = ["Recorder"]
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils import _pytree as tree
 
+from pyro_vi.calls import Calls
 from pyro_vi.capture import Uncapturable
 from pyro_vi.compiled import Proof, Recorded, record
 from pyro_vi.watch import LAYOUT
@@ -37,16 +40,18 @@ _log = logging.getLogger(__name__)
 _MOST = 4  # graphs of an SVI
 _KINDS = 100  # kinds of batches that are counted
 _OTHER = 100  # batches of another kind than the first recorded one, before it is recorded too
-_AUDIT = 100  # compiled steps before one is taken both ways again, and then ever twice as many
+_AUDIT = 100  # compiled steps before one is taken both ways again, and then ever twice as many,
+_OFTEN = 100  # until it is after every so many times that
 _UNSOUND = 3  # steps that were not as a record takes for granted, before it is dropped
 
 
 @dataclass
 class _Kind:
-    """A kind of batch: its eager and its compiled steps so far, and its record."""
+    """A kind of batch: its eager and its compiled steps so far, what they called, its record."""
 
     seen: int = 0
     used: int = 0
+    calls: Calls = field(default_factory=Calls)
     recorded: Recorded | None = None
     is_proven: bool = False
     is_refused: bool = False
@@ -55,13 +60,17 @@ class _Kind:
 class Recorder:
     """The recorded steps of an SVI, one for each kind of batch.
 
-    Around an eager step call `before`, `evaluated` once there are gradients, and `after`.
+    Around an eager step call `before`, evaluate it in `seen`, and call `evaluated` once there are
+    gradients, and `after`.
 
     Args:
         svi: whose steps they are.
         after: eager steps before the first is recorded.
         scale, guard: as `record` takes them.
         announce: called before a step is compiled, which takes seconds.
+
+    Attributes:
+        taken: how many steps were compiled ones.
     """
 
     def __init__(
@@ -78,7 +87,9 @@ class Recorder:
         self._kinds: dict[Any, _Kind] = {}
         self._proof: Proof | None = None
         self._unsound = 0
+        self._is_crowded = False
         self._now: tuple[Any, list[Tensor]] = (None, [])  # the kind of the batch of an eager step
+        self.taken = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, or on disk: nothing is recorded yet."""
@@ -103,8 +114,10 @@ class Recorder:
             return None
         kind.used += 1
         audited, rest = divmod(kind.used, _AUDIT)
-        if rest == 0 and audited.bit_count() == 1:
+        if rest == 0 and (audited.bit_count() == 1 or audited % _OFTEN == 0):
+            self._unsound = 0
             return None
+        self.taken += 1
         return kind.recorded, batch
 
     def was_unsound(self) -> None:
@@ -113,25 +126,59 @@ class Recorder:
         if self._unsound == _UNSOUND:
             self._unsound = 0
             self._drop(
-                "masks or scales that were alike in model and guide are not always, or parameters"
-                " and values are outside of their constraints and supports"
+                "losses are NaN, parameters and values are outside of their constraints and"
+                " supports, or masks and scales that were alike in model and guide are not always"
             )
 
     def _drop(self, why: str) -> None:
         self._kinds.clear()
         self._after *= 10  # it may well happen again
-        warnings.warn(f"steps are eager for a while, {self._after} of a kind: {why}", stacklevel=4)
+        warnings.warn(
+            f"the next {self._after} steps of each kind of batch are not compiled: {why}",
+            stacklevel=4,
+        )
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before an eager step: predicts it, if a record is to be proven by it."""
         self._proof = None
         self._now = _key(args, kwargs)
-        kind = self._kinds.get(self._now[0])
-        if kind is not None and kind.recorded is not None and not kind.is_refused:
+        if (kind := self._kind()) is not None and kind.recorded is not None:
             if (change := kind.recorded.stale()) is None:
-                self._proof = kind.recorded.predict(self._now[1])
+                with suppress(Exception):  # of which the eager step says more
+                    self._proof = kind.recorded.predict(self._now[1])
             else:
                 self._drop(change)
+
+    def seen(self) -> AbstractContextManager[object]:
+        """Around the evaluation of an eager step: sees what it calls, if it is recorded soon."""
+        kind = self._kind()
+        if kind is None or kind.recorded is not None or kind.seen + 2 < self._due():
+            return nullcontext()
+        return kind.calls.seen()
+
+    def _kind(self) -> _Kind | None:
+        """The kind of an eager step's batch; None if it never gets a record."""
+        key, _ = self._now
+        if key is not None and key not in self._kinds:
+            if len(self._kinds) >= _KINDS:
+                self._make_room()
+            if len(self._kinds) < _KINDS:
+                self._kinds[key] = _Kind()
+        kind = self._kinds.get(key)
+        return kind if kind is not None and not kind.is_refused else None
+
+    def _make_room(self) -> None:
+        """Forgets the kinds that have no record yet."""
+        kept = [(k, v) for k, v in self._kinds.items() if v.is_refused or v.recorded is not None]
+        self._kinds = dict(kept)
+        if not self._is_crowded:
+            self._is_crowded = True
+            warnings.warn(
+                f"most steps stay eager: {_KINDS} kinds of batches so far, by shapes, by numbers"
+                " among the arguments, or by handlers around a step (a number that changes from"
+                " step to step should be a tensor)",
+                stacklevel=5,
+            )
 
     def evaluated(self, loss: Any, parameters: Sequence[Tensor]) -> None:
         """In an eager step, when there are gradients and nothing is updated."""
@@ -143,19 +190,7 @@ class Recorder:
     ) -> None:
         """After an eager step: counts it, and records its kind, or compiles it, if it is time."""
         key, batch = self._now
-        kind = self._kinds.get(key)
-        if kind is None:
-            if key is None or not parameters or len(self._kinds) > _KINDS:
-                return
-            if len(self._kinds) == _KINDS:
-                self._stay(
-                    key,
-                    f"{_KINDS} kinds of batches so far, by shapes or numbers among the arguments"
-                    " (a number that changes from step to step should be a tensor)",
-                )
-                return
-            kind = self._kinds[key] = _Kind()
-        if kind.is_refused:
+        if (kind := self._kind()) is None or not parameters:
             return
         kind.seen += 1
         found = [one.recorded for one in self._kinds.values() if one.recorded is not None]
@@ -166,12 +201,19 @@ class Recorder:
         try:
             if self._proof is not None and kind.recorded is not None:
                 self._prove(kind, self._proof, batch)
-            elif kind.recorded is None and self._is_time(kind):
+            elif kind.recorded is None and kind.seen >= self._due():
                 if isinstance(key, _Strange):
                     raise Uncapturable(str(key))
                 kind.recorded = record(
-                    self._svi, parameters, args, kwargs, scale=self._scale, guard=self._guard
+                    self._svi,
+                    kind.calls,
+                    parameters,
+                    args,
+                    kwargs,
+                    scale=self._scale,
+                    guard=self._guard,
                 )
+                kind.calls = Calls()
         except Uncapturable as error:
             self._stay(key, str(error))
         finally:
@@ -188,7 +230,7 @@ class Recorder:
                 one = f"after {kind.used} compiled steps, one"
             raise Uncapturable(
                 f"{one} has another {differs} than its record: the programs read something that"
-                " changes unseen"
+                f" changes unseen{', and those before may be wrong too' if kind.is_proven else ''}"
             )
         if kind.is_proven:
             return
@@ -198,11 +240,12 @@ class Recorder:
         kind.recorded.compile(batch)
         kind.is_proven = True
 
-    def _is_time(self, kind: _Kind) -> bool:
+    def _due(self) -> float:
+        """How many eager steps of a kind come before its record."""
         others = [one for one in self._kinds.values() if one.recorded is not None]
         if len(others) >= _MOST:
-            return False
-        return kind.seen >= (max(self._after, _OTHER) if others else self._after)
+            return math.inf
+        return max(self._after, _OTHER) if others else self._after
 
     def _stay(self, key: Any, why: str) -> None:
         self._kinds[key] = _Kind(is_refused=True)
@@ -219,26 +262,37 @@ def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tenso
         return None, []
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return _Strange("autocast around a step: put it around the network (Autocast)"), []
-    validates = Distribution._validate_args
-    around = (torch.get_default_dtype(), validates, *_PYRO_STACK)
-    if not kwargs and all(type(one) is Tensor for one in args):
-        if not any(map(_IS_NESTED, args)):
-            return (around, *map(LAYOUT, args), *map(Tensor.stride, args)), list(args)
+    # Modes are torch's own handlers; what is default, such as the device, is one of them.
+    modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+    around = (torch.get_default_dtype(), Distribution._validate_args, modes, *_PYRO_STACK)
+    if any(type(one).__hash__ is None for one in _PYRO_STACK):
+        return _Strange("a handler around a step that cannot be told from others (no hash)"), []
+    if not kwargs and all(type(one) is Tensor for one in args) and _are_plain(args):
+        distinct = len(set(map(id, args)))
+        return (around, distinct, *map(LAYOUT, args), *map(Tensor.stride, args)), list(args)
     leaves, spec = tree.tree_flatten((args, kwargs))
     batch: list[Tensor] = []
     key: list[Any] = [around, spec]
     for leaf in leaves:
-        if isinstance(leaf, Tensor) and not leaf.is_nested:
-            key.append((LAYOUT(leaf), leaf.stride()))
+        if isinstance(leaf, Tensor) and _are_plain([leaf]):
+            key.append((type(leaf), LAYOUT(leaf), leaf.stride()))
             batch.append(leaf)
         elif isinstance(leaf, (bool, int, float, str, type(None), torch.dtype, torch.device)):
             key.append((type(leaf), repr(leaf)))
         elif isinstance(leaf, nn.Module):  # what it keeps is watched
             key.append(leaf)
         else:
-            kind = "nested tensor" if isinstance(leaf, Tensor) else type(leaf).__name__
+            kind = "tensor that is not plain" if isinstance(leaf, Tensor) else type(leaf).__name__
             return _Strange(f"an argument of type {kind}"), []
-    return tuple(key), batch
+    return (*key, len(set(map(id, batch)))), batch
 
 
-_IS_NESTED = attrgetter("is_nested")
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether they are what their shapes and strides say: dense, not nested, no conjugates."""
+    if any(map(_IS_NESTED, tensors)) or not _STRIDED.issuperset(map(_FORMAT, tensors)):
+        return False
+    return not any(map(Tensor.is_neg, tensors)) and not any(map(Tensor.is_conj, tensors))
+
+
+_IS_NESTED, _FORMAT = attrgetter("is_nested"), attrgetter("layout")
+_STRIDED = {torch.strided}

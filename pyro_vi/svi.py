@@ -12,6 +12,7 @@ __all__ = ["SVI", "eager_steps"]
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import pyro
@@ -67,6 +68,11 @@ class SVI(pyro.infer.SVI):
         compile: bool | Literal["auto"] = "auto",
         **kwargs: Any,
     ) -> None:
+        if not callable(loss) or isinstance(loss, type):
+            raise TypeError(
+                "expected one of Pyro's ELBOs as loss, such as Trace_ELBO(), or a function of"
+                f" (model, guide, *args, **kwargs), got {loss!r}"
+            )
         evaluated = told(loss) if isinstance(loss, ELBO) else loss
         self.told: Told | None = evaluated if isinstance(evaluated, Told) else None
         super().__init__(model, guide, optim, evaluated, loss_and_grads, **kwargs)
@@ -91,7 +97,8 @@ class SVI(pyro.infer.SVI):
                 rewind()
                 recorder.was_unsound()
             recorder.before(args, kwargs)
-        loss, parameters = self._evaluate(*args, **kwargs)
+        with recorder.seen() if recorder is not None else nullcontext():
+            loss, parameters = self._evaluate(*args, **kwargs)
         if recorder is not None:
             recorder.evaluated(loss, parameters)
         self._update(parameters)
@@ -100,6 +107,11 @@ class SVI(pyro.infer.SVI):
         if isinstance(loss, tuple):
             return type(loss)(map(torch_item, loss))
         return torch_item(loss)
+
+    @property
+    def compiled_steps(self) -> int:
+        """How many steps so far were compiled ones."""
+        return self._recorder.taken if self._recorder is not None else 0
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss without a step; as `pyro.infer.SVI`."""
@@ -139,7 +151,7 @@ def eager_steps(compile: object, loss: object, steps: int | None = None) -> int 
     Raises:
         ValueError: something else as `compile`.
     """
-    if compile not in (True, False, "auto"):
+    if not isinstance(compile, bool) and not (isinstance(compile, str) and compile == "auto"):
         raise ValueError(f"expected compile to be True, False or 'auto', got {compile!r}")
     if compile is True and not isinstance(loss, Told):
         name = getattr(loss, "__name__", type(loss).__name__)
@@ -157,8 +169,11 @@ def _warn_of_shared_names(program: object, used: Mapping[Tensor, str]) -> None:
     """Warns of a PyroModule's parameters that have gradients, and that nothing trains."""
     if not isinstance(program, PyroModule):
         return
+    stored = pyro.get_param_store()._params
+    names = {name.replace("$$$", "."): p for name, p in stored.items()}
     trained = [(name, p) for name, p in program.named_parameters() if p.requires_grad]
-    if lost := [name for name, p in trained if p.grad is not None and p not in used]:
+    met = [(n, p) for n, p in trained if p.grad is not None and names.get(n, p) is not p]
+    if lost := [name for name, p in met if p not in used]:
         warnings.warn(
             f"{type(program).__name__}: {lost[0]!r} (and {len(lost) - 1} others) are not trained,"
             " because Pyro's store has other parameters of these names, such as the other"

@@ -15,6 +15,7 @@ from __future__ import annotations
 __all__ = ["LAYOUT", "Watch"]
 
 import reprlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from functools import partial
@@ -23,14 +24,14 @@ from operator import attrgetter, call, is_, itemgetter
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyro
 import torch
-from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
-from pyro_vi.calls import Calls
-from pyro_vi.holdings import ABSENT, holdings
+from pyro_vi.holdings import ABSENT, Holdings
 from pyro_vi.optimizers import Update
+from pyro_vi.reach import is_library
 
 if TYPE_CHECKING:
     from pyro_vi.svi import SVI
@@ -44,21 +45,16 @@ class Watch:
 
     Args:
         svi: whose programs, loss and optimizer they are.
-        calls: of the programs.
-        modules: those that the programs reach, and those among their arguments.
+        found: where the programs keep what they read.
         parameters: those that are trained.
         update: the optimizers' step, if it is in the graph.
         read: the tensors that the record reads or changes, besides the optimizers' state.
-
-    Raises:
-        Uncapturable: what cannot be looked at in every step.
     """
 
     def __init__(
         self,
         svi: SVI,
-        calls: Calls,
-        modules: Iterable[nn.Module],
+        found: Holdings,
         parameters: Sequence[Tensor],
         update: Update | None,
         read: Iterable[Tensor],
@@ -71,6 +67,8 @@ class Watch:
             for one in self._tensors
             if one.requires_grad or isinstance(one, nn.Parameter) or id(one) in stored
         ]
+        known = set(map(id, self._trainable))
+        self._plain = [one for one in self._tensors if id(one) not in known]
         # Hooks are added in place.
         self._training = [tuple(map(copy, found)) for found in map(_TRAINING, self._trainable)]
         self._state = update.tensors if update is not None else []
@@ -79,19 +77,20 @@ class Watch:
         self._groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         self._options = [itemgetter(*sorted(g.keys() - {"params", "lr"})) for g in self._groups]
         self._chosen = list(map(call, self._options, self._groups))
-        found = holdings([svi.model, svi.guide, *modules, *_PYRO_STACK], calls)
         self._arrays = [(name, array, _bytes(array)) for name, array in found.arrays]
         self._owners = found.owners
         self._spaces = [vars(owner) for owner in found.owners]
         self._types = [type(owner) for owner in found.owners]
         seen = {id(tensor) for tensor in (*self._tensors, *self._state)}
         self._places, self._contents = _Places(seen), _Contents(seen)
-        for name, get, key in (*_outside(svi, parameters, update), *found.places):
+        for name, get, key in _outside(svi, parameters, update):
             self._places.add(name, get, key)
-        for name, container in found.containers:
-            self._contents.add(name, container)
+        for place in found.places:
+            self._places.add(place.name, place.get, place.key)
+        for name, container, ignored in found.containers:
+            self._contents.add(name, container, partial(_is_read, ignored))
         for name, container, *keys in _registers(svi, parameters, update):
-            self._contents.add(name, container, *keys)
+            self._contents.add(name, container, partial(_is_of, set(map(id, chain(*keys)))))
         self._contents.take()
 
     def stale(self) -> str | None:
@@ -106,14 +105,25 @@ class Watch:
             return "a parameter, buffer or tensor lies elsewhere, or otherwise"
         if list(map(Tensor.data_ptr, self._state)) != self._addresses:
             return "the optimizer's state lies elsewhere"
-        if list(map(_TRAINING, self._trainable)) != self._training:
+        if list(map(_TRAINING, self._trainable)) != self._training or any(
+            map(_NEEDS_GRADIENT, self._plain)
+        ):
             return "a parameter, buffer or tensor was frozen, thawed or hooked"
         if list(map(call, self._options, self._groups)) != self._chosen:
-            return "the optimizer's options are others"
+            return f"the optimizer's options are others ({self._chosen_anew()})"
         for name, array, before in self._arrays:
             if _bytes(array) != before:
                 return f"{name!r} has other numbers {_ADVICE}"
         return None
+
+    def _chosen_anew(self) -> str:
+        """Which options are others."""
+        found = set[str]()
+        for group, get, before in zip(self._groups, self._options, self._chosen, strict=True):
+            names = sorted(group.keys() - {"params", "lr"})
+            pairs = zip(names, get(group), before, strict=False)
+            found |= {name for name, now, old in pairs if now != old}
+        return ", ".join(sorted(found))
 
     def learn(self) -> None:
         """After an eager step alone: objects that it bound anew are its own, and may be others.
@@ -175,15 +185,15 @@ class _Contents:
         self._read, self._own = read, set[tuple[int, Any]]()
         self._names: list[str] = []
         self._containers: list[Any] = []
-        self._keys: list[set[int] | None] = []
+        self._matter: list[Callable[[Any], bool]] = []
         self._entries: list[list[Any]] = []
 
-    def add(self, name: str, container: Any, keys: Iterable[Any] | None = None) -> None:
-        """A container, what it is called, and those of its keys that matter, if not all do."""
+    def add(self, name: str, container: Any, matters: Callable[[Any], bool]) -> None:
+        """A container, what it is called, and which of its keys matter."""
         self._names.append(name)
         self._containers.append(container)
-        self._keys.append(None if keys is None else set(map(id, keys)))
-        self._entries.append(_entries(container, self._keys[-1]))
+        self._matter.append(matters)
+        self._entries.append(_entries(container, matters))
 
     def take(self) -> None:
         """Takes what is there now for what was there."""
@@ -202,7 +212,7 @@ class _Contents:
         if not any(self._empty) and all(map(is_, self._all(), self._held)):
             return None
         for i, (name, container) in enumerate(zip(self._names, self._containers, strict=True)):
-            now, before = _entries(container, self._keys[i]), self._entries[i]
+            now, before = _entries(container, self._matter[i]), self._entries[i]
             if len(now) != len(before):
                 return f"{name!r} has {len(now)} entries, and had {len(before)}"
             for (key, value), (old_key, old) in zip(now, before, strict=True):
@@ -219,15 +229,23 @@ class _Contents:
         """Takes what is bound anew for the programs' own."""
         for i, container in enumerate(self._containers):
             if isinstance(container, dict):
-                pairs = zip(self._entries[i], _entries(container, self._keys[i]), strict=False)
+                pairs = zip(self._entries[i], _entries(container, self._matter[i]), strict=False)
                 self._own |= {(i, key) for (key, old), (_, new) in pairs if _is_remade(old, new)}
 
 
-def _entries(container: Any, keys: set[int] | None) -> list[tuple[Any, Any]]:
+def _entries(container: Any, matters: Callable[[Any], bool]) -> list[tuple[Any, Any]]:
     """Keys and values; the items of a list or a set are its values."""
     if not isinstance(container, dict):
         return [(None, item) for item in container]
-    return [one for one in dict.items(container) if keys is None or id(one[0]) in keys]
+    return [one for one in dict.items(container) if matters(one[0])]
+
+
+def _is_read(unread: set[str], key: Any) -> bool:
+    return key not in unread
+
+
+def _is_of(ids: set[int], key: Any) -> bool:
+    return not ids or id(key) in ids
 
 
 def _matters(old: Any, new: Any, read: set[int]) -> bool:
@@ -241,14 +259,17 @@ def _matters(old: Any, new: Any, read: set[int]) -> bool:
 
 def _is_remade(old: Any, new: Any) -> bool:
     """Whether it is another object of the same kind, and no value that a step could depend on."""
-    if old is new or type(old) is not type(new) or _is_plain(old):
+    if old is new or type(old) is not type(new) or _is_plain(old) or isinstance(old, tuple):
         return False
-    return not isinstance(old, (Tensor, FunctionType, nn.Module))
+    if isinstance(old, (Tensor, FunctionType, nn.Module, np.ndarray, np.generic)):
+        return False
+    return is_library(type(old).__module__)
 
 
 def _words(name: str, old: Any, new: Any) -> str:
     if _is_plain(old) and _is_plain(new):
-        return f"{name!r} is {reprlib.repr(new)}, and was {reprlib.repr(old)} {_ADVICE}"
+        said = f"{name!r} is {reprlib.repr(new)}, and was {reprlib.repr(old)}"
+        return f"{said} {_ADVICE}" if type(new) in (int, float) else said
     return f"{name!r} is another one"
 
 
@@ -265,6 +286,9 @@ def _outside(
     own = vars(svi)
     for name in ("model", "guide", "optim", "loss_and_grads"):
         yield name, own.get, name
+    for name, (module, path, _) in pyro.settings._REGISTRY.items():
+        if not name.startswith("validate"):  # which another kind of batch is made by
+            yield f"pyro.settings' {name}", attrgetter(path), sys.modules[module]
     store = pyro.get_param_store()
     trained = {id(p) for p in parameters}
     for name, p in store._params.items():
@@ -301,6 +325,7 @@ def _registers(
             yield "hooks of all modules", register
 
 
+_NEEDS_GRADIENT = attrgetter("requires_grad")
 LAYOUT = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
 _TRAINING = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 from itertools import count
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyro
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 TEMPERATURE, ROWS = 1.0, torch.zeros(10)
+LAST: Any = None
 data = np.zeros(20_000)  # which nobody reads; a trainer has an attribute of that name
 
 
@@ -251,6 +254,46 @@ def unseeable() -> dict[str, tuple[Case, str]]:
         def __dir__(cls) -> Any:
             raise RuntimeError("closed")
 
+    def leaving(leave: Callable[[Any], Any], kept: Callable[[], Any]) -> Case:
+        def model(x: Tensor) -> None:
+            z = draw()
+            leave(z.detach())
+            observe(z, x)
+
+        return Case(model, kept)
+
+    def by_global(value: Any) -> None:
+        global LAST
+        LAST = value
+
+    def by_cell(value: Any) -> None:
+        nonlocal mean
+        mean = 0.9 * mean + 0.1 * value
+
+    class Left:
+        last: Any = None
+        states: ClassVar[list[Any]] = []
+
+        def __init__(self) -> None:
+            self.n: Any = np.int64(0)
+            self.pair: Any = (torch.zeros(()),)
+            self.seen: dict[str, Any] = {}
+
+        def count(self) -> float:
+            self.n = self.n + 1
+            return 1.0 + float(self.n) / 10
+
+        def follow(self) -> Any:
+            self.pair = (0.9 * self.pair[0] + 0.1,)
+            return self.pair[0]
+
+    def by_class(value: Any) -> None:
+        Left.last = value
+
+    left, mean, zs, batches = Left(), torch.zeros(()), list[Any](), deque(range(9))
+    loader = iter(torch.utils.data.DataLoader(torch.arange(9.0), batch_size=1))
+    own, chance = np.random.default_rng(0), random.Random(0)
+    torchs = torch.Generator().manual_seed(0)
     shy = Shy("Options", (), {"beta": 1.0})()
     rate, anything = rates(), times(lambda: globals()["TEMPERATURE"])
     count_on = Case(times(lambda: next(steps.count)), lambda: [next(steps.count)])
@@ -262,6 +305,46 @@ def unseeable() -> dict[str, tuple[Case, str]]:
         "batch: of several": (in_place(lambda x, u: torch._foreach_add_([x], [u])), CHANGED),
         "batch: views": (in_place(lambda x, u: x.unbind()[0].add_(u[0])), CHANGED),
         "weights": (Case(weights, gradients), "gradients of a tensor that is not in the"),
-        "closed": (Case(times(lambda: shy.beta), list), "cannot be listed (RuntimeError: closed)"),
+        "closed": (
+            Case(times(lambda: shy.beta), list),
+            "recording ended with RuntimeError: closed",
+        ),
         "everything": (Case(anything, list), "globals() in the programs, which may read"),
+        "appended": (
+            leaving(lambda z: zs.append(z), lambda: torch.stack(zs).tolist()),
+            "something in 'zs'",
+        ),
+        "of a class": (leaving(by_class, lambda: [float(Left.last)]), "something in 'Left.last'"),
+        "of its list": (
+            leaving(lambda z: Left.states.append(z), lambda: torch.stack(Left.states).tolist()),
+            "something in 'Left.states'",
+        ),
+        "entry": (
+            leaving(lambda z: left.seen.update(z=z), lambda: [float(left.seen["z"])]),
+            "Left sets its 'seen' in a run",
+        ),
+        "global": (leaving(by_global, lambda: [float(LAST)]), "something in 'LAST'"),
+        "cell": (leaving(by_cell, lambda: [float(mean)]), "something in 'mean'"),
+        "deque": (Case(times(batches.popleft), lambda: batches), "something in 'read'"),
+        "NumPy's counter": (Case(times(left.count), lambda: [left.n]), "Left sets its 'n' in a"),
+        "tuple": (Case(times(left.follow), lambda: left.pair), "Left sets its 'pair' in a run"),
+        "loader": (
+            Case(times(lambda: next(loader)[0]), lambda: [next(loader).item()]),
+            "'loader' is a _SingleProcessDataLoaderIter, which goes on",
+        ),
+        "NumPy's generator": (
+            Case(times(lambda: own.random()), lambda: [own.random()]),
+            "'own' is a Generator, which goes on",
+        ),
+        "Python's generator": (
+            Case(times(lambda: chance.random()), lambda: [chance.random()]),
+            "'chance' is a Random, which goes on",
+        ),
+        "torch's generator": (
+            Case(
+                times(lambda: torch.rand((), generator=torchs)),
+                lambda: torch.rand(2, generator=torchs).tolist(),
+            ),
+            "'torchs' is a Generator, which goes on",
+        ),
     }

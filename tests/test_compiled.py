@@ -29,6 +29,7 @@ from torch._inductor.utils import fresh_cache
 from torch.utils._pytree import tree_flatten
 
 from pyro_vi import NonFiniteError, fit, fitting, warmup
+from pyro_vi.calls import Calls
 from pyro_vi.compiled import Recorded, record
 from pyro_vi.elbo import told
 from pyro_vi.engine import Engine
@@ -117,7 +118,7 @@ def test_recording_leaves_generators_and_buffers() -> None:
     svi._update(parameters)
     buffers = [b.clone() for b in decoder.buffers()]
     before, numbers = torch.get_rng_state(), np.random.get_state()[1].copy()
-    recorded = record(svi, parameters, args, {})
+    recorded = record(svi, Calls(), parameters, args, {})
     assert torch.equal(before, torch.get_rng_state())
     assert (numbers == np.random.get_state()[1]).all()
     assert all(torch.equal(b, old) for b, old in zip(decoder.buffers(), buffers, strict=True))

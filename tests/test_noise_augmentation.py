@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pyro_vi import Fit, compare, fit
 from pyro_vi.augmentation import InputNoise, UniformSteps
+from pyro_vi.calls import Calls
 from pyro_vi.compiled import record
 from pyro_vi.elbo import told
 from pyro_vi.families import FullCovariance, MeanField
@@ -330,7 +331,7 @@ def test_a_recorded_step_is_the_eager_one(name: str) -> None:
     _, parameters = svi._evaluate(*args)
     svi._update(parameters)
     start = [p.detach().clone() for p in parameters]
-    recorded = record(svi, parameters, args, {})
+    recorded = record(svi, Calls(), parameters, args, {})
 
     def replay() -> float:
         found = float(recorded(list(args))[0])

@@ -33,6 +33,7 @@ from steps import (
 )
 from torch import Tensor, nn
 
+from pyro_vi.calls import Calls
 from pyro_vi.compiled import record
 from pyro_vi.denoisers import MLPDenoiser, UNet
 from pyro_vi.diffusion import Diffusion
@@ -204,7 +205,7 @@ def test_a_recorded_step_is_the_eager_one(name: str) -> None:
                 for k, v in s.items():
                     svi.optim.torch_optimizer.state[p][k].copy_(v)
 
-    recorded = record(svi, parameters, args, {})
+    recorded = record(svi, Calls(), parameters, args, {})
     assert recorded.may_be_late  # the optimizer is in the graph
 
     def replay() -> float:

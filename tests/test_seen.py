@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
+from collections import ChainMap, UserDict
 from collections.abc import Callable, Iterator
+from configparser import ConfigParser
 from contextlib import nullcontext
 from contextvars import ContextVar
 from copy import deepcopy
-from functools import partial
+from functools import lru_cache, partial, singledispatch
+from operator import attrgetter
 from pathlib import Path
-from types import SimpleNamespace
+from threading import local
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
+from weakref import ref
 
+import places
 import pyro
 import pytest
 import torch
@@ -32,6 +39,8 @@ from places import (
 )
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import TensorDataset
 
 from pyro_vi.compiled import Recorded
 from pyro_vi.svi import SVI
@@ -83,7 +92,9 @@ def check_seen(build: Callable[[], Case], words: str, replays: list[None]) -> No
         assert len(replays) == (2 if kind == "compiled" else 0)
         if kind != "unchanged":
             case.then()
-        said = pytest.warns(UserWarning, match="20 of a kind: .*" + re.escape(words))
+        said = pytest.warns(
+            UserWarning, match="the next 20 steps of each .*: .*" + re.escape(words)
+        )
         with said if kind == "compiled" else nullcontext():
             losses.append(step())
         found[kind] = [*losses, step(), step(), *numbers()]
@@ -249,6 +260,176 @@ def test_attributes_are_seen(name: str, replays: list[None]) -> None:
         return Case(times(lambda: read(held)), lambda: setattr(held, attribute, value))
 
     check_seen(build, f".{attribute}' {words}", replays)
+
+
+class Settings:
+    """An object of a user's, in which a number is kept."""
+
+    def __init__(self, beta: float = 1.0) -> None:
+        self.beta = beta
+
+
+class Late:
+    """An attribute that its objects may have one day."""
+
+
+class Kind(type):
+    """What a class keeps may be its own class's."""
+
+    beta = 1.0
+
+
+class Kinds(metaclass=Kind):
+    """Has one that it does not have."""
+
+
+class Slotted:
+    """Its attribute goes by another name outside."""
+
+    __slots__ = ("__beta",)
+
+    def __init__(self) -> None:
+        self.set(1.0)
+
+    def set(self, beta: float) -> None:
+        self.__beta = beta
+
+    def get(self) -> float:
+        return self.__beta
+
+
+Held = tuple[Callable[[], Any], Callable[[], Any], str]  # what reads, what changes, what is said
+
+
+def in_libraries() -> dict[str, Held]:
+    """Where objects of Python's and torch's keep what is a user's."""
+    parts, user, chain = UserDict(beta=1.0), Settings(), ChainMap({}, {"beta": 1.0})
+    file, inner, data = ConfigParser(), {"beta": 1.0}, TensorDataset(torch.ones(1))
+    file["a"], view, key, some = (
+        {"beta": "1"},
+        MappingProxyType(inner),
+        {user: 1},
+        frozenset([user]),
+    )
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule, slotted, weak = StepLR(optimizer, 10), Slotted(), ref(user)
+    weights, own = torch.ones(1), local()
+    weights.beta = own.beta = 1.0  # type: ignore[attr-defined]
+    named, settings = attrgetter("beta"), lru_cache(Settings)
+    change = partial(setattr, user, "beta", 2.0)
+    for one, name in ((Late, "late"), (places, "LATE")):
+        if hasattr(one, name):
+            delattr(one, name)
+    Kind.beta = 1.0
+
+    @singledispatch
+    def overloaded(value: object) -> float:
+        return 1.0
+
+    return {
+        "attrgetter": (lambda: named(user), change, "'Settings.beta' is 2.0, and was 1.0"),
+        "cached": (
+            lambda: settings().beta,
+            lambda: setattr(settings(), "beta", 2.0),
+            "'Settings.beta' is 2.0, and was 1.0",
+        ),
+        "UserDict": (
+            lambda: parts["beta"],
+            lambda: parts.update(beta=2.0),
+            "'UserDict.data.beta' is 2.0, and was 1.0",
+        ),
+        "ChainMap": (
+            lambda: chain["beta"],
+            lambda: chain.update(beta=2.0),
+            "'ChainMap.maps.0' has 1 entries, and had 0",
+        ),
+        "ConfigParser": (
+            lambda: float(file["a"]["beta"]),
+            lambda: file["a"].update(beta="2"),
+            "'ConfigParser._sections.a.beta' is '2', and was '1'",
+        ),
+        "view": (
+            lambda: view["beta"],
+            lambda: inner.update(beta=2.0),
+            "'view.beta' is 2.0, and was 1.0",
+        ),
+        "data set": (
+            lambda: data[0][0],
+            lambda: setattr(data, "tensors", (torch.full((1,), 2.0),)),
+            "'TensorDataset.tensors' is another one",
+        ),
+        "schedule": (
+            lambda: 1.0 + schedule.last_epoch,
+            lambda: setattr(schedule, "last_epoch", 1),
+            "'StepLR.last_epoch' is 1, and was 0",
+        ),
+        "optimizer": (
+            lambda: optimizer.param_groups[0]["lr"],
+            lambda: optimizer.param_groups[0].update(lr=2.0),
+            "'SGD.param_groups.0.lr' is 2.0, and was 1.0",
+        ),
+        "of a file, late": (
+            lambda: getattr(places, "LATE", 1.0),
+            lambda: setattr(places, "LATE", 2.0),
+            "'places.LATE' is 2.0, and was absent",
+        ),
+        "of a class, late": (
+            lambda: getattr(LATE_ONE, "late", 1.0),
+            lambda: setattr(Late, "late", 2.0),
+            "'Late.late' is 2.0, and was absent",
+        ),
+        "private slot": (
+            slotted.get,
+            lambda: slotted.set(2.0),
+            "'Slotted._Slotted__beta' is 2.0, and was 1.0",
+        ),
+        "class of a class": (
+            lambda: Kinds.beta,
+            lambda: setattr(Kind, "beta", 2.0),
+            "'Kind.beta' is 2.0, and was 1.0",
+        ),
+        "frozen set": (lambda: max(some).beta, change, "'Settings.beta' is 2.0, and was 1.0"),
+        "key": (lambda: max(key).beta, change, "'Settings.beta' is 2.0, and was 1.0"),
+        "weak": (lambda: weak().beta, change, "'Settings.beta' is 2.0, and was 1.0"),
+        "of a thread": (
+            lambda: own.beta,
+            lambda: setattr(own, "beta", 2.0),
+            "'_local.beta' is 2.0, and was 1.0",
+        ),
+        "of a tensor": (
+            lambda: weights.beta,  # type: ignore[attr-defined]
+            lambda: setattr(weights, "beta", 2.0),
+            "'Tensor.beta' is 2.0, and was 1.0",
+        ),
+        "overloaded": (
+            lambda: overloaded(1.0),
+            lambda: overloaded.register(float, lambda value: 2.0),
+            "has 2 entries, and had 1",
+        ),
+    }
+
+
+LATE_ONE = Late()
+
+
+@pytest.mark.parametrize("name", in_libraries())
+def test_what_objects_of_libraries_keep_is_seen(name: str, replays: list[None]) -> None:
+    def build() -> Case:
+        read, change, _ = in_libraries()[name]
+        return Case(times(read), change)
+
+    check_seen(build, in_libraries()[name][2], replays)
+
+
+def test_what_the_environment_says_is_seen(
+    monkeypatch: pytest.MonkeyPatch, replays: list[None]
+) -> None:
+    def build() -> Case:
+        monkeypatch.setenv("BETA", "1")
+        read = lambda: float(os.environ["BETA"])  # noqa: E731
+        return Case(times(read), lambda: monkeypatch.setenv("BETA", "2"))
+
+    check_seen(build, "'_Environ._data", replays)
 
 
 def test_another_class_of_an_object_is_seen(replays: list[None]) -> None:

@@ -68,7 +68,9 @@ def test_what_changes_between_steps_is_seen(change: str) -> None:
         svi.step(*args)
     assert svi._recorder.recorded
     CHANGES[change](svi, encoder)
-    with pytest.warns(UserWarning, match="steps are eager for a while, 20 of a kind: "):
+    with pytest.warns(
+        UserWarning, match="the next 20 steps of each kind of batch are not compiled: "
+    ):
         svi.step(*args)
     assert not svi._recorder.recorded
 
@@ -295,7 +297,9 @@ def test_what_is_bound_anew_is_seen(change: str) -> None:
         losses = [svi.step(x) for _ in range(4)]
         if kind != "unchanged":
             changes[change]()
-        seen = pytest.warns(UserWarning, match="steps are eager for a while, 20 of a kind: ")
+        seen = pytest.warns(
+            UserWarning, match="the next 20 steps of each kind of batch are not compiled: "
+        )
         with seen if kind == "compiled" else nullcontext():
             losses += [svi.step(x) for _ in range(3)]
         found[kind] = losses
@@ -565,7 +569,7 @@ LOSSES: list[Any] = []
 
 
 @pytest.mark.usefixtures("recorded_alone")
-@pytest.mark.filterwarnings("ignore:steps (stay|are) eager")
+@pytest.mark.filterwarnings("ignore:(steps stay eager|the next)")
 @pytest.mark.parametrize("name", SEEN)
 def test_nothing_goes_unseen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve steps with and without records are the same: replayed where that is right alone."""
