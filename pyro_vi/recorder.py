@@ -5,7 +5,7 @@ handlers around the step. Each is counted. After some eager steps one is recorde
 taken both ways, and only if loss, updates and generators come out alike is the record compiled and
 used. From then on it is asked before every step whether anything that it was made of is something
 else by now (`pyro_vi.watch`). For what is not found by asking, a step is now and then taken both
-ways again: the 100th compiled one, the 200th, the 400th and so on.
+ways again: the 100th compiled one, the 200th, the 400th and so on, later every 10,000th.
 """
 
 from __future__ import annotations
