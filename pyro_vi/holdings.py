@@ -176,7 +176,8 @@ class Holdings:
             self.arrays.append((name, value))
         elif isinstance(value, CONTAINERS):
             self._container(name, value)
-            self._object(value)
+            if is_namespace(kind.__module__):
+                self._object(value)
         elif isinstance(value, io.IOBase):
             pass  # a log
         elif isinstance(value, _CHANCE) or hasattr(kind, "__next__"):

@@ -265,7 +265,7 @@ def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tenso
     # Modes are torch's own handlers; what is default, such as the device, is one of them.
     modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
     around = (torch.get_default_dtype(), Distribution._validate_args, modes, *_PYRO_STACK)
-    if any(type(one).__hash__ is None for one in _PYRO_STACK):
+    if _PYRO_STACK and any(type(one).__hash__ is None for one in _PYRO_STACK):
         return _Strange("a handler around a step that cannot be told from others (no hash)"), []
     if not kwargs and all(type(one) is Tensor for one in args) and _are_plain(args):
         distinct = len(set(map(id, args)))
@@ -289,10 +289,9 @@ def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tenso
 
 def _are_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether they are what their shapes and strides say: dense, not nested, no conjugates."""
-    if any(map(_IS_NESTED, tensors)) or not _STRIDED.issuperset(map(_FORMAT, tensors)):
+    if not _PLAIN.issuperset(map(_FORMAT, tensors)):
         return False
     return not any(map(Tensor.is_neg, tensors)) and not any(map(Tensor.is_conj, tensors))
 
 
-_IS_NESTED, _FORMAT = attrgetter("is_nested"), attrgetter("layout")
-_STRIDED = {torch.strided}
+_FORMAT, _PLAIN = attrgetter("is_nested", "layout"), {(False, torch.strided)}
