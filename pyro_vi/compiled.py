@@ -26,7 +26,8 @@ from torch.utils import _pytree as tree
 from pyro_vi.calls import Calls
 from pyro_vi.capture import Graph, PyrosQuestions, Uncapturable, capture, first_line
 from pyro_vi.elbo import assumptions
-from pyro_vi.holdings import Holdings, Kept
+from pyro_vi.holdings import Holdings
+from pyro_vi.kept import Kept
 from pyro_vi.optimizers import OneOptimizer, Update, update_of
 from pyro_vi.program import modules_of, substituted
 from pyro_vi.reach import is_namespace, objects

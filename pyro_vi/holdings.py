@@ -7,7 +7,7 @@ programs lead to, those that the code that ran (`pyro_vi.calls`) names.
 
 from __future__ import annotations
 
-__all__ = ["ABSENT", "Holdings", "Kept", "Place"]
+__all__ = ["ABSENT", "Holdings", "Place"]
 
 import builtins
 import dis
@@ -19,8 +19,7 @@ import re
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import _lru_cache_wrapper, cache, partial
-from itertools import chain
-from operator import attrgetter, is_, methodcaller
+from operator import attrgetter, methodcaller
 from types import (
     BuiltinMethodType,
     CellType,
@@ -62,7 +61,6 @@ _CHANCE: tuple[type, ...] = (random.Random, np.random.Generator, np.random.Rando
 _CHANCE += (np.random.BitGenerator, torch.Generator)
 _DEFAULTS: list[Any] = [vars(random)["_inst"], vars(np.random.mtrand)["_rand"]]
 _DEFAULTS += [torch.default_generator]
-_LINK = "_lru_list_elem"  # of a cache's
 _ITEMS = 10_000  # of all containers, or an array, that are looked at in every step
 
 
@@ -135,7 +133,7 @@ class Holdings:
         self.caches: list[dict[str, Any]] = []
         self._known: set[Any] = set()
         self._items = 0
-        self._waiting = [("", value) for value in reversed(values)]
+        self._waiting = [("an argument", value) for value in reversed(values)]
         while self._waiting:
             name, value = self._waiting.pop()
             if self._is_new(id(value)):
@@ -187,7 +185,7 @@ class Holdings:
                 )
         elif isinstance(value, weakref.ref):
             self._waiting.append((name, value()))
-        elif isinstance(value, (_lru_cache_wrapper, MappingProxyType)) or kind.__name__ == _LINK:
+        elif isinstance(value, (_lru_cache_wrapper, MappingProxyType)):
             if isinstance(inner := getattr(value, "__wrapped__", None), FunctionType):
                 self._function(inner)  # which may not have run
             self._waiting += [(name, one) for one in gc.get_referents(value)]
@@ -278,7 +276,7 @@ class Holdings:
         found = _items(container)
         self._items += len(found)
         self._check(name, container, self._items)
-        self._waiting += [(f"{name}.{key}" if name else key, value) for key, value in found]
+        self._waiting += [(f"{name}.{key}", value) for key, value in found]
         if isinstance(container, dict):
             self._waiting += [(name, key) for key in dict.keys(container) if type(key) is not str]
 
@@ -318,58 +316,6 @@ def _strings(constants: Iterable[Any]) -> Iterator[str]:
             yield one
         elif isinstance(one, tuple):  # such as the names of a pattern
             yield from _strings(one)
-
-
-class Kept:
-    """What was in places and containers before a run, of which a record would leave nothing there.
-
-    Args:
-        holdings: of the programs.
-    """
-
-    def __init__(self, holdings: Holdings) -> None:
-        self._places = [(place, place.get(place.key)) for place in holdings.places]
-        held = [(name, one) for name, one, _ in holdings.containers]
-        held += [("", one) for one in holdings.caches]
-        self._containers = [(name, one, _content(one)) for name, one in held]
-        arrays = [one for one in holdings.arrays if isinstance(one[1], np.ndarray)]
-        self._arrays = [(name, one, one.copy()) for name, one in arrays]
-
-    def restore(self) -> str | None:
-        """Puts everything back; the name of one that was another, if it is no cache."""
-        found = []
-        for name, container, before in self._containers:
-            now = _content(container)
-            if len(now) != len(before) or not all(map(is_, chain(*now), chain(*before))):
-                found.append(name)
-                _refill(container, before)
-        for place, value in self._places:
-            if place.get(place.key) is not value:
-                found.append(place.name)
-                place.put(value)
-        for name, array, copy in self._arrays:
-            if array.tobytes() != copy.tobytes():
-                found.append(name)
-                array[...] = copy
-        return next(filter(None, found), None)
-
-
-def _content(container: Any) -> list[tuple[Any, ...]]:
-    """Keys and values, or items."""
-    if isinstance(container, dict):
-        return list(dict.items(container))
-    return [(one,) for one in container]
-
-
-def _refill(container: Any, before: list[tuple[Any, ...]]) -> None:
-    container.clear()
-    if isinstance(container, dict):
-        for key, value in before:
-            container[key] = value
-    else:
-        put = container.add if isinstance(container, set) else container.append
-        for (one,) in before:
-            put(one)
 
 
 def _put(held: dict[str, Any], key: str, value: Any) -> None:
