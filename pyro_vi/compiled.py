@@ -15,8 +15,10 @@ __all__ = ["Proof", "Recorded", "record"]
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Number
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ from pyro_vi.kept import Kept
 from pyro_vi.optimizers import OneOptimizer, Update, update_of
 from pyro_vi.program import modules_of, substituted
 from pyro_vi.reach import is_namespace, objects
-from pyro_vi.watch import Watch
+from pyro_vi.watch import Watch, is_remade
 
 if TYPE_CHECKING:
     from pyro_vi.svi import SVI
@@ -76,7 +78,6 @@ class Recorded:
 
     def compile(self, batch: Sequence[Tensor]) -> None:
         """Hands it to Inductor, after a step that proved it, and holds what comes against it."""
-        self._watch.learn()
         self._graph.compile(batch)
         if not self.predict(batch).is_one:
             raise Uncapturable("what Inductor made of the record has another loss")
@@ -285,7 +286,7 @@ def _record(step: _Step, calls: Calls) -> Recorded:
     read = [*step.parameters, *step.buffers, *graph.constants]
     if any(one.layout is not torch.strided for one in read):
         raise Uncapturable("a tensor that is sparse")
-    return Recorded(step, graph, Watch(svi, found, step.parameters, step.update, read))
+    return Recorded(step, graph, Watch(svi, found, step.parameters, step.update, read, step.remade))
 
 
 class _Step:
@@ -299,6 +300,8 @@ class _Step:
         lost: what a module bound to itself in a run, and a graph would not: the object before, and
             words.
         bound: the tensors among that, which the graph returns: of whom, and what they are called.
+        remade: attributes and items that a run binds anew to objects of the same kind, such as an
+            autoguide's plates: the dictionary, by its identity, and the key.
         is_sure: whether nothing is taken for granted.
     """
 
@@ -339,6 +342,7 @@ class _Step:
         self._validates = Distribution._validate_args
         self.lost: list[tuple[Any, str]] = []
         self.bound: list[tuple[Any, str, Tensor]] = []
+        self.remade: set[tuple[int, Any]] = set()
         self.is_sure = True
         shared = {_storage(tensor) for tensor in (*parameters, *self.buffers)}
         if any(_storage(tensor) in shared for tensor in self.batch):
@@ -396,7 +400,7 @@ class _Step:
         assert svi.told is not None
         svi.told.forget()
         self.lost, self.bound = [], []
-        others = {}
+        others, spaces = {}, {id(one): vars(one) for one in (*self.modules, *self._objects)}
         with (
             substituted([*self.modules, *self._objects], memo) as rebound,
             assumptions(validate=self._validates) as assumed,
@@ -404,13 +408,20 @@ class _Step:
             torch.enable_grad(),
         ):
             loss = svi.loss_and_grads(svi.model, svi.guide, *args, **kwargs)
-            for holder, attribute, name, before, after in rebound():
+            for holder, attribute, item, before, after in rebound():
+                if not isinstance(after, (Number, str, np.ndarray, Tensor)):
+                    if is_remade(before, after):
+                        space = spaces[id(holder)]
+                        self.remade.add(
+                            (id(space), attribute) if item is None else (id(space[attribute]), item)
+                        )
+                    continue
                 if id(before) in keys and isinstance(after, Tensor) and after.shape == before.shape:
                     others[keys[id(before)]] = after.detach()
                     continue
                 what = f"{type(holder).__name__} sets its {attribute!r} in a run"
-                if name == attribute and isinstance(after, Tensor):
-                    self.bound.append((holder, name, after.detach().clone()))
+                if item is None and isinstance(after, Tensor):
+                    self.bound.append((holder, attribute, after.detach().clone()))
                     self.lost.append((before, what))
                 else:
                     is_own = is_namespace(type(holder).__module__) and attribute not in _INTERNALS

@@ -71,12 +71,14 @@ class Place(NamedTuple):
         name: what it is called.
         get, key: what is there is get(key).
         put: puts something there; ABSENT takes away what is.
+        item: its key there, if `key` is a dictionary.
     """
 
     name: str
     get: Callable[[Any], Any]
     key: Any
     put: Callable[[Any], object]
+    item: Any = None
 
 
 class _Absent:
@@ -167,6 +169,8 @@ class Holdings:
             if is_namespace(value.__name__):
                 held = self._names.intersection(vars(value)) | self._asked
                 self._attributes(value, held)
+        elif value is os.environ:
+            self._environment()
         elif isinstance(value, nn.Module):
             self._module(value)
         elif isinstance(value, (np.ndarray, np.generic)):
@@ -212,6 +216,13 @@ class Holdings:
             put = partial(setattr, function, name)
             self._place(f"{function.__name__}.{name}", attrgetter(name), function, put)
         self._container(function.__name__, vars(function))
+
+    def _environment(self) -> None:
+        """Its variables: those that are set, and those that code may ask for; torch sets others."""
+        held = vars(os.environ)["_data"]
+        asked = {os.environ.encodekey(name) for name in self._names if name.isupper()}
+        for key in sorted({*held, *asked}):
+            self._item(f"os.environ[{os.fsdecode(key)!r}]", held, key)
 
     def _module(self, module: nn.Module) -> None:
         kind, held = type(module), vars(module)
@@ -281,14 +292,20 @@ class Holdings:
             self._waiting += [(name, key) for key in dict.keys(container) if type(key) is not str]
 
     def _item(
-        self, name: str, held: Any, key: str, put: Callable[[Any], object] | None = None
+        self, name: str, held: Any, key: Any, put: Callable[[Any], object] | None = None
     ) -> None:
-        self._place(name, methodcaller("get", key, ABSENT), held, put or partial(_put, held, key))
+        put = put or partial(_put, held, key)
+        self._place(name, methodcaller("get", key, ABSENT), held, put, key)
 
     def _place(
-        self, name: str, get: Callable[[Any], Any], key: Any, put: Callable[[Any], object]
+        self,
+        name: str,
+        get: Callable[[Any], Any],
+        key: Any,
+        put: Callable[[Any], object],
+        item: Any = None,
     ) -> None:
-        self.places.append(Place(name, get, key, put))
+        self.places.append(Place(name, get, key, put, item))
         self._waiting.append((name, get(key)))
 
     def _is_new(self, key: Any) -> bool:
@@ -318,7 +335,7 @@ def _strings(constants: Iterable[Any]) -> Iterator[str]:
             yield from _strings(one)
 
 
-def _put(held: dict[str, Any], key: str, value: Any) -> None:
+def _put(held: dict[Any, Any], key: Any, value: Any) -> None:
     if value is ABSENT:
         held.pop(key, None)
     else:

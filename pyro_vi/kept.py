@@ -10,12 +10,12 @@ from __future__ import annotations
 __all__ = ["Kept"]
 
 from itertools import chain
-from operator import is_
 from typing import Any
 
 import numpy as np
 
 from pyro_vi.holdings import Holdings
+from pyro_vi.watch import is_same
 
 
 class Kept:
@@ -38,11 +38,11 @@ class Kept:
         found = []
         for name, container, before in self._containers:
             now = _content(container)
-            if len(now) != len(before) or not all(map(is_, chain(*now), chain(*before))):
+            if len(now) != len(before) or not all(map(is_same, chain(*now), chain(*before))):
                 found.append(name)
                 _refill(container, before)
         for place, value in self._places:
-            if place.get(place.key) is not value:
+            if not is_same(place.get(place.key), value):
                 found.append(place.name)
                 place.put(value)
         for name, array, copy in self._arrays:

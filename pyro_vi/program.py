@@ -28,10 +28,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy, deepcopy
 from functools import partial, wraps
-from numbers import Number
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyro
 import torch
 from pyro.nn.module import _Context
@@ -405,27 +403,24 @@ class Rebound(NamedTuple):
 
     Attributes:
         attribute: the name of the attribute.
-        name: that, or the key of the item.
+        item: the key of the item, None for the attribute itself.
     """
 
     holder: Any
     attribute: str
-    name: Any
+    item: Any
     before: Any
     after: Any
 
 
-def _numbers(holder: Any) -> Iterator[tuple[tuple[str, Any], Any]]:
-    """Values and tensors that an object keeps, in containers of its own too, by their places."""
+def _held(holder: Any) -> Iterator[tuple[tuple[str, Any], Any]]:
+    """What an object keeps, in containers of its own too, by its place."""
     for name, value in holder.__dict__.items():
-        items: dict[Any, Any] = {name: value}
+        yield (name, None), value
         if type(value) in (dict, OrderedDict):
-            items = value
+            yield from (((name, key), item) for key, item in value.items())
         elif type(value) in (list, tuple):
-            items = dict(enumerate(value))
-        for key, item in items.items():
-            if isinstance(item, (Number, str, np.ndarray, Tensor)):
-                yield (name, key), item
+            yield from (((name, i), item) for i, item in enumerate(value))
 
 
 @contextmanager
@@ -434,7 +429,7 @@ def substituted(
 ) -> Iterator[Callable[[], list[Rebound]]]:
     """Runs programs with other tensors in the place of their own, and forgets what they change.
 
-    Gives a function that tells which values and tensors they have bound to a holder so far.
+    Gives a function that tells what they have bound to a holder so far.
 
     Args:
         holders: the modules and other objects that they reach.
@@ -449,12 +444,12 @@ def substituted(
     try:
         for holder, attributes in zip(holders, map(copied.attributes, holders), strict=True):
             object.__setattr__(holder, "__dict__", attributes)
-        kept = [dict(_numbers(holder)) for holder in holders]
+        kept = [dict(_held(holder)) for holder in holders]
         with store.scope({**state, "params": params, "constraints": {**state["constraints"]}}):
             yield lambda: [
                 Rebound(holder, *place, old.get(place), value)
                 for holder, old in zip(holders, kept, strict=True)
-                for place, value in _numbers(holder)
+                for place, value in _held(holder)
                 if value is not old.get(place)
             ]
     finally:

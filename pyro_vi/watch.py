@@ -12,7 +12,7 @@ says the same all the same.
 
 from __future__ import annotations
 
-__all__ = ["LAYOUT", "Watch"]
+__all__ = ["LAYOUT", "Watch", "is_remade", "is_same"]
 
 import reprlib
 import sys
@@ -49,6 +49,8 @@ class Watch:
         parameters: those that are trained.
         update: the optimizers' step, if it is in the graph.
         read: the tensors that the record reads or changes, besides the optimizers' state.
+        remade: entries of dictionaries that a step binds anew to objects of its own: the
+            dictionary, by its identity, and the key.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Watch:
         parameters: Sequence[Tensor],
         update: Update | None,
         read: Iterable[Tensor],
+        remade: set[tuple[int, Any]],
     ) -> None:
         self._tensors = list({id(tensor): tensor for tensor in read}.values())
         self._memory = [tensor.detach() for tensor in self._tensors]
@@ -82,11 +85,11 @@ class Watch:
         self._spaces = [vars(owner) for owner in found.owners]
         self._types = [type(owner) for owner in found.owners]
         seen = {id(tensor) for tensor in (*self._tensors, *self._state)}
-        self._places, self._contents = _Places(seen), _Contents(seen)
+        self._places, self._contents = _Places(seen, remade), _Contents(seen, remade)
         for name, get, key in _outside(svi, parameters, update):
             self._places.add(name, get, key)
         for place in found.places:
-            self._places.add(place.name, place.get, place.key)
+            self._places.add(place.name, place.get, place.key, place.item)
         for name, container, ignored in found.containers:
             self._contents.add(name, container, partial(_is_read, ignored))
         for name, container, *keys in _registers(svi, parameters, update):
@@ -125,31 +128,26 @@ class Watch:
             found |= {name for name, now, old in pairs if now != old}
         return ", ".join(sorted(found))
 
-    def learn(self) -> None:
-        """After an eager step alone: objects that it bound anew are its own, and may be others.
-
-        An autoguide's plates are; numbers and tensors that a run binds are known otherwise.
-        """
-        self._places.learn()
-        self._contents.learn()
-
 
 class _Places:
     """What stands in places.
 
     Args:
         read: tensors that matter, by identity.
+        remade: see `Watch`.
     """
 
-    def __init__(self, read: set[int]) -> None:
-        self._read, self._own = read, set[int]()
+    def __init__(self, read: set[int], remade: set[tuple[int, Any]]) -> None:
+        self._read, self._remade = read, remade
+        self._own: list[bool] = []
         self._names: list[str] = []
         self._get: list[Callable[[Any], Any]] = []
         self._keys: list[Any] = []
         self._values: list[Any] = []
 
-    def add(self, name: str, get: Callable[[Any], Any], key: Any) -> None:
-        """A place: what it is called, and how to read it."""
+    def add(self, name: str, get: Callable[[Any], Any], key: Any, item: Any = None) -> None:
+        """A place: what it is called, how to read it, and its key if `key` is a dictionary."""
+        self._own.append((id(key), item) in self._remade)
         self._names.append(name)
         self._get.append(get)
         self._keys.append(key)
@@ -162,16 +160,10 @@ class _Places:
         for i, (get, key) in enumerate(zip(self._get, self._keys, strict=True)):
             now = get(key)
             if now is not self._values[i]:
-                if i not in self._own and _matters(self._values[i], now, self._read):
+                if not self._own[i] and _matters(self._values[i], now, self._read):
                     return _words(self._names[i], self._values[i], now)
                 self._values[i] = now  # found at once from now on
         return None
-
-    def learn(self) -> None:
-        """Takes what is bound anew for the programs' own."""
-        now = map(call, self._get, self._keys)
-        pairs = enumerate(zip(self._values, now, strict=True))
-        self._own |= {i for i, (old, new) in pairs if _is_remade(old, new)}
 
 
 class _Contents:
@@ -179,10 +171,11 @@ class _Contents:
 
     Args:
         read: tensors that matter, by identity.
+        remade: see `Watch`.
     """
 
-    def __init__(self, read: set[int]) -> None:
-        self._read, self._own = read, set[tuple[int, Any]]()
+    def __init__(self, read: set[int], remade: set[tuple[int, Any]]) -> None:
+        self._read, self._remade = read, remade
         self._names: list[str] = []
         self._containers: list[Any] = []
         self._matter: list[Callable[[Any], bool]] = []
@@ -218,19 +211,12 @@ class _Contents:
             for (key, value), (old_key, old) in zip(now, before, strict=True):
                 if _matters(old_key, key, self._read):
                     return f"{name!r} has other entries"
-                if (i, key) not in self._own and _matters(old, value, self._read):
+                if (id(container), key) not in self._remade and _matters(old, value, self._read):
                     own = f"{name}.{key}" if isinstance(key, str) else name
                     return _words(own, old, value)
             self._entries[i] = now
         self.take()
         return None
-
-    def learn(self) -> None:
-        """Takes what is bound anew for the programs' own."""
-        for i, container in enumerate(self._containers):
-            if isinstance(container, dict):
-                pairs = zip(self._entries[i], _entries(container, self._matter[i]), strict=False)
-                self._own |= {(i, key) for (key, old), (_, new) in pairs if _is_remade(old, new)}
 
 
 def _entries(container: Any, matters: Callable[[Any], bool]) -> list[tuple[Any, Any]]:
@@ -252,12 +238,15 @@ def _matters(old: Any, new: Any, read: set[int]) -> bool:
     """Whether a program could tell one from the other; of a tensor, it may read the shape alone."""
     if isinstance(old, Tensor) and isinstance(new, Tensor):
         return old is not new and (id(old) in read or LAYOUT(old) != LAYOUT(new))
-    if old is new:
-        return False
-    return not _is_plain(old) or not _is_plain(new) or repr(old) != repr(new)  # 1 and 1.0, -0.0
+    return not is_same(old, new)
 
 
-def _is_remade(old: Any, new: Any) -> bool:
+def is_same(old: Any, new: Any) -> bool:
+    """Whether they are one object or value; 1 and 1.0 are two, as 0.0 and -0.0."""
+    return old is new or (_is_plain(old) and _is_plain(new) and repr(old) == repr(new))
+
+
+def is_remade(old: Any, new: Any) -> bool:
     """Whether it is another object of the same kind, and no value that a step could depend on."""
     if old is new or type(old) is not type(new) or _is_plain(old) or isinstance(old, tuple):
         return False
@@ -276,7 +265,7 @@ def _words(name: str, old: Any, new: Any) -> str:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
-    return value is ABSENT or isinstance(value, (bool, int, float, str, type(None)))
+    return value is ABSENT or isinstance(value, (bool, int, float, str, bytes, type(None)))
 
 
 def _outside(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from places import X, draw, guide, observe, times
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
+from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -300,6 +301,26 @@ def test_late_looks_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
         if svi.compiled_steps == before:
             eager.append(i - 2)
     assert eager == [-2, -1, 0, 1, 2, 3, 4, 6, 8, 9, 12, 15, 16]
+
+
+@pytest.mark.parametrize("between", ["another batch", "the loss"])
+def test_plates_that_a_guide_makes_anew_are_its_own(between: str) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("columns", 2):
+            mean = pyro.sample("z", dist.Normal(0.0, 1.0)).mean()
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    pyro.clear_param_store()
+    guide = AutoNormal(model)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO(), compile=True)
+    for _ in range(8):
+        svi.step(X2)
+        if between == "the loss":
+            svi.evaluate_loss(X2)
+        else:
+            svi.step(X2[:2])
+    assert svi.compiled_steps == 5
 
 
 def test_a_layer_that_nobody_uses_is_no_warning() -> None:

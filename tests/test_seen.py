@@ -429,7 +429,7 @@ def test_what_the_environment_says_is_seen(
         read = lambda: float(os.environ["BETA"])  # noqa: E731
         return Case(times(read), lambda: monkeypatch.setenv("BETA", "2"))
 
-    check_seen(build, "'_Environ._data", replays)
+    check_seen(build, "os.environ['BETA']", replays)
 
 
 def test_another_class_of_an_object_is_seen(replays: list[None]) -> None:
