@@ -300,8 +300,8 @@ class _Step:
         lost: what a module bound to itself in a run, and a graph would not: the object before, and
             words.
         bound: the tensors among that, which the graph returns: of whom, and what they are called.
-        remade: attributes and items that a run binds anew to objects of the same kind, such as an
-            autoguide's plates: the dictionary, by its identity, and the key.
+        remade: attributes and items that a run binds anew to objects of the same kind, such as
+            those tensors, or an autoguide's plates: the dictionary, by its identity, and the key.
         is_sure: whether nothing is taken for granted.
     """
 
@@ -422,6 +422,7 @@ class _Step:
                 what = f"{type(holder).__name__} sets its {attribute!r} in a run"
                 if item is None and isinstance(after, Tensor):
                     self.bound.append((holder, attribute, after.detach().clone()))
+                    self.remade.add((id(spaces[id(holder)]), attribute))
                     self.lost.append((before, what))
                 else:
                     is_own = is_namespace(type(holder).__module__) and attribute not in _INTERNALS

@@ -54,6 +54,7 @@ _BY_NAME = re.compile(
 _INTERNALS = set(vars(PyroModule()))  # of every module, whatever its class
 # Classes of libraries that read nothing of what a class made from them keeps.
 _PLAIN = {nn.Module, PyroModule, Dataset}
+_CACHED = {"_cached_x_y"}  # the last pair of a transform
 _NUMBERS = (bool, int, float, str, type(None))
 _PLAIN_MODULES = {"abc", "builtins", "enum", "typing"}
 _HOLDERS = ("collections", "torch.utils.data")  # whose objects keep what is a user's
@@ -260,9 +261,9 @@ class Holdings:
         """The attributes of an object that nobody reads, such as the counter of a loop outside."""
         names = _names_of(cast(Hashable, type(value)))
         if self._at_large or names is None:
-            return set()
+            return _CACHED
         plain = {name for name, held in vars(value).items() if isinstance(held, _NUMBERS)}
-        return plain - names - self._read(value) - _INTERNALS
+        return (plain - names - self._read(value) - _INTERNALS) | _CACHED
 
     def _classes(self, kind: type) -> None:
         """What a class of a user's keeps, those that it inherits from, and those that make them."""

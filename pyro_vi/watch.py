@@ -160,7 +160,7 @@ class _Places:
         for i, (get, key) in enumerate(zip(self._get, self._keys, strict=True)):
             now = get(key)
             if now is not self._values[i]:
-                if not self._own[i] and _matters(self._values[i], now, self._read):
+                if _matters(self._values[i], now, self._read, is_own=self._own[i]):
                     return _words(self._names[i], self._values[i], now)
                 self._values[i] = now  # found at once from now on
         return None
@@ -211,7 +211,8 @@ class _Contents:
             for (key, value), (old_key, old) in zip(now, before, strict=True):
                 if _matters(old_key, key, self._read):
                     return f"{name!r} has other entries"
-                if (id(container), key) not in self._remade and _matters(old, value, self._read):
+                is_own = (id(container), key) in self._remade
+                if _matters(old, value, self._read, is_own=is_own):
                     own = f"{name}.{key}" if isinstance(key, str) else name
                     return _words(own, old, value)
             self._entries[i] = now
@@ -234,8 +235,10 @@ def _is_of(ids: set[int], key: Any) -> bool:
     return not ids or id(key) in ids
 
 
-def _matters(old: Any, new: Any, read: set[int]) -> bool:
+def _matters(old: Any, new: Any, read: set[int], *, is_own: bool = False) -> bool:
     """Whether a program could tell one from the other; of a tensor, it may read the shape alone."""
+    if is_own:
+        return type(old) is not type(new)
     if isinstance(old, Tensor) and isinstance(new, Tensor):
         return old is not new and (id(old) in read or LAYOUT(old) != LAYOUT(new))
     return not is_same(old, new)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from places import X, draw, guide, observe, times
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoGuide, AutoIAFNormal, AutoNormal
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -304,7 +304,8 @@ def test_late_looks_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("between", ["another batch", "the loss"])
-def test_plates_that_a_guide_makes_anew_are_its_own(between: str) -> None:
+@pytest.mark.parametrize("family", [AutoNormal, AutoIAFNormal])
+def test_what_a_guide_makes_anew_is_its_own(between: str, family: type[AutoGuide]) -> None:
     def model(x: Tensor) -> None:
         with pyro.plate("columns", 2):
             mean = pyro.sample("z", dist.Normal(0.0, 1.0)).mean()
@@ -312,7 +313,7 @@ def test_plates_that_a_guide_makes_anew_are_its_own(between: str) -> None:
             pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
 
     pyro.clear_param_store()
-    guide = AutoNormal(model)
+    guide = family(model)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO(), compile=True)
     for _ in range(8):
         svi.step(X2)

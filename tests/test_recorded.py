@@ -130,9 +130,9 @@ def handled() -> Programs:
     return model, AutoNormal(shown), Trace_ELBO(), (torch.linspace(-1, 2, 9),)
 
 
-def ddpm(net: nn.Module, learned: bool, loss: ELBO) -> Programs:
+def ddpm(net: Callable[[], nn.Module], learned: bool, loss: ELBO) -> Programs:
     diffusion = Diffusion((1, 4, 4), Learned(20).double() if learned else Cosine(20), draws=2)
-    return DDPM(diffusion, net.double()).double(), ForwardProcess(diffusion), loss, (IMAGES,)
+    return DDPM(diffusion, net().double()).double(), ForwardProcess(diffusion), loss, (IMAGES,)
 
 
 def chain(order: Callable[[Diffusion], nn.Module], loss: ELBO) -> Programs:
@@ -169,12 +169,15 @@ PROGRAMS: dict[str, Callable[[], Programs]] = {
     "VAE, flow": partial(vae, Flow, Trace_ELBO()),
     "pyro.module, dropout, batch norm": by_pyro_module,
     "DDPM": partial(
-        ddpm, UNet((1, 4, 4), 20, channels=(8,), attention=()), False, TraceMeanField_ELBO()
+        ddpm,
+        partial(UNet, (1, 4, 4), 20, channels=(8,), attention=()),
+        False,
+        TraceMeanField_ELBO(),
     ),
     "DDPM, learned schedule": partial(
-        ddpm, MLPDenoiser((1, 4, 4), 20), True, TraceMeanField_ELBO()
+        ddpm, partial(MLPDenoiser, (1, 4, 4), 20), True, TraceMeanField_ELBO()
     ),
-    "DDPM, sampled KLs": partial(ddpm, MLPDenoiser((1, 4, 4), 20), False, Trace_ELBO()),
+    "DDPM, sampled KLs": partial(ddpm, partial(MLPDenoiser, (1, 4, 4), 20), False, Trace_ELBO()),
     "DDPM chain": partial(chain, ReverseOrder, TraceMeanField_ELBO()),
     "DDPM chain, forward order": partial(chain, ForwardOrder, Trace_ELBO()),
 }
@@ -226,3 +229,16 @@ def test_a_recorded_step_is_the_eager_one(name: str) -> None:
     others = torch.cat([(p - r).flatten() for p, r in zip(other, start, strict=True)])
     assert float(moves.abs().max()) > 0
     assert float((others - moves).abs().max()) <= 1e-10 * float(moves.abs().max())
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_compiled_step_stays_one(name: str, recorded_alone: None) -> None:
+    """Whatever programs keep and bind anew, and whoever else runs them."""
+    torch.manual_seed(0)
+    model, guide, loss, args = PROGRAMS[name]()
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-4}), loss, compile=True)
+    for _ in range(8):
+        svi.step(*args)
+        svi.evaluate_loss(*args)
+        guide(*args)
+    assert svi.compiled_steps == 5
