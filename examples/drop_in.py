@@ -10,8 +10,9 @@ in the third run one argument:
 
 A compiled step does what the eager one does, with the same draws from torch's generator. What
 looks at the loop from outside sees no difference: a loss is a float, the parameters are in Pyro's
-store, `optim.get_state()` is true. Recording and compiling take ten seconds or so (fewer in a
-second run, since Inductor keeps what it compiled on disk): so a short run is left alone.
+store, `optim.get_state()` is true. Rounding alone is another, and grows where training is chaotic.
+Recording and compiling take ten seconds or more (fewer in a second run, since Inductor keeps what
+it compiled on disk): so a short run is left alone.
 
 The script prints the time of each run, of its last steps, and the bound at its end, which is the
 same but for the noise of 1,000 draws. The figure shows the losses against the clock.

@@ -391,7 +391,7 @@ def _line(error: BaseException) -> str:
     libraries = tuple(f"{name}." for name in ("torch", "pyro", "pyro_vi", "zuko"))
     for frame, number in reversed(list(traceback.walk_tb(error.__traceback__))):
         name, file = frame.f_globals.get("__name__", ""), frame.f_code.co_filename
-        if file.startswith("<"):
+        if not name or file.startswith("<frozen"):  # of a graph; of imports
             continue
         if not f"{name}.".startswith(libraries):
             return f" ({file}:{number})"

@@ -191,6 +191,7 @@ class Engine(SVI):
                     break
                 if self._waits_for(step.recorded):
                     step.recorded.finish()
+                self.compiled_steps += 1
                 self._add(loss, reconstruction, kl, step.weights)
 
     def _take_again(self, steps: Sequence[_Unread]) -> None:

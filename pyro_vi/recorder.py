@@ -68,9 +68,6 @@ class Recorder:
         after: eager steps before the first is recorded.
         scale, guard: as `record` takes them.
         announce: called before a step is compiled, which takes seconds.
-
-    Attributes:
-        taken: how many steps were compiled ones.
     """
 
     def __init__(
@@ -89,7 +86,6 @@ class Recorder:
         self._unsound = 0
         self._is_crowded = False
         self._now: tuple[Any, list[Tensor]] = (None, [])  # the kind of the batch of an eager step
-        self.taken = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, or on disk: nothing is recorded yet."""
@@ -117,7 +113,6 @@ class Recorder:
         if rest == 0 and (audited.bit_count() == 1 or audited % _OFTEN == 0):
             self._unsound = 0
             return None
-        self.taken += 1
         return kind.recorded, batch
 
     def was_unsound(self) -> None:

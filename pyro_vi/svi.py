@@ -31,6 +31,8 @@ from pyro_vi.recorder import Recorder
 class SVI(pyro.infer.SVI):
     """Stochastic variational inference, as `pyro.infer.SVI`.
 
+    Where Pyro's bounds are none, losses are others, or errors: `pyro_vi.elbo` lists where.
+
     Args:
         model: the model, a callable with Pyro statements.
         guide: the guide, a callable of the same arguments.
@@ -41,6 +43,9 @@ class SVI(pyro.infer.SVI):
             after the first three, "auto" for after 5,000, when as many to come would pay for the
             seconds it takes, False for never. A step that cannot be recorded stays eager, with a
             warning that says why.
+
+    Attributes:
+        compiled_steps: how many steps so far were compiled ones.
 
     Example:
         >>> import pyro, torch
@@ -76,6 +81,7 @@ class SVI(pyro.infer.SVI):
         evaluated = told(loss) if isinstance(loss, ELBO) else loss
         self.told: Told | None = evaluated if isinstance(evaluated, Told) else None
         super().__init__(model, guide, optim, evaluated, loss_and_grads, **kwargs)
+        self.compiled_steps = 0
         self._has_stepped = False
         self._recorder: Recorder | None = None
         after = eager_steps(compile, evaluated)
@@ -92,6 +98,7 @@ class SVI(pyro.infer.SVI):
                 loss, *_, sound = recorded(batch).tolist()
                 if sound:
                     recorded.finish()
+                    self.compiled_steps += 1
                     return warn_if_nan(loss, "loss") if loss != loss else loss
                 assert rewind is not None
                 rewind()
@@ -107,11 +114,6 @@ class SVI(pyro.infer.SVI):
         if isinstance(loss, tuple):
             return type(loss)(map(torch_item, loss))
         return torch_item(loss)
-
-    @property
-    def compiled_steps(self) -> int:
-        """How many steps so far were compiled ones."""
-        return self._recorder.taken if self._recorder is not None else 0
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss without a step; as `pyro.infer.SVI`."""

@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
 from pyro.optim import PyroOptim
 from steps import (
     IMAGES,
@@ -239,6 +240,17 @@ def test_what_no_graph_follows_stays_eager_and_is_said_once(does: str, reason: s
             svi.step(x)
     assert len([w for w in caught if "stay eager" in str(w.message)]) == 1
     assert not svi._recorder.recorded
+
+
+def test_the_line_of_a_notebooks_cell_is_named() -> None:
+    cell = "def model(x):\n    z = pyro.sample('z', dist.Normal(0.0, 1.0))\n    z.item()"
+    space = {"__name__": "__main__", "pyro": pyro, "dist": dist}
+    exec(compile(cell, "<ipython-input-1>", "exec"), space)
+    model = space["model"]
+    svi = SVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), compile=True)
+    with pytest.warns(UserWarning, match=r"\(<ipython-input-1>:3\)"):
+        for _ in range(4):
+            svi.step(torch.tensor(0.5))
 
 
 FITS: dict[str, dict[str, Any]] = {
