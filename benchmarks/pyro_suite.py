@@ -58,6 +58,13 @@ class _Gradients(pyro.optim.PyroOptim):
         self.found.update((p, p.grad) for p in params)
 
 
+class _Eager(svi.SVI):
+    """Ours, without a compiled step in runs of any length."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, compile=False, **kwargs)
+
+
 class _Recorded(svi.SVI):
     """Ours, which replays as soon as it has recorded."""
 
@@ -98,7 +105,7 @@ class _Recorded(svi.SVI):
             with svi._Parameters() as used, calls.Calls().seen() as seen:
                 loss = self._plain(model, guide, *args, **kwargs)
             try:
-                found = compiled.record(self._programs, seen, list(used.names), args, kwargs)
+                found = compiled.record(self._programs, seen, list(used.live()), args, kwargs)
             except capture.Uncapturable as error:
                 _now["refused"].append(str(error))
                 return loss
@@ -129,7 +136,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     for module in list(sys.modules.values()):
         if getattr(module, "__dict__", {}).get("SVI") is pyros:
-            module.SVI = svi.SVI if kind == "eager" else _Recorded  # type: ignore[attr-defined]
+            module.SVI = _Eager if kind == "eager" else _Recorded  # type: ignore[attr-defined]
     if kind == "eager":
         return
     if not config.getoption("--inductor"):

@@ -24,6 +24,7 @@ from __future__ import annotations
 __all__ = ["Graph", "PyrosQuestions", "Uncapturable", "capture", "first_line"]
 
 import random
+import re
 import sys
 import traceback
 import warnings
@@ -38,6 +39,7 @@ import pyro
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import increment_version
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
@@ -112,14 +114,17 @@ class Graph:
         return run(*held, *batch, *self._constants)
 
     def __call__(self, batch: Sequence[Tensor]) -> Any:
-        return self._run(*self._held, *batch, *self._constants)
+        found = self._run(*self._held, *batch, *self._constants)
+        if self._run is not self.module:  # which says itself what it has changed
+            increment_version(self._held)
+        return found
 
 
 def _compiled(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """What Inductor makes of a record, called as directly as may be.
 
     Around it AOTAutograd puts what a record has no need of, since nothing in it has a gradient, and
-    of a small step that is a fifth.
+    of a small step that is a fifth; and it counts versions, which `Graph` does.
     """
     from torch._functorch import config as functorch
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -134,8 +139,11 @@ def _compiled(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     outputs = _outputs(module)
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)  # Inductor's cache asks for it
     fakes = [mode.from_tensor(tensor) for tensor in inputs]
+    options: dict[str, Any] = dict(_OPTIONS)
+    if any(_INDEXES.search(str(node.target)) for node in module.graph.nodes):
+        options["cpp.threads"] = 1  # out of bounds, a thread of OpenMP would end the process
     with functorch.patch(enable_autograd_cache=False):  # what it finds has the wrapper
-        whole: Any = compile_fx(module, fakes, inner_compile=keep, config_patches=_OPTIONS)
+        whole: Any = compile_fx(module, fakes, inner_compile=keep, config_patches=options)
     if len(inner) != 1:
         return whole
     graph, code = inner[0]
@@ -152,6 +160,7 @@ def _outputs(module: fx.GraphModule) -> int:
 
 # Draws as an eager step's. What the layouts are is known before a step.
 _OPTIONS = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
+_INDEXES = re.compile("index|gather|scatter|embedding|take|put|nll_loss|unpool")
 
 
 class _Launched:

@@ -16,10 +16,12 @@ __all__ = ["Proof", "Recorded", "record"]
 import math
 from collections.abc import Callable, Sequence
 from numbers import Number
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pyro.infer.util import zero_grads
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -51,7 +53,6 @@ class Recorded:
         watch: says what has changed since, so that the record is no good.
 
     Attributes:
-        is_sure: whether every step is sound.
         may_be_late: whether a step can be finished before it is known what it found.
     """
 
@@ -61,7 +62,8 @@ class Recorded:
         self._generators = step.generators()
         self._gradients: Sequence[Tensor] = ()
         self._bound = [(vars(holder), name) for holder, name, _ in step.bound]
-        self.is_sure, self.may_be_late = step.is_sure, step.update is not None
+        self._left = _Left(step.parameters)
+        self.may_be_late = step.update is not None
         self._scheduler = step.optim.scheduler if isinstance(step.optim, OneOptimizer) else None
 
     def stale(self) -> str | None:
@@ -71,6 +73,10 @@ class Recorded:
         if self._update is not None and not self._update.counts.follow():
             return _APART
         return None
+
+    def is_alone(self) -> bool:
+        """Whether a step's gradients are its own: Pyro adds them to what parameters have."""
+        return self._left.is_zero()
 
     def resync(self) -> str | None:
         """After an eager step: reads the optimizer's counts again; says why they are no good."""
@@ -94,8 +100,6 @@ class Recorded:
         try:
             status, *found = self._graph(batch)
         except Exception:  # such as an index out of bounds; an eager step says of what
-            if self.is_sure:
-                raise
             return torch.tensor([math.nan, math.nan, math.nan, 0, 0], dtype=torch.float64)
         self._found, self._gradients = found[: len(self._bound)], found[len(self._bound) :]
         return status
@@ -108,6 +112,7 @@ class Recorded:
             self._step.update_outside(self._gradients)
             return
         self._update.lead()
+        self._update.counts.own()
         if self._scheduler is not None:
             self._scheduler.step()
 
@@ -146,6 +151,29 @@ class Recorded:
 
 
 _APART = "parameters took steps apart"
+_GRADIENT, _VERSION = attrgetter("grad"), attrgetter("_version")
+
+
+class _Left:
+    """The gradients that steps leave, which are zero if nobody adds to them."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        self._known: list[Tensor | None] = []
+        self._some: list[Tensor] = []
+        self._versions: list[int] = []
+
+    def is_zero(self) -> bool:
+        """Whether nobody has; looks at the numbers of those that it has not seen so."""
+        now = list(map(_GRADIENT, self._parameters))
+        if len(now) == len(self._known) and all(map(is_, now, self._known)):
+            if list(map(_VERSION, self._some)) == self._versions:
+                return True
+        some = [gradient for gradient in now if gradient is not None]
+        if any(one.layout is not torch.strided or bool(one.any()) for one in some):
+            return False
+        self._known, self._some, self._versions = now, some, list(map(_VERSION, some))
+        return True
 
 
 class Proof:
@@ -302,7 +330,6 @@ class _Step:
         bound: the tensors among that, which the graph returns: of whom, and what they are called.
         remade: attributes and items that a run binds anew to objects of the same kind, such as
             those tensors, or an autoguide's plates: the dictionary, by its identity, and the key.
-        is_sure: whether nothing is taken for granted.
     """
 
     def __init__(
@@ -343,7 +370,6 @@ class _Step:
         self.lost: list[tuple[Any, str]] = []
         self.bound: list[tuple[Any, str, Tensor]] = []
         self.remade: set[tuple[int, Any]] = set()
-        self.is_sure = True
         shared = {_storage(tensor) for tensor in (*parameters, *self.buffers)}
         if any(_storage(tensor) in shared for tensor in self.batch):
             raise Uncapturable("an argument that is a parameter or a buffer of the programs")
@@ -355,7 +381,6 @@ class _Step:
         loss, conditions, others = self._evaluate({**fresh, **moved}, tensors[len(self.held) :])
         if self._validates and not self._guard:  # an eager step says what made it one
             conditions.append(~loss.isnan())
-        self.is_sure = not conditions
         with torch.no_grad():
             gradients = {
                 id(p): leaf.grad * self._scale if leaf.grad is not None else torch.zeros_like(leaf)
@@ -425,7 +450,7 @@ class _Step:
                     self.remade.add((id(spaces[id(holder)]), attribute))
                     self.lost.append((before, what))
                 else:
-                    is_own = is_namespace(type(holder).__module__) and attribute not in _INTERNALS
+                    is_own = is_namespace(type(holder).__module__) and attribute not in _TORCHS
                     self.lost.append((object() if is_own else before, what))
         return torch.as_tensor(loss).detach(), [torch.as_tensor(a).all() for a in assumed], others
 
@@ -465,8 +490,7 @@ class _Step:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         self.optim(self.parameters)
-        for parameter in self.parameters:
-            parameter.grad = None
+        zero_grads(self.parameters)
 
     def generators(self) -> list[torch.Generator]:
         """Where draws may come from."""
@@ -476,7 +500,7 @@ class _Step:
         return [torch.default_generator, torch.cuda.default_generators[device.index or 0]]
 
 
-_INTERNALS = {*vars(nn.Module()), "_cached_x_y"}  # what torch keeps in objects of a user's
+_TORCHS = {*vars(nn.Module()), "_cached_x_y"}  # what torch keeps in objects of a user's
 
 
 def _leaf(value: Tensor, parameter: Tensor) -> Tensor:

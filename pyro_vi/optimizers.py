@@ -14,7 +14,7 @@ __all__ = ["Counts", "OneOptimizer", "Rates", "Update", "update_of"]
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from operator import itemgetter, mul
+from operator import attrgetter, itemgetter, mul
 from typing import Any
 
 import torch
@@ -169,6 +169,9 @@ class Rates:
         return [group["lr"] for group in self._groups]
 
 
+_VERSION = attrgetter("_version")
+
+
 class Counts:
     """How many steps parameters have taken, and Adam's corrections of the bias at the next.
 
@@ -201,12 +204,16 @@ class Counts:
         rows = [{float(state["step"]) for state in row} for row in self.states]
         n = torch.tensor([max(row) + 1 for row in rows], dtype=torch.float64)
         self.tensor.copy_(self._corrections(n[:, None]))
-        self._versions = [step._version for step in self._steps]
+        self.own()
         return all(len(row) == 1 for row in rows)
 
+    def own(self) -> None:
+        """After a step that has counted itself, here too."""
+        self._versions = list(map(_VERSION, self._steps))
+
     def follow(self) -> bool:
-        """Reads the steps again if somebody has set one; False as `resync` has it."""
-        return [step._version for step in self._steps] == self._versions or self.resync()
+        """Reads the steps again if somebody else has set one; False as `resync` has it."""
+        return list(map(_VERSION, self._steps)) == self._versions or self.resync()
 
     def _corrections(self, n: Tensor) -> Tensor:
         betas = torch.tensor(self._betas, dtype=torch.float64, device=n.device).reshape(-1, 2)

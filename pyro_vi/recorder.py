@@ -16,7 +16,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from torch.distributions import Distribution
 from torch.utils import _pytree as tree
 
 from pyro_vi.calls import Calls
-from pyro_vi.capture import Uncapturable
+from pyro_vi.capture import Uncapturable, first_line
 from pyro_vi.compiled import Proof, Recorded, record
 from pyro_vi.watch import LAYOUT
 
@@ -42,6 +42,7 @@ _KINDS = 100  # kinds of batches that are counted
 _OTHER = 100  # batches of another kind than the first recorded one, before it is recorded too
 _AUDIT = 100  # compiled steps before one is taken both ways again, and then ever twice as many,
 _OFTEN = 100  # until it is after every so many times that
+_REST = 5_000  # eager steps at most after a change
 _UNSOUND = 3  # steps that were not as a record takes for granted, before it is dropped
 
 
@@ -83,13 +84,20 @@ class Recorder:
         self._announce = announce
         self._kinds: dict[Any, _Kind] = {}
         self._proof: Proof | None = None
+        self._failed: Exception | None = None  # of a prediction
         self._unsound = 0
         self._is_crowded = False
         self._now: tuple[Any, list[Tensor]] = (None, [])  # the kind of the batch of an eager step
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, or on disk: nothing is recorded yet."""
-        return {**vars(self), "_kinds": {}, "_proof": None, "_now": (None, [])}
+        nothing: dict[str, Any] = {
+            "_kinds": {},
+            "_proof": None,
+            "_failed": None,
+            "_now": (None, []),
+        }
+        return {**vars(self), **nothing}
 
     @property
     def recorded(self) -> list[Recorded]:
@@ -107,6 +115,8 @@ class Recorder:
             return None
         if (change := kind.recorded.stale()) is not None:
             self._drop(change)
+            return None
+        if not kind.recorded.is_alone():
             return None
         kind.used += 1
         audited, rest = divmod(kind.used, _AUDIT)
@@ -126,8 +136,8 @@ class Recorder:
             )
 
     def _drop(self, why: str) -> None:
-        self._kinds.clear()
-        self._after *= 10  # it may well happen again
+        self._kinds = {key: kind for key, kind in self._kinds.items() if kind.is_refused}
+        self._after = min(10 * self._after, _REST)  # it may well happen again
         warnings.warn(
             f"the next {self._after} steps of each kind of batch are not compiled: {why}",
             stacklevel=4,
@@ -135,14 +145,16 @@ class Recorder:
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before an eager step: predicts it, if a record is to be proven by it."""
-        self._proof = None
+        self._proof, self._failed = None, None
         self._now = _key(args, kwargs)
         if (kind := self._kind()) is not None and kind.recorded is not None:
-            if (change := kind.recorded.stale()) is None:
-                with suppress(Exception):  # of which the eager step says more
-                    self._proof = kind.recorded.predict(self._now[1])
-            else:
+            if (change := kind.recorded.stale()) is not None:
                 self._drop(change)
+            elif kind.recorded.is_alone():
+                try:
+                    self._proof = kind.recorded.predict(self._now[1])
+                except Exception as error:  # of which the eager step says more, if it has it too
+                    self._failed = error
 
     def seen(self) -> AbstractContextManager[object]:
         """Around the evaluation of an eager step: sees what it calls, if it is recorded soon."""
@@ -194,6 +206,8 @@ class Recorder:
                 self._drop(change)
                 return
         try:
+            if self._failed is not None:
+                raise Uncapturable(f"the record ended with {first_line(self._failed)}")
             if self._proof is not None and kind.recorded is not None:
                 self._prove(kind, self._proof, batch)
             elif kind.recorded is None and kind.seen >= self._due():
@@ -253,7 +267,7 @@ class _Strange(str):
 
 def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
     """What a record is good for, None where a step is not to be counted; and a batch's tensors."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or torch.is_anomaly_enabled():
         return None, []
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return _Strange("autocast around a step: put it around the network (Autocast)"), []

@@ -94,13 +94,12 @@ class SVI(pyro.infer.SVI):
         if recorder is not None:
             if (found := recorder.find(args, kwargs)) is not None:
                 recorded, batch = found
-                rewind = None if recorded.is_sure else recorded.rewinder()
+                rewind = recorded.rewinder()
                 loss, *_, sound = recorded(batch).tolist()
                 if sound:
                     recorded.finish()
                     self.compiled_steps += 1
                     return warn_if_nan(loss, "loss") if loss != loss else loss
-                assert rewind is not None
                 rewind()
                 recorder.was_unsound()
             recorder.before(args, kwargs)
@@ -125,16 +124,17 @@ class SVI(pyro.infer.SVI):
         """The loss, and the unconstrained parameters that the programs used, with gradients."""
         if self.told is not None:
             self.told.forget()
-        with _Parameters() as used:
+        with _Parameters() as seen:
             loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        used = seen.live()
         names = pyro.get_param_store()._param_to_name  # optimizers ask for names
-        for parameter, name in used.names.items():
+        for parameter, name in used.items():
             names.setdefault(parameter, name)
         if not self._has_stepped:
             self._has_stepped = True
             for program in (self.model, self.guide):
-                _warn_of_shared_names(program, used.names)
-        return loss, list(used.names)
+                _warn_of_shared_names(program, used)
+        return loss, list(used)
 
     def _update(self, parameters: Sequence[Tensor]) -> None:
         self.optim(parameters)
@@ -198,6 +198,15 @@ class _Parameters(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.names: dict[Tensor, str] = {}
+
+    def live(self) -> dict[Tensor, str]:
+        """Those, without what a module has replaced by another in its first run."""
+        last = {name: parameter for parameter, name in self.names.items()}
+        return {
+            parameter: name
+            for parameter, name in self.names.items()
+            if last[name] is parameter or parameter.grad is not None
+        }
 
     def _pyro_post_param(self, msg: Any) -> None:
         # A module's own parameter (module_local_params) is its own unconstrained value.

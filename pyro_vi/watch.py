@@ -207,7 +207,9 @@ class _Contents:
         for i, (name, container) in enumerate(zip(self._names, self._containers, strict=True)):
             now, before = _entries(container, self._matter[i]), self._entries[i]
             if len(now) != len(before):
-                return f"{name!r} has {len(now)} entries, and had {len(before)}"
+                others = {key for key, _ in now} ^ {key for key, _ in before}
+                named = f": {reprlib.repr(min(others, key=str))}" if others - {None} else ""
+                return f"{name!r} has {len(now)} entries, and had {len(before)}{named}"
             for (key, value), (old_key, old) in zip(now, before, strict=True):
                 if _matters(old_key, key, self._read):
                     return f"{name!r} has other entries"
@@ -285,7 +287,7 @@ def _outside(
     trained = {id(p) for p in parameters}
     for name, p in store._params.items():
         if id(p) in trained:
-            yield name, partial(_stored, store), name
+            yield f"{name} of the store", partial(_stored, store), name
     for optimizer in update.optimizers if update is not None else ():
         for name in ("state", "param_groups"):
             yield f"the optimizer's {name}", vars(optimizer).get, name

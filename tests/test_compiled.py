@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -29,7 +31,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 from torch.utils._pytree import tree_flatten
 
-from pyro_vi import NonFiniteError, fit, fitting, warmup
+from pyro_vi import NonFiniteError, fit, fitting, recorder, warmup
 from pyro_vi.calls import Calls
 from pyro_vi.compiled import Recorded, record
 from pyro_vi.elbo import told
@@ -374,3 +376,60 @@ def test_other_losses_stay_eager() -> None:
         svi = SVI(coin, coin_guide, pyro.optim.Adam({}), enumerated, compile=True)
     assert svi._recorder is None
     assert SVI(coin, coin_guide, pyro.optim.Adam({}), enumerated)._recorder is None
+
+
+def test_graphs_that_share_an_optimizer_count_its_steps_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By Inductor, of two SVIs, and of two shapes: what it makes counts no versions itself."""
+    monkeypatch.setattr(recorder, "_OTHER", 4)
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 0.5))
+
+    def losses(cls: type[pyro.infer.SVI], **options: Any) -> tuple[list[Any], list[float]]:
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        optim, x = pyro.optim.Adam({"lr": 0.1}), torch.arange(6.0)
+        one, other = (cls(model, guide, optim, Trace_ELBO(), **options) for _ in range(2))
+        found = []
+        for _ in range(12):
+            found += [one.step(x), one.step(x[:4]), other.step(x + 1)]
+        return [one, other], found + [one.step(x) for _ in range(9)] + [other.step(x)]
+
+    _, expected = losses(pyro.infer.SVI)
+    ours, found = losses(SVI, compile=True)
+    assert [svi.compiled_steps for svi in ours] == [25, 10]
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_an_index_out_of_bounds_does_not_end_the_process() -> None:
+    """In a thread of OpenMP's an exception cannot be caught."""
+    script = """
+import pyro, torch
+import pyro.distributions as dist
+from pyro.infer import Trace_ELBO
+from pyro_vi import SVI
+torch.set_num_threads(2)
+layer = torch.nn.Linear(3, 4)
+def model(x, k):
+    pyro.module("layer", layer)
+    with pyro.plate("data", len(k)):
+        pyro.sample("k", dist.Categorical(logits=layer(x)), obs=k)
+x, k = torch.randn(100_000, 3), torch.arange(100_000) % 4
+svi = SVI(model, lambda x, k: None, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO(), compile=True)
+for _ in range(5):
+    svi.step(x, k)
+k[17] = 9
+try:
+    svi.step(x, k)
+except ValueError as error:
+    print(svi.compiled_steps, str(error).partition(":")[0])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "2 Error while computing log_prob at site 'k'\n", done.stderr

@@ -21,6 +21,7 @@ from torch.distributions import Distribution
 
 from pyro_vi import SVI, recorder
 from pyro_vi.capture import Graph
+from pyro_vi.compiled import Recorded
 
 pytestmark = pytest.mark.usefixtures("double", "recorded_alone")
 
@@ -336,6 +337,80 @@ def test_a_layer_that_nobody_uses_is_no_warning() -> None:
     model = Model()
     model.head(torch.ones(1)).sum().backward()
     same(lambda: model)
+
+
+@pytest.mark.parametrize("adds", ["a penalty", "loss_and_grads"])
+def test_gradients_that_are_there_before_a_step_are_part_of_it(adds: str) -> None:
+    def losses(svi: type[pyro.infer.SVI], **options: Any) -> tuple[Any, list[float]]:
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        model = one()
+        made = svi(model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO(), **options)
+        found = []
+        for i in range(16):
+            if i % 4 == 3:
+                if adds == "a penalty":
+                    (5 * pyro.param("loc") ** 2).backward()
+                else:
+                    made.loss_and_grads(model, guide, X2)
+            found.append(made.step(X2))
+        return made, found
+
+    _, expected = losses(pyro.infer.SVI)
+    ours, found = losses(SVI, compile=True)
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert ours.compiled_steps == 9  # of 16: three came before, four were given gradients
+
+
+def test_an_optimizer_outside_of_the_graph_leaves_zero_gradients() -> None:
+    ours, _ = same(one, optim=lambda: pyro.optim.RMSprop({"lr": 0.02}))
+    (parameter,) = pyro.get_param_store()._params.values()
+    assert ours.compiled_steps == 9
+    assert parameter.grad is not None and not parameter.grad.any()
+
+
+def test_a_first_step_has_pyros_parameters() -> None:
+    """Autoguides make their parameters anew in it."""
+
+    class Halved(pyro.optim.PyroOptim):
+        def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+            for p in params:
+                p.grad.mul_(0.5)
+            super().__call__(params, *args, **kwargs)
+
+    found = []
+    for svi in (pyro.infer.SVI, SVI):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        optim = Halved(torch.optim.Adam, {"lr": 0.02}, {"clip_value": 5.0})
+        model = one()
+        made = svi(model, AutoNormal(model), optim, Trace_ELBO())
+        found.append((made.step(X2), made.step(X2), len(optim.optim_objs)))
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+def test_anomalies_are_looked_for_in_eager_steps() -> None:
+    def root(x: Tensor) -> None:
+        z = draw()
+        observe(z + (x * z.square()).sum().sqrt(), x)
+
+    svi = SVI(root, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO(), compile=True)
+    for _ in range(6):
+        svi.step(X2.abs())
+    with torch.autograd.set_detect_anomaly(True):
+        with pytest.warns(UserWarning, match="Error detected in"), pytest.raises(RuntimeError):
+            svi.step(0 * X2)  # whose root has no gradient
+    assert svi.compiled_steps == 3
+
+
+def test_a_record_that_cannot_be_tried_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(recorded: Recorded, batch: Any) -> Any:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(Recorded, "predict", broken)
+    with pytest.warns(UserWarning, match="steps stay eager: the record ended with RuntimeE.*no ro"):
+        ours, _ = same(one)
+    assert ours.compiled_steps == 0
 
 
 def test_an_option_that_changes_is_named() -> None:

@@ -37,7 +37,7 @@ def test_parameters_that_are_others_are_seen() -> None:
     svi, _, _ = run(pyro.optim.Adam({"lr": 0.05}), True)
     x = torch.tensor([1.0] * 6 + [0.0] * 4)
     pyro.clear_param_store()
-    with pytest.warns(UserWarning, match="'a' is another one"):
+    with pytest.warns(UserWarning, match="'a of the store' is another one"):
         loss = svi.step(x)  # eager, with new parameters
     assert svi._recorder.recorded == [] and isinstance(loss, float)
     before = {name: value.clone() for name, value in pyro.get_param_store().items()}
