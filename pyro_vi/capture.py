@@ -158,8 +158,13 @@ def _outputs(module: fx.GraphModule) -> int:
     return len(next(iter(reversed(module.graph.nodes))).args[0])
 
 
-# Draws as an eager step's. What the layouts are is known before a step.
-_OPTIONS = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
+# Draws as an eager step's, and in their order. What the layouts are is known before a step.
+_OPTIONS = {
+    "fallback_random": True,
+    "reorder_for_peak_memory": False,
+    "size_asserts": False,
+    "alignment_asserts": False,
+}
 _INDEXES = re.compile("index|gather|scatter|embedding|take|put|nll_loss|unpool")
 
 
