@@ -240,8 +240,8 @@ def capture(function: Callable[..., Any], held: Sequence[Tensor], batch: Sequenc
     lifted, constants = _lifted(second, {id(one) for one, other in pairs if one is other})
     if any(tensor.requires_grad for tensor in constants):
         raise Uncapturable(
-            "gradients of a tensor that is not in the parameter store: put it there (pyro.module,"
-            " pyro.param), or requires_grad_(False)"
+            "gradients of a tensor that no pyro.param or pyro.module statement of the step shows:"
+            " add one, or requires_grad_(False)"
         )
     _check_changes(lifted, len(held))
     return Graph(lifted, held, constants)

@@ -14,14 +14,16 @@ from __future__ import annotations
 __all__ = ["Proof", "Recorded", "record"]
 
 import math
-from collections.abc import Callable, Sequence
-from numbers import Number
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import attrgetter, is_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from pyro.infer.util import zero_grads
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -35,7 +37,7 @@ from pyro_vi.kept import Kept
 from pyro_vi.optimizers import OneOptimizer, Update, update_of
 from pyro_vi.program import modules_of, substituted
 from pyro_vi.reach import is_namespace, objects
-from pyro_vi.watch import Watch, is_remade
+from pyro_vi.watch import Watch, is_remade, tensors_in
 
 if TYPE_CHECKING:
     from pyro_vi.svi import SVI
@@ -62,7 +64,8 @@ class Recorded:
         self._generators = step.generators()
         self._gradients: Sequence[Tensor] = ()
         self._bound = [(vars(holder), name) for holder, name, _ in step.bound]
-        self._left = _Left(step.parameters)
+        self._left = _Left(step)
+        self._memory = {_storage(one) for one in (*step.parameters, *step.buffers)}
         self.may_be_late = step.update is not None
         self._scheduler = step.optim.scheduler if isinstance(step.optim, OneOptimizer) else None
 
@@ -72,11 +75,14 @@ class Recorded:
             return changed
         if self._update is not None and not self._update.counts.follow():
             return _APART
-        return None
+        return self._left.look()
 
-    def is_alone(self) -> bool:
-        """Whether a step's gradients are its own: Pyro adds them to what parameters have."""
-        return self._left.is_zero()
+    def is_alone(self, batch: Sequence[Tensor]) -> bool:
+        """Whether a step's gradients and memory are its own.
+
+        Pyro adds its gradients to what parameters have; and a batch may be a view of a parameter.
+        """
+        return self._left.is_zero and self._memory.isdisjoint(map(_storage, batch))
 
     def resync(self) -> str | None:
         """After an eager step: reads the optimizer's counts again; says why they are no good."""
@@ -85,8 +91,8 @@ class Recorded:
     def compile(self, batch: Sequence[Tensor]) -> None:
         """Hands it to Inductor, after a step that proved it, and holds what comes against it."""
         self._graph.compile(batch)
-        if not self.predict(batch).is_one:
-            raise Uncapturable("what Inductor made of the record has another loss")
+        if (differs := self.predict(batch).compiled_differs()) is not None:
+            raise Uncapturable(f"what Inductor made of the record has another {differs}")
 
     def __call__(self, batch: Sequence[Tensor]) -> Tensor:
         """Takes a step, all of it that is in the graph.
@@ -139,15 +145,20 @@ class Recorded:
         if self._update is not None:
             self._update.rates.follow()
         before = [tensor.detach().clone() for tensor in self._step.held]
-        held, others = ([tensor.clone() for tensor in before] for _ in range(2))
+        outcomes = []
         try:
-            status, *found = self._graph.interpret(held, batch)
-            drawn = [generator.get_state() for generator in self._generators]
-            rewind()
-            compiled, *_ = self._graph.interpret(others, batch, as_compiled=True) or [status]
+            for as_compiled in (False, True):
+                held = [tensor.clone() for tensor in before]
+                found = self._graph.interpret(held, batch, as_compiled=as_compiled)
+                if found is not None:
+                    status, *others = found
+                    drawn = [generator.get_state() for generator in self._generators]
+                    gradients = others[len(self._bound) :]
+                    outcomes.append(_Outcome(status.cpu(), held, gradients, drawn))
+                rewind()
         finally:
             rewind()
-        return Proof(self._step, before, held, status, compiled, found[len(self._bound) :], drawn)
+        return Proof(self._step, before, outcomes)
 
 
 _APART = "parameters took steps apart"
@@ -155,25 +166,54 @@ _GRADIENT, _VERSION = attrgetter("grad"), attrgetter("_version")
 
 
 class _Left:
-    """The gradients that steps leave, which are zero if nobody adds to them."""
+    """The gradients that parameters have between steps: zeros, if nobody adds to them.
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
-        self._known: list[Tensor | None] = []
+    Attributes:
+        is_zero: whether nobody has.
+    """
+
+    def __init__(self, step: _Step) -> None:
+        self._parameters, self._uses, self._had = step.parameters, step.uses, step.had
+        self._known: list[Any] = []
         self._some: list[Tensor] = []
         self._versions: list[int] = []
+        self.is_zero = False
 
-    def is_zero(self) -> bool:
-        """Whether nobody has; looks at the numbers of those that it has not seen so."""
+    def look(self) -> str | None:
+        """Says what makes the record no good; reads the gradients that it has not seen so."""
         now = list(map(_GRADIENT, self._parameters))
         if len(now) == len(self._known) and all(map(is_, now, self._known)):
             if list(map(_VERSION, self._some)) == self._versions:
-                return True
-        some = [gradient for gradient in now if gradient is not None]
-        if any(one.layout is not torch.strided or bool(one.any()) for one in some):
-            return False
-        self._known, self._some, self._versions = now, some, list(map(_VERSION, some))
-        return True
+                return None
+        self.is_zero = True
+        for i, gradient in enumerate(now):
+            if gradient is not None:
+                is_plain = gradient.layout is torch.strided
+                self.is_zero = self.is_zero and is_plain and not bool(gradient.any())
+            if self._uses[i] and gradient is None:  # which a step leaves as zeros
+                self._parameters[i].grad = now[i] = torch.zeros_like(self._parameters[i])
+            if not self._uses[i] and (gradient is not None) != self._had[i]:  # momentum moves it
+                self._known = []
+                one = "no gradient" if gradient is None else "a gradient, and had none"
+                return f"a parameter that a step does not use has now {one}"
+        self._known, self._some = now, [one for one in now if one is not None]
+        self._versions = list(map(_VERSION, self._some))
+        return None
+
+
+class _Outcome(NamedTuple):
+    """What a record makes of a step.
+
+    Attributes:
+        status, gradients: as it returns them.
+        after: the tensors that it holds.
+        drawn: where the generators are then.
+    """
+
+    status: Tensor
+    after: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+    drawn: Sequence[Tensor]
 
 
 class Proof:
@@ -181,37 +221,35 @@ class Proof:
 
     Args:
         step: what was recorded.
-        before, after: the tensors that it holds, at the step's beginning and predicted end.
-        status, gradients: as the record returns them.
-        compiled: the status as its compiled form returns it, where there is one.
-        drawn: where the generators are then.
+        before: the tensors that it holds, at the step's beginning.
+        outcomes: of the record, and of its compiled form where there is one.
 
     Attributes:
         is_sound: whether what the record takes for granted holds in it.
     """
 
-    def __init__(
-        self,
-        step: _Step,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        status: Tensor,
-        compiled: Tensor,
-        gradients: Sequence[Tensor],
-        drawn: Sequence[Tensor],
-    ) -> None:
-        self._step, self._before, self._after, self._drawn = step, before, after, drawn
-        self._status, self._compiled, self._gradients = status.cpu(), compiled.cpu(), gradients
-        self.is_sound = bool(status[4])
+    def __init__(self, step: _Step, before: Sequence[Tensor], outcomes: Sequence[_Outcome]) -> None:
+        self._step, self._before, self._outcomes = step, before, outcomes
+        self._status = outcomes[0].status
+        self.is_sound = bool(self._status[4])
         self._differs = ""
         # Losses are one within a thousand roundings of their terms.
         eps = torch.finfo(step.parameters[0].dtype).eps
         self._rounding = 1000 * eps * self._status[:3].abs().sum().nan_to_num(0.0)
 
-    @property
-    def is_one(self) -> bool:
-        """Whether the compiled form has the loss of the record."""
-        return not self.is_sound or self._is_loss(self._compiled[0], self._status[0])
+    def compiled_differs(self) -> str | None:
+        """In what the compiled form is another than the record; None if in nothing.
+
+        Their updates are not compared: where a gradient is nothing but rounding, Adam makes a step
+        of it.
+        """
+        record, *others = self._outcomes
+        for compiled in others:
+            if self.is_sound and not self._is_loss(compiled.status[0], record.status[0]):
+                return "loss"
+            if not _are_equal(compiled.drawn, record.drawn):
+                return _DRAWS
+        return None
 
     def _is_loss(self, found: Tensor, loss: Tensor) -> bool:
         return not (found - loss).abs() > self._rounding
@@ -219,14 +257,14 @@ class Proof:
     def compare(self, loss: Any, parameters: Sequence[Tensor]) -> None:
         """Looks at an evaluated step: its loss, and its gradients if they are the record's last."""
         loss = torch.as_tensor(loss, dtype=torch.float64).detach().cpu()
-        dtype = self._step.parameters[0].dtype
-        if list(map(id, parameters)) != list(map(id, self._step.parameters)):
+        step = self._step
+        if list(map(id, parameters)) != list(map(id, step.parameters)):
             self._differs = "parameters"
-        for found in (self._status[0], self._compiled[0]):
+        for found in [outcome.status[0] for outcome in self._outcomes]:
             if self.is_sound and not self._differs and not self._is_loss(found, loss):
                 self._differs = f"loss, {float(loss):g} and {float(found):g},"
-        for parameter, gradient in zip(parameters, self._gradients, strict=False):
-            if parameter.grad is not None and not _alike(gradient, parameter.grad, dtype):
+        for parameter, gradient in zip(step.graded(), self._outcomes[0].gradients, strict=False):
+            if parameter.grad is None or not _alike(gradient, parameter.grad, parameter.dtype):
                 self._differs = self._differs or "gradient"
 
     def differs(self) -> str | None:
@@ -236,13 +274,21 @@ class Proof:
         step = self._step
         if self._status[3] and not self._differs:
             step.adopt_buffers()
-            for tensor, before, after in zip(step.held, self._before, self._after, strict=True):
-                if id(tensor) not in step.own and not _alike(after, tensor, tensor.dtype, before):
+            after = self._outcomes[0].after
+            for tensor, before, found in zip(step.held, self._before, after, strict=True):
+                if id(tensor) not in step.own and not _alike(found, tensor, tensor.dtype, before):
                     self._differs = "update"
         drawn = [generator.get_state() for generator in step.generators()]
-        if any(not torch.equal(a, b) for a, b in zip(drawn, self._drawn, strict=True)):
-            self._differs = self._differs or "number of draws"
+        if not all(_are_equal(drawn, outcome.drawn) for outcome in self._outcomes):
+            self._differs = self._differs or _DRAWS
         return self._differs or None
+
+
+_DRAWS = "number of draws"
+
+
+def _are_equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return all(map(torch.equal, some, others))
 
 
 def _alike(
@@ -283,11 +329,29 @@ def record(
         Uncapturable: see `pyro_vi.capture`.
     """
     try:
-        return _record(_Step(svi, parameters, args, kwargs, scale=scale, guard=guard), calls)
+        with _uninterrupted():
+            return _record(_Step(svi, parameters, args, kwargs, scale=scale, guard=guard), calls)
     except Uncapturable:
         raise
     except Exception as error:  # of a user's objects, which may raise anything, or of torch
         raise Uncapturable(f"recording ended with {first_line(error)}") from error
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Lets Ctrl-C wait: an exception amid torch's tracing in C++ may end the process."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    caught: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *found: caught.append(found))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if caught:
+            handler(*caught[0])
 
 
 def _record(step: _Step, calls: Calls) -> Recorded:
@@ -308,9 +372,13 @@ def _record(step: _Step, calls: Calls) -> Recorded:
         raise Uncapturable(f"a run of the programs leaves something in {left!r}") from failed
     if failed is not None:
         raise failed
-    for value, what in step.lost:
-        if not isinstance(value, Tensor | None) or any(value is read for read in graph.constants):
-            raise Uncapturable(f"{what}, and the next may read it")
+    constants = set(map(id, graph.constants))
+    for before, what in step.lost:
+        if not constants.isdisjoint(map(id, tensors_in(before))):
+            raise Uncapturable(f"{what}, and the next reads it")
+    memory = {_storage(one) for one in (*step.parameters, *step.state)}
+    if any(_storage(one) in memory for one in (*step.buffers, *graph.constants)):
+        raise Uncapturable("a tensor that the programs read is a view of a parameter")
     read = [*step.parameters, *step.buffers, *graph.constants]
     if any(one.layout is not torch.strided for one in read):
         raise Uncapturable("a tensor that is sparse")
@@ -325,11 +393,14 @@ class _Step:
         own: those that are the record's alone, and the parameters where an optimizer that is not
             in it moves them, by identity.
         batch: the tensors of the batch that it is recorded with.
-        lost: what a module bound to itself in a run, and a graph would not: the object before, and
-            words.
+        lost: what an object bound to itself in a run, and a graph would not: what was there before,
+            and words.
         bound: the tensors among that, which the graph returns: of whom, and what they are called.
-        remade: attributes and items that a run binds anew to objects of the same kind, such as
-            those tensors, or an autoguide's plates: the dictionary, by its identity, and the key.
+        remade: attributes and items that a run makes anew, such as those tensors, or an
+            autoguide's plates: the dictionary, by its identity, and the key.
+        had: whether each parameter had a gradient before.
+        uses: whether it has one from a step. Where not, zeros that are there are one, which
+            momentum makes a move of.
     """
 
     def __init__(
@@ -346,8 +417,10 @@ class _Step:
         self._scale, self._guard = scale, guard
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
             raise Uncapturable("hooks on parameters, which a graph would not call")
-        # What a step did not use has a gradient of zero if it had one before: momentum moves it.
-        self._moves = [p.grad is not None for p in parameters]
+        if any(p.is_complex() for p in parameters):
+            raise Uncapturable("parameters that are complex")
+        self.had = [p.grad is not None for p in parameters]
+        self.uses = [False for _ in parameters]
         self._leaves, self._spec = tree.tree_flatten((args, kwargs))
         self._places = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.batch = [self._leaves[place] for place in self._places]
@@ -358,12 +431,12 @@ class _Step:
         self._places_of = _buffers(self.modules)
         self.buffers = [buffer for _, _, buffer in self._places_of]
         self.update = update_of(svi.optim, parameters)
-        self._state, following = [], []
+        self.state, following = [], []
         if self.update is not None:
-            self._state = self.update.tensors
+            self.state = self.update.tensors
             following = [self.update.rates.tensor, self.update.counts.tensor]
         self.alive = torch.ones((), dtype=torch.bool, device=parameters[0].device)
-        self.held = [*parameters, *self.buffers, *self._state, *following, self.alive]
+        self.held = [*parameters, *self.buffers, *self.state, *following, self.alive]
         outside = parameters if self.update is None else ()
         self.own = {id(tensor) for tensor in (*following, self.alive, *outside)}
         self._validates = Distribution._validate_args
@@ -376,16 +449,17 @@ class _Step:
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         now = dict(zip(map(id, self.held), tensors, strict=False))
-        fresh = {id(tensor): now[id(tensor)].clone() for tensor in (*self.buffers, *self._state)}
+        fresh = {id(tensor): now[id(tensor)].clone() for tensor in (*self.buffers, *self.state)}
         moved = {id(p): _leaf(now[id(p)], p) for p in self.parameters}
         loss, conditions, others = self._evaluate({**fresh, **moved}, tensors[len(self.held) :])
         if self._validates and not self._guard:  # an eager step says what made it one
             conditions.append(~loss.isnan())
         with torch.no_grad():
+            self.uses = [leaf.grad is not None for leaf in moved.values()]
+            leaves = [moved[id(p)] for p in self.graded()]
             gradients = {
                 id(p): leaf.grad * self._scale if leaf.grad is not None else torch.zeros_like(leaf)
-                for p, leaf, moves in zip(self.parameters, moved.values(), self._moves, strict=True)
-                if leaf.grad is not None or moves
+                for p, leaf in zip(self.graded(), leaves, strict=True)
             }
             finite = loss.isfinite()
             if self._guard:
@@ -410,8 +484,12 @@ class _Step:
             bound = [tensor for _, _, tensor in self.bound]
             if self.update is not None:
                 return status, *bound
-            zeros = {id(p): torch.zeros_like(now[id(p)]) for p in self.parameters}
-        return status, *bound, *(zeros | gradients).values()
+        return status, *bound, *gradients.values()
+
+    def graded(self) -> list[Tensor]:
+        """The parameters that have a gradient in a step, of which the others are left alone."""
+        pairs = zip(self.parameters, self.uses, self.had, strict=True)
+        return [p for p, is_used, had in pairs if is_used or had]
 
     def _evaluate(
         self, memo: dict[int, Tensor], batch: Sequence[Tensor]
@@ -424,7 +502,7 @@ class _Step:
         svi, keys = self.svi, {id(tensor): key for key, tensor in memo.items()}
         assert svi.told is not None
         svi.told.forget()
-        self.lost, self.bound = [], []
+        self.lost, self.bound, self.remade = [], [], set()
         others, spaces = {}, {id(one): vars(one) for one in (*self.modules, *self._objects)}
         with (
             substituted([*self.modules, *self._objects], memo) as rebound,
@@ -434,24 +512,24 @@ class _Step:
         ):
             loss = svi.loss_and_grads(svi.model, svi.guide, *args, **kwargs)
             for holder, attribute, item, before, after in rebound():
-                if not isinstance(after, (Number, str, np.ndarray, Tensor)):
-                    if is_remade(before, after):
-                        space = spaces[id(holder)]
-                        self.remade.add(
-                            (id(space), attribute) if item is None else (id(space[attribute]), item)
-                        )
-                    continue
+                what = f"{type(holder).__name__} sets its {attribute!r} in a run"
+                space = spaces[id(holder)]
+                is_users = is_namespace(type(holder).__module__) and attribute not in _TORCHS
                 if id(before) in keys and isinstance(after, Tensor) and after.shape == before.shape:
                     others[keys[id(before)]] = after.detach()
                     continue
-                what = f"{type(holder).__name__} sets its {attribute!r} in a run"
                 if item is None and isinstance(after, Tensor):
                     self.bound.append((holder, attribute, after.detach().clone()))
-                    self.remade.add((id(spaces[id(holder)]), attribute))
-                    self.lost.append((before, what))
-                else:
-                    is_own = is_namespace(type(holder).__module__) and attribute not in _TORCHS
-                    self.lost.append((object() if is_own else before, what))
+                elif is_users and next(tensors_in(after, Messenger), None) is not None:
+                    raise Uncapturable(f"{what}, where one may look at it")
+                is_new = before is None and isinstance(after, Tensor)
+                is_bound = isinstance(before, Tensor) and isinstance(after, Tensor)
+                if not (is_new or is_bound or is_remade(before, after)):
+                    raise Uncapturable(f"{what}, and the next may read it")
+                self.lost.append((before, what))
+                self.remade.add(
+                    (id(space), attribute) if item is None else (id(space[attribute]), item)
+                )
         return torch.as_tensor(loss).detach(), [torch.as_tensor(a).all() for a in assumed], others
 
     def _move(
@@ -487,7 +565,7 @@ class _Step:
 
     def update_outside(self, gradients: Sequence[Tensor]) -> None:
         """Lets an optimizer that is not in the graph step."""
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+        for parameter, gradient in zip(self.graded(), gradients, strict=True):
             parameter.grad = gradient
         self.optim(self.parameters)
         zero_grads(self.parameters)

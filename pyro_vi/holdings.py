@@ -7,9 +7,10 @@ programs lead to, those that the code that ran (`pyro_vi.calls`) names.
 
 from __future__ import annotations
 
-__all__ = ["ABSENT", "Holdings", "Place"]
+__all__ = ["ABSENT", "CACHED", "Holdings", "Place"]
 
 import builtins
+import ctypes
 import dis
 import gc
 import io
@@ -17,6 +18,7 @@ import os
 import random
 import re
 import weakref
+from array import array
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import _lru_cache_wrapper, cache, partial
 from operator import attrgetter, methodcaller
@@ -33,6 +35,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -54,7 +57,7 @@ _BY_NAME = re.compile(
 _INTERNALS = set(vars(PyroModule()))  # of every module, whatever its class
 # Classes of libraries that read nothing of what a class made from them keeps.
 _PLAIN = {nn.Module, PyroModule, Dataset}
-_CACHED = {"_cached_x_y"}  # the last pair of a transform
+CACHED = {"_cached_x_y"}  # the last pair of a transform
 _NUMBERS = (bool, int, float, str, type(None))
 _PLAIN_MODULES = {"abc", "builtins", "enum", "typing"}
 _HOLDERS = ("collections", "torch.utils.data")  # whose objects keep what is a user's
@@ -62,6 +65,7 @@ _CHANCE: tuple[type, ...] = (random.Random, np.random.Generator, np.random.Rando
 _CHANCE += (np.random.BitGenerator, torch.Generator)
 _DEFAULTS: list[Any] = [vars(random)["_inst"], vars(np.random.mtrand)["_rand"]]
 _DEFAULTS += [torch.default_generator]
+_BYTES = (array, bytearray, ctypes.Array, ctypes._SimpleCData)
 _ITEMS = 10_000  # of all containers, or an array, that are looked at in every step
 
 
@@ -109,7 +113,7 @@ class Holdings:
         containers: a readable name, a dictionary, list or set, and those of its keys that nobody
             reads.
         owners: objects with attributes.
-        arrays: a readable name, and an array of NumPy.
+        arrays: a readable name, and an array, of NumPy or of bytes.
         caches: attributes of distributions and handlers, which keep what they have computed there.
     """
 
@@ -177,6 +181,9 @@ class Holdings:
         elif isinstance(value, (np.ndarray, np.generic)):
             self._check(name, value, value.size)
             self.arrays.append((name, value))
+        elif isinstance(value, _BYTES):
+            self._check(name, value, len(bytes(value)))
+            self.arrays.append((name, value))
         elif isinstance(value, CONTAINERS):
             self._container(name, value)
             if is_namespace(kind.__module__):
@@ -230,7 +237,10 @@ class Holdings:
         self._classes(kind)
         self.owners.append(module)
         if _libraries(kind):
-            self._container(kind.__name__, held, self._unread(module))
+            unread = self._unread(module)
+            if isinstance(module, AutoGuide):  # a copy of it takes its model away, and needs none
+                unread |= {"_model"}
+            self._container(kind.__name__, held, unread)
         else:
             self._attributes(module, self._read(module) | _INTERNALS.intersection(held))
 
@@ -261,9 +271,9 @@ class Holdings:
         """The attributes of an object that nobody reads, such as the counter of a loop outside."""
         names = _names_of(cast(Hashable, type(value)))
         if self._at_large or names is None:
-            return _CACHED
+            return CACHED
         plain = {name for name, held in vars(value).items() if isinstance(held, _NUMBERS)}
-        return (plain - names - self._read(value) - _INTERNALS) | _CACHED
+        return (plain - names - self._read(value) - _INTERNALS) | CACHED
 
     def _classes(self, kind: type) -> None:
         """What a class of a user's keeps, those that it inherits from, and those that make them."""

@@ -10,7 +10,7 @@ changes no record.
 
 from __future__ import annotations
 
-__all__ = ["Counts", "OneOptimizer", "Rates", "Update", "update_of"]
+__all__ = ["HOOKS_OF_ALL", "Counts", "OneOptimizer", "Rates", "Update", "update_of"]
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +23,7 @@ from pyro.optim.clipped_adam import ClippedAdam
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import optimizer as optimizers
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 
@@ -169,7 +170,7 @@ class Rates:
         return [group["lr"] for group in self._groups]
 
 
-_VERSION = attrgetter("_version")
+_VERSION, _STEP = attrgetter("_version"), itemgetter("step")
 
 
 class Counts:
@@ -196,6 +197,8 @@ class Counts:
         self.states, self._betas = states, list(betas)
         self._steps = [state["step"] for row in states for state in row]
         self._steps = [step for step in self._steps if isinstance(step, Tensor)]
+        numbers = [state for row in states for state in row]
+        self._numbered = [one for one in numbers if not isinstance(one["step"], Tensor)]
         self.tensor = torch.zeros(len(states), 3, dtype=torch.float64, device=device)
         self.resync()
 
@@ -208,12 +211,16 @@ class Counts:
         return all(len(row) == 1 for row in rows)
 
     def own(self) -> None:
-        """After a step that has counted itself, here too."""
-        self._versions = list(map(_VERSION, self._steps))
+        """Takes the steps that there are now for counted here."""
+        self._known = self._now()
+
+    def _now(self) -> list[Any]:
+        """What is another list where somebody has set a step."""
+        return [*map(_VERSION, self._steps), *map(_STEP, self._numbered)]
 
     def follow(self) -> bool:
         """Reads the steps again if somebody else has set one; False as `resync` has it."""
-        return list(map(_VERSION, self._steps)) == self._versions or self.resync()
+        return self._now() == self._known or self.resync()
 
     def _corrections(self, n: Tensor) -> Tensor:
         betas = torch.tensor(self._betas, dtype=torch.float64, device=n.device).reshape(-1, 2)
@@ -354,6 +361,7 @@ def _adam(p: Tensor, lr: Tensor, group: dict[str, Any], state: dict[str, Any]) -
     p.sub_(lr * state["size"] * mean / (root + group["eps"]))
 
 
+HOOKS_OF_ALL = (optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks)
 _FORMULAS: dict[type, Callable[..., None]] = {
     Adam: _adam,
     AdamW: _adam,
@@ -371,6 +379,8 @@ def update_of(optim: PyroOptim, parameters: Sequence[Tensor]) -> Update | None:
         objects = [optim.optim_objs.get(p) for p in parameters]
         found = [getattr(one, "optimizer", one) for one in objects]  # behind a scheduler
         clips = {id(p): clip for p, clip in optim.grad_clip.items() if clip is not None}
+        if type(optim)._get_grad_clip is not PyroOptim._get_grad_clip:  # anybody's code
+            return None
     else:
         return None
     for optimizer in found:
@@ -383,4 +393,5 @@ def update_of(optim: PyroOptim, parameters: Sequence[Tensor]) -> Update | None:
 
 
 def _hooked(optimizer: Optimizer) -> bool:
-    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return bool(own or any(HOOKS_OF_ALL))

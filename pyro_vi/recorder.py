@@ -26,6 +26,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils import _pytree as tree
+from torch.utils._device import DeviceContext
 
 from pyro_vi.calls import Calls
 from pyro_vi.capture import Uncapturable, first_line
@@ -80,7 +81,7 @@ class Recorder:
         guard: bool = False,
         announce: Callable[[], object] | None = None,
     ) -> None:
-        self._svi, self._after, self._scale, self._guard = svi, after, scale, guard
+        self.svi, self._after, self._scale, self._guard = svi, after, scale, guard
         self._announce = announce
         self._kinds: dict[Any, _Kind] = {}
         self._proof: Proof | None = None
@@ -116,7 +117,7 @@ class Recorder:
         if (change := kind.recorded.stale()) is not None:
             self._drop(change)
             return None
-        if not kind.recorded.is_alone():
+        if not kind.recorded.is_alone(batch):
             return None
         kind.used += 1
         audited, rest = divmod(kind.used, _AUDIT)
@@ -132,7 +133,8 @@ class Recorder:
             self._unsound = 0
             self._drop(
                 "losses are NaN, parameters and values are outside of their constraints and"
-                " supports, or masks and scales that were alike in model and guide are not always"
+                " supports, masks and scales that were alike in model and guide are not always, or"
+                " compiled steps end with an error"
             )
 
     def _drop(self, why: str) -> None:
@@ -150,7 +152,7 @@ class Recorder:
         if (kind := self._kind()) is not None and kind.recorded is not None:
             if (change := kind.recorded.stale()) is not None:
                 self._drop(change)
-            elif kind.recorded.is_alone():
+            elif kind.recorded.is_alone(self._now[1]):
                 try:
                     self._proof = kind.recorded.predict(self._now[1])
                 except Exception as error:  # of which the eager step says more, if it has it too
@@ -197,7 +199,7 @@ class Recorder:
     ) -> None:
         """After an eager step: counts it, and records its kind, or compiles it, if it is time."""
         key, batch = self._now
-        if (kind := self._kind()) is None or not parameters:
+        if (kind := self._kind()) is None:
             return
         kind.seen += 1
         found = [one.recorded for one in self._kinds.values() if one.recorded is not None]
@@ -213,8 +215,10 @@ class Recorder:
             elif kind.recorded is None and kind.seen >= self._due():
                 if isinstance(key, _Strange):
                     raise Uncapturable(str(key))
+                if not parameters:
+                    raise Uncapturable("the programs have no parameters")
                 kind.recorded = record(
-                    self._svi,
+                    self.svi,
                     kind.calls,
                     parameters,
                     args,
@@ -269,11 +273,15 @@ def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tenso
     """What a record is good for, None where a step is not to be counted; and a batch's tensors."""
     if not torch.is_grad_enabled() or torch.is_anomaly_enabled():
         return None, []
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return None, []
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return _Strange("autocast around a step: put it around the network (Autocast)"), []
     # Modes are torch's own handlers; what is default, such as the device, is one of them.
-    modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
-    around = (torch.get_default_dtype(), Distribution._validate_args, modes, *_PYRO_STACK)
+    modes = _modes() if torch._C._len_torch_function_stack() else ()
+    if torch._C._len_torch_dispatch_stack():
+        return _Strange("a mode of torch's around a step, which sees every operation"), []
+    around = (torch.get_default_dtype(), Distribution._validate_args, *modes, *_PYRO_STACK)
     if _PYRO_STACK and any(type(one).__hash__ is None for one in _PYRO_STACK):
         return _Strange("a handler around a step that cannot be told from others (no hash)"), []
     if not kwargs and all(type(one) is Tensor for one in args) and _are_plain(args):
@@ -294,6 +302,13 @@ def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tenso
             kind = "tensor that is not plain" if isinstance(leaf, Tensor) else type(leaf).__name__
             return _Strange(f"an argument of type {kind}"), []
     return (*key, len(set(map(id, batch)))), batch
+
+
+def _modes() -> list[Any]:
+    """The modes around a step that see torch's functions, such as a default device."""
+    count = torch._C._len_torch_function_stack()
+    modes = [torch._C._get_function_stack_at(i) for i in range(count)]
+    return [one.device if isinstance(one, DeviceContext) else one for one in modes]
 
 
 def _are_plain(tensors: Sequence[Tensor]) -> bool:

@@ -13,6 +13,7 @@ __all__ = ["SVI", "eager_steps"]
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from copy import copy
 from typing import Any, Literal
 
 import pyro
@@ -87,6 +88,13 @@ class SVI(pyro.infer.SVI):
         after = eager_steps(compile, evaluated)
         if after is not None:
             self._recorder = Recorder(self, after=after)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, whose steps are recorded anew."""
+        self.__dict__.update(state)
+        if self._recorder is not None and self._recorder.svi is not self:
+            self._recorder = copy(self._recorder)
+            self._recorder.svi = self
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One gradient step; returns the loss."""

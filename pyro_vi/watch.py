@@ -12,10 +12,12 @@ says the same all the same.
 
 from __future__ import annotations
 
-__all__ = ["LAYOUT", "Watch", "is_remade", "is_same"]
+__all__ = ["LAYOUT", "Watch", "is_remade", "is_same", "tensors_in"]
 
 import reprlib
 import sys
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from functools import partial
@@ -29,9 +31,9 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_vi.holdings import ABSENT, Holdings
-from pyro_vi.optimizers import Update
-from pyro_vi.reach import is_library
+from pyro_vi.holdings import ABSENT, CACHED, Holdings
+from pyro_vi.optimizers import HOOKS_OF_ALL, Update
+from pyro_vi.reach import CONTAINERS, is_library
 
 if TYPE_CHECKING:
     from pyro_vi.svi import SVI
@@ -210,10 +212,11 @@ class _Contents:
                 others = {key for key, _ in now} ^ {key for key, _ in before}
                 named = f": {reprlib.repr(min(others, key=str))}" if others - {None} else ""
                 return f"{name!r} has {len(now)} entries, and had {len(before)}{named}"
-            for (key, value), (old_key, old) in zip(now, before, strict=True):
+            for place, ((key, value), (old_key, old)) in enumerate(zip(now, before, strict=True)):
                 if _matters(old_key, key, self._read):
                     return f"{name!r} has other entries"
-                is_own = (id(container), key) in self._remade
+                item = key if isinstance(container, dict) else place
+                is_own = (id(container), item) in self._remade
                 if _matters(old, value, self._read, is_own=is_own):
                     own = f"{name}.{key}" if isinstance(key, str) else name
                     return _words(own, old, value)
@@ -226,7 +229,9 @@ def _entries(container: Any, matters: Callable[[Any], bool]) -> list[tuple[Any, 
     """Keys and values; the items of a list or a set are its values."""
     if not isinstance(container, dict):
         return [(None, item) for item in container]
-    return [one for one in dict.items(container) if matters(one[0])]
+    is_ordered = isinstance(container, OrderedDict)  # which has an order of its own
+    items: Callable[[Any], Iterable[Any]] = OrderedDict.items if is_ordered else dict.items
+    return [one for one in items(container) if matters(one[0])]
 
 
 def _is_read(unread: set[str], key: Any) -> bool:
@@ -251,13 +256,49 @@ def is_same(old: Any, new: Any) -> bool:
     return old is new or (_is_plain(old) and _is_plain(new) and repr(old) == repr(new))
 
 
-def is_remade(old: Any, new: Any) -> bool:
-    """Whether it is another object of the same kind, and no value that a step could depend on."""
-    if old is new or type(old) is not type(new) or _is_plain(old) or isinstance(old, tuple):
+def is_remade(old: Any, new: Any, within: frozenset[int] = frozenset()) -> bool:
+    """Whether one is the other made anew: a program could tell them apart by tensors alone.
+
+    Args:
+        within: what they are parts of, by identity.
+    """
+    if is_same(old, new) or id(old) in within:
+        return True
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        return old.shape == new.shape
+    if type(old) is not type(new):
         return False
-    if isinstance(old, (Tensor, FunctionType, nn.Module, np.ndarray, np.generic)):
+    parts, others = _parts(old), _parts(new)
+    if parts is None or others is None or len(parts) != len(others):
         return False
-    return is_library(type(old).__module__)
+    return all(map(partial(is_remade, within=within | {id(old)}), parts, others))
+
+
+def tensors_in(value: Any, *but: type, within: frozenset[int] = frozenset()) -> Iterator[Tensor]:
+    """The tensors that a value leads to, except for those behind some kinds of objects."""
+    if isinstance(value, Tensor):
+        yield value
+    elif not isinstance(value, but) and id(value) not in within:
+        for part in _parts(value) or ():
+            yield from tensors_in(part, *but, within=within | {id(value)})
+
+
+def _parts(value: Any) -> list[Any] | None:
+    """What a container, or an object of a library, is made of; None if that is not known."""
+    if isinstance(value, dict):
+        return [*dict.keys(value), *dict.values(value)]
+    if isinstance(value, CONTAINERS):
+        return list(value)
+    if isinstance(value, partial):
+        return [value.func, *value.args, value.keywords]
+    if isinstance(value, weakref.ref):
+        return [value()]
+    held = getattr(value, "__dict__", None)
+    if isinstance(value, (Tensor, FunctionType, nn.Module, np.generic)) or type(held) is not dict:
+        return None
+    if not is_library(type(value).__module__):
+        return None
+    return _parts({name: part for name, part in held.items() if name not in CACHED})
 
 
 def _words(name: str, old: Any, new: Any) -> str:
@@ -270,7 +311,10 @@ def _words(name: str, old: Any, new: Any) -> str:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
-    return value is ABSENT or isinstance(value, (bool, int, float, str, bytes, type(None)))
+    return value is ABSENT or isinstance(value, _PLAIN)
+
+
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.device)
 
 
 def _outside(
@@ -314,6 +358,8 @@ def _registers(
         yield "the optimizer's param_groups", optimizer.param_groups
         yield "the optimizer's hooks", optimizer._optimizer_step_pre_hooks
         yield "the optimizer's hooks", optimizer._optimizer_step_post_hooks
+    for register in HOOKS_OF_ALL:
+        yield "hooks of all optimizers", register
     for name, register in vars(torch.nn.modules.module).items():
         if name.startswith("_global_") and isinstance(register, dict):
             yield "hooks of all modules", register
@@ -325,4 +371,6 @@ _TRAINING = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_gra
 
 
 def _bytes(array: Any) -> tuple[Any, ...]:
+    if not isinstance(array, (np.ndarray, np.generic)):
+        return (bytes(array),)
     return array.dtype.str, array.shape, array.tobytes()
