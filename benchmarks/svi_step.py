@@ -341,7 +341,7 @@ def growth(rounds: int) -> None:
     """By the number of sites, and of latent dimensions."""
     x = torch.zeros(10)
     rows: list[tuple[str, Callable[[], Programs], Callable[[], Step]]] = []
-    for sites in (4, 16, 64):
+    for sites in (4, 16, 64, 256):
         model, peer = partial(many_sites, sites), partial(nmany_sites, sites)
         rows.append(
             (

@@ -16,7 +16,7 @@ __all__ = ["Proof", "Recorded", "record"]
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -65,7 +65,7 @@ class Recorded:
         self._gradients: Sequence[Tensor] = ()
         self._bound = [(vars(holder), name) for holder, name, _ in step.bound]
         self._left = _Left(step)
-        self._memory = {_storage(one) for one in (*step.parameters, *step.buffers)}
+        self._memory = _memory([*step.parameters, *step.buffers])
         self.may_be_late = step.update is not None
         self._scheduler = step.optim.scheduler if isinstance(step.optim, OneOptimizer) else None
 
@@ -82,7 +82,7 @@ class Recorded:
 
         Pyro adds its gradients to what parameters have; and a batch may be a view of a parameter.
         """
-        return self._left.is_zero and self._memory.isdisjoint(map(_storage, batch))
+        return self._left.is_zero and self._memory.isdisjoint(_memory(batch))
 
     def resync(self) -> str | None:
         """After an eager step: reads the optimizer's counts again; says why they are no good."""
@@ -116,6 +116,7 @@ class Recorded:
             held[name] = value
         if self._update is None:
             self._step.update_outside(self._gradients)
+            self._left.take()  # which are zeros
             return
         self._update.lead()
         self._update.counts.own()
@@ -191,14 +192,19 @@ class _Left:
                 is_plain = gradient.layout is torch.strided
                 self.is_zero = self.is_zero and is_plain and not bool(gradient.any())
             if self._uses[i] and gradient is None:  # which a step leaves as zeros
-                self._parameters[i].grad = now[i] = torch.zeros_like(self._parameters[i])
+                self._parameters[i].grad = torch.zeros_like(self._parameters[i])
             if not self._uses[i] and (gradient is not None) != self._had[i]:  # momentum moves it
                 self._known = []
                 one = "no gradient" if gradient is None else "a gradient, and had none"
                 return f"a parameter that a step does not use has now {one}"
-        self._known, self._some = now, [one for one in now if one is not None]
-        self._versions = list(map(_VERSION, self._some))
+        self.take()
         return None
+
+    def take(self) -> None:
+        """Takes the gradients that there are now for seen."""
+        self._known = list(map(_GRADIENT, self._parameters))
+        self._some = [one for one in self._known if one is not None]
+        self._versions = list(map(_VERSION, self._some))
 
 
 class _Outcome(NamedTuple):
@@ -376,8 +382,7 @@ def _record(step: _Step, calls: Calls) -> Recorded:
     for before, what in step.lost:
         if not constants.isdisjoint(map(id, tensors_in(before))):
             raise Uncapturable(f"{what}, and the next reads it")
-    memory = {_storage(one) for one in (*step.parameters, *step.state)}
-    if any(_storage(one) in memory for one in (*step.buffers, *graph.constants)):
+    if _memory([*step.parameters, *step.state]) & _memory([*step.buffers, *graph.constants]):
         raise Uncapturable("a tensor that the programs read is a view of a parameter")
     read = [*step.parameters, *step.buffers, *graph.constants]
     if any(one.layout is not torch.strided for one in read):
@@ -443,8 +448,7 @@ class _Step:
         self.lost: list[tuple[Any, str]] = []
         self.bound: list[tuple[Any, str, Tensor]] = []
         self.remade: set[tuple[int, Any]] = set()
-        shared = {_storage(tensor) for tensor in (*parameters, *self.buffers)}
-        if any(_storage(tensor) in shared for tensor in self.batch):
+        if _memory([*parameters, *self.buffers]) & _memory(self.batch):
             raise Uncapturable("an argument that is a parameter or a buffer of the programs")
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -595,5 +599,6 @@ def _buffers(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Tensor]
     return list(found.values())
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _memory(tensors: Iterable[Tensor]) -> set[int]:
+    """Where they lie, by their storages; those without elements nowhere."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors} - {0}

@@ -191,6 +191,18 @@ def test_a_batch_that_is_a_view_of_a_parameter_is_eager() -> None:
     both(steps, compiled=5)
 
 
+def test_tensors_without_elements_are_no_views() -> None:
+    def steps(make: Any) -> list[Any]:
+        def model(x: Tensor, none: Tensor) -> None:
+            pyro.param("nothing", torch.zeros(0))
+            observe(draw() + none.sum(), x)
+
+        svi = make(model, lambda x, none: guide(x), pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
+        return [svi.step(X2, torch.zeros(0)) for _ in range(8)]
+
+    both(steps, compiled=5)
+
+
 def test_a_view_of_a_parameter_in_a_program_is_refused() -> None:
     start = torch.tensor(0.1)
     view = start.view(())
