@@ -304,7 +304,7 @@ def unseeable() -> dict[str, tuple[Case, str]]:
         "batch: out": (in_place(lambda x, u: torch.add(x, u, out=x)), CHANGED),
         "batch: of several": (in_place(lambda x, u: torch._foreach_add_([x], [u])), CHANGED),
         "batch: views": (in_place(lambda x, u: x.unbind()[0].add_(u[0])), CHANGED),
-        "weights": (Case(weights, gradients), "gradients of a tensor that is not in the"),
+        "weights": (Case(weights, gradients), "gradients of a tensor that no pyro.param or"),
         "closed": (
             Case(times(lambda: shy.beta), list),
             "recording ended with RuntimeError: closed",
