@@ -147,18 +147,17 @@ class Recorded:
             self._update.rates.follow()
         before = [tensor.detach().clone() for tensor in self._step.held]
         outcomes = []
-        try:
-            for as_compiled in (False, True):
-                held = [tensor.clone() for tensor in before]
+        for as_compiled in (False, True):
+            held = [tensor.clone() for tensor in before]
+            try:
                 found = self._graph.interpret(held, batch, as_compiled=as_compiled)
-                if found is not None:
-                    status, *others = found
-                    drawn = [generator.get_state() for generator in self._generators]
-                    gradients = others[len(self._bound) :]
-                    outcomes.append(_Outcome(status.cpu(), held, gradients, drawn))
+                drawn = [generator.get_state() for generator in self._generators]
+            finally:
                 rewind()
-        finally:
-            rewind()
+            if found is not None:
+                status, *others = found
+                gradients = others[len(self._bound) :]
+                outcomes.append(_Outcome(status.cpu(), held, gradients, drawn))
         return Proof(self._step, before, outcomes)
 
 
@@ -526,9 +525,8 @@ class _Step:
                     self.bound.append((holder, attribute, after.detach().clone()))
                 elif is_users and next(tensors_in(after, Messenger), None) is not None:
                     raise Uncapturable(f"{what}, where one may look at it")
-                is_new = before is None and isinstance(after, Tensor)
-                is_bound = isinstance(before, Tensor) and isinstance(after, Tensor)
-                if not (is_new or is_bound or is_remade(before, after)):
+                is_tensor = isinstance(after, Tensor) and isinstance(before, Tensor | None)
+                if not is_tensor and not is_remade(before, after):
                     raise Uncapturable(f"{what}, and the next may read it")
                 self.lost.append((before, what))
                 self.remade.add(

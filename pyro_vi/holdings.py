@@ -19,7 +19,7 @@ import random
 import re
 import weakref
 from array import array
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import _lru_cache_wrapper, cache, partial
 from operator import attrgetter, methodcaller
 from types import (
@@ -57,7 +57,7 @@ _BY_NAME = re.compile(
 _INTERNALS = set(vars(PyroModule()))  # of every module, whatever its class
 # Classes of libraries that read nothing of what a class made from them keeps.
 _PLAIN = {nn.Module, PyroModule, Dataset}
-CACHED = {"_cached_x_y"}  # the last pair of a transform
+CACHED = frozenset({"_cached_x_y"})  # the last pair of a transform
 _NUMBERS = (bool, int, float, str, type(None))
 _PLAIN_MODULES = {"abc", "builtins", "enum", "typing"}
 _HOLDERS = ("collections", "torch.utils.data")  # whose objects keep what is a user's
@@ -237,10 +237,7 @@ class Holdings:
         self._classes(kind)
         self.owners.append(module)
         if _libraries(kind):
-            unread = self._unread(module)
-            if isinstance(module, AutoGuide):  # a copy of it takes its model away, and needs none
-                unread |= {"_model"}
-            self._container(kind.__name__, held, unread)
+            self._container(kind.__name__, held, self._unread(module))
         else:
             self._attributes(module, self._read(module) | _INTERNALS.intersection(held))
 
@@ -267,13 +264,16 @@ class Holdings:
         """The attributes of an object that code names, and those that it asks for."""
         return self._names.intersection([*vars(value), *dir(type(value))]) | self._asked
 
-    def _unread(self, value: Any) -> set[str]:
+    def _unread(self, value: Any) -> Set[str]:
         """The attributes of an object that nobody reads, such as the counter of a loop outside."""
+        unread = CACHED
+        if isinstance(value, AutoGuide):  # of which copying takes the model, and it needs none
+            unread |= {"_model"}
         names = _names_of(cast(Hashable, type(value)))
         if self._at_large or names is None:
-            return CACHED
+            return unread
         plain = {name for name, held in vars(value).items() if isinstance(held, _NUMBERS)}
-        return (plain - names - self._read(value) - _INTERNALS) | CACHED
+        return (plain - names - self._read(value) - _INTERNALS) | unread
 
     def _classes(self, kind: type) -> None:
         """What a class of a user's keeps, those that it inherits from, and those that make them."""

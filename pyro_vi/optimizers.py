@@ -195,10 +195,9 @@ class Counts:
         device: torch.device,
     ) -> None:
         self.states, self._betas = states, list(betas)
-        self._steps = [state["step"] for row in states for state in row]
-        self._steps = [step for step in self._steps if isinstance(step, Tensor)]
-        numbers = [state for row in states for state in row]
-        self._numbered = [one for one in numbers if not isinstance(one["step"], Tensor)]
+        every = [state for row in states for state in row]
+        self._steps = [one["step"] for one in every if isinstance(one["step"], Tensor)]
+        self._numbered = [one for one in every if not isinstance(one["step"], Tensor)]
         self.tensor = torch.zeros(len(states), 3, dtype=torch.float64, device=device)
         self.resync()
 

@@ -277,11 +277,9 @@ def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tenso
         return None, []
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return _Strange("autocast around a step: put it around the network (Autocast)"), []
-    # Modes are torch's own handlers; what is default, such as the device, is one of them.
-    modes = _modes() if torch._C._len_torch_function_stack() else ()
     if torch._C._len_torch_dispatch_stack():
         return _Strange("a mode of torch's around a step, which sees every operation"), []
-    around = (torch.get_default_dtype(), Distribution._validate_args, *modes, *_PYRO_STACK)
+    around = (torch.get_default_dtype(), Distribution._validate_args, *_modes(), *_PYRO_STACK)
     if _PYRO_STACK and any(type(one).__hash__ is None for one in _PYRO_STACK):
         return _Strange("a handler around a step that cannot be told from others (no hash)"), []
     if not kwargs and all(type(one) is Tensor for one in args) and _are_plain(args):
@@ -305,7 +303,7 @@ def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tenso
 
 
 def _modes() -> list[Any]:
-    """The modes around a step that see torch's functions, such as a default device."""
+    """Torch's own handlers around a step; what is default, such as the device, is one of them."""
     count = torch._C._len_torch_function_stack()
     modes = [torch._C._get_function_stack_at(i) for i in range(count)]
     return [one.device if isinstance(one, DeviceContext) else one for one in modes]

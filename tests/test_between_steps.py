@@ -27,6 +27,7 @@ from pyro_vi import SVI, capture, recorder
 pytestmark = pytest.mark.usefixtures("double", "recorded_alone")
 
 X2 = X.double()
+COMPILE = capture.Graph.compile  # which `recorded_alone` leaves out
 Steps = Callable[[Any], list[Any]]
 
 
@@ -236,8 +237,7 @@ def test_what_inductor_makes_draws_as_the_record(monkeypatch: pytest.MonkeyPatch
     def draws_more(module: Any, inputs: Any) -> Any:
         return lambda *inputs: (module(*inputs), torch.rand(()))[0]
 
-    monkeypatch.undo()  # of `recorded_alone`
-    torch.set_default_dtype(torch.float64)
+    monkeypatch.setattr(capture.Graph, "compile", COMPILE)
     monkeypatch.setattr(capture, "_compiled", draws_more)
 
     def steps(make: Any) -> list[Any]:
@@ -246,7 +246,6 @@ def test_what_inductor_makes_draws_as_the_record(monkeypatch: pytest.MonkeyPatch
 
     with pytest.warns(UserWarning, match="Inductor made of the record has another number of draws"):
         both(steps, compiled=0)
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
