@@ -12,7 +12,7 @@ from __future__ import annotations
 __all__ = ["RowIndependence"]
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from pyro_vi.batches import Arguments, Key, parts_of, taken
 from pyro_vi.program import seeded
-from pyro_vi.scaling import Structure, is_autoguide, log_prob_rows
-from pyro_vi.sites import At, Layout, is_deterministic, is_noise
+from pyro_vi.scaling import Structure, log_prob_rows
+from pyro_vi.sites import At, Layout, is_deterministic, is_noise, noise_of
 
 _TF32 = 2.0**-11  # what products of float32 may be rounded to on a GPU
 _ROUNDING = 64  # times the rounding of one operation: results that differ by less are the same
@@ -89,7 +89,7 @@ class RowIndependence:
         total = structure.batch if plated else _most_rows(parts)
         rows = tuple(key for key, part in parts.items() if _length(part) == total)
         inside = structure.is_local and plated and bool(rows)
-        if is_autoguide(guide) and any(map(structure.inside_model, structure.latents)):
+        if structure.local_parameters(guide):
             return cls(amortized=False, local=False, rows=rows)
         believed = cls(amortized=True, local=inside, rows=rows)
         if total < 2 or not rows:
@@ -136,9 +136,8 @@ class _Run:
         found.model_trace.compute_log_prob()
         return found
 
-    def drawn(self, site: Any, index: Tensor) -> Tensor:
-        """Some rows of a site's value."""
-        value: Tensor = site["value"]
+    def select(self, site: Any, value: Tensor, index: Tensor) -> Tensor:
+        """Some rows of a site's value, or of what it was drawn from."""
         for frame in site["cond_indep_stack"]:
             if frame.name == self.plate and frame.vectorized:
                 axis = frame.dim - site["fn"].event_dim
@@ -167,10 +166,12 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Terms:
-    """The terms of all rows together, and by how much rounding may change them."""
+    """The terms of all rows together, what was drawn, and by how much rounding may change them."""
 
     run: _Run
-    whole: Structure
+    sites: dict[str, Any]  # those that draw anything
+    noise: dict[str, Tensor]
+    is_plated: bool
     values: dict[str, Tensor]
     changes: dict[str, float]
 
@@ -178,7 +179,11 @@ class _Terms:
     def of(cls, run: _Run, every: Tensor) -> _Terms | None:
         """None if the programs draw what is no sample site, and so do not repeat themselves."""
         whole = run(every)
-        found = cls(run, whole, dict(run.terms(whole)), {})
+        nodes = {**whole.model_trace.nodes, **whole.guide_trace.nodes}
+        sites = {name: site for name, site in nodes.items() if is_noise(site)}
+        noise = {name: noise_of(site) for name, site in sites.items()}
+        is_plated = run.plate in whole.plates
+        found = cls(run, sites, noise, is_plated, dict(run.terms(whole)), {})
         again = found._at(every)
         if again is None or not found._agree(found.values, again):
             return None
@@ -189,7 +194,7 @@ class _Terms:
             for name, value in found.values.items()
             if name in nudged and (change := (nudged[name] - value).abs().nan_to_num(0.0)).numel()
         }
-        return cls(run, whole, found.values, changes)
+        return replace(found, changes=changes)
 
     def repeated(self, index: Tensor) -> bool | None:
         """Whether some rows give what they gave among the whole; None if they cannot be run."""
@@ -205,14 +210,10 @@ class _Terms:
     def _at(self, index: Tensor, *, nudge: bool = False) -> dict[str, Tensor] | None:
         """The terms of some rows at the draws of the whole."""
         noise = {}
-        for name, site in {
-            **self.whole.model_trace.nodes,
-            **self.whole.guide_trace.nodes,
-        }.items():
-            if is_noise(site):
-                value = self.run.drawn(site, index)
-                shrink = nudge and value.is_floating_point()
-                noise[name] = value * (1 - 4 * _eps(value)) if shrink else value
+        for name, site in self.sites.items():
+            value = self.run.select(site, self.noise[name], index)
+            shrink = nudge and value.is_floating_point()
+            noise[name] = value * (1 - 4 * _eps(value)) if shrink else value
         try:
             with At(noise):
                 found = self.run(index)
@@ -220,8 +221,7 @@ class _Terms:
             raise
         except Exception:  # whatever else the programs need the other rows for
             return None
-        plated = self.run.plate in self.whole.plates
-        if plated and found.batch != len(index):  # the plate is over another axis
+        if self.is_plated and found.batch != len(index):  # the plate is over another axis
             return None
         return dict(self.run.terms(found))
 

@@ -12,6 +12,8 @@ The mathematics stay Pyro's; changed is
   instead, which is exact; so are sites whose mask or scale differ between model and guide, of which
   Pyro reads the guide's alone. A latent that the guide draws before one on which the model lets it
   depend is an error, where Pyro warns and is biased.
+- all of them: what a guide observes is no part of log q. Observed sites that it shares with the
+  model, because it runs the model, are left out of it; others are an error.
 - RenyiELBO: scaled sites, and orders below 0, are refused, since they give no bound.
 """
 
@@ -33,7 +35,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vi.sites import draws_terms, is_delta
+from pyro_vi.sites import draws_terms, is_delta, keep_proposal
 from pyro_vi.validity import Checks
 from pyro_vi.weighting import check_sides, unweighted
 
@@ -56,6 +58,7 @@ class Told(ELBO):
         self._given.max_plate_nesting = self.max_plate_nesting
 
     def _keep(self, model_trace: Trace, guide_trace: Trace) -> None:
+        keep_proposal(model_trace, guide_trace)
         check_sides(model_trace, guide_trace)
         for trace, whose in ((guide_trace, "guide"), (model_trace, "model")):
             for name, site in trace.nodes.items():

@@ -26,6 +26,7 @@ from torch import Tensor
 from pyro_vi.compiled import Recorded
 from pyro_vi.recorder import Recorder
 from pyro_vi.scaling import PerDataPoint, Structure
+from pyro_vi.sites import PlateSizes
 from pyro_vi.svi import SVI
 from pyro_vi.weighting import TermWeights
 
@@ -42,6 +43,9 @@ class Scaling:
         weights: TermWeights,
     ) -> None:
         self.weights, self.outside = weights, 1.0
+        if structure.unsized:
+            sizes = PlateSizes(structure.unsized)
+            model, guide = sizes(model), sizes(guide)
         self.model, self.guide = model, guide
         if isinstance(loss, RenyiELBO):
             # Scaled sites inside the logsumexp would be no bound: the mean is taken outside it.

@@ -29,6 +29,7 @@ class Observed:
     Attributes:
         model: the program; of a fitted one what was fitted.
         by_step: whether it draws some of its steps alone.
+        observes: whether it observes anything; a `pyro.factor` counts.
         density: every number observed with a density, sorted.
         discrete: the rank of every discrete one among them, sorted: units do not matter there.
         levels: how many values the observed sites may take; None of densities.
@@ -36,6 +37,7 @@ class Observed:
 
     model: Callable[..., Any]
     by_step: bool
+    observes: bool
     density: Tensor
     discrete: Tensor
     levels: frozenset[Any]
@@ -61,6 +63,7 @@ class Observed:
         return cls(
             model=model.function if isinstance(model, Program) else model,
             by_step=by_step,
+            observes=bool(observed),
             density=density,
             discrete=discrete.unique(return_inverse=True)[1],
             levels=frozenset(_levels(site["fn"]) for site in observed if site["value"].numel()),

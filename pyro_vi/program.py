@@ -19,10 +19,13 @@ __all__ = [
     "check_count",
     "check_seed",
     "checked_device",
+    "one_thread",
+    "own_memory",
     "reachable",
     "seeded",
 ]
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -39,6 +42,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyro_vi.reach import may_ask_modules, reach
+from pyro_vi.sites import ObservedAsFloats
+
+# Pyro's handlers and store, torch's generators and the modules of a program belong to the process:
+# what installs a state or seeds a generator holds this lock, and other threads wait for it.
+one_thread = threading.RLock()
 
 
 class State:
@@ -67,6 +75,11 @@ class State:
         self, programs: Mapping[str, Callable[..., Any]], *, device: torch.device | None = None
     ) -> None:
         self.device = device
+        with one_thread:  # in which another state may be installed
+            self._take_copies(programs)
+
+    def _take_copies(self, programs: Mapping[str, Callable[..., Any]]) -> None:
+        device = self.device
         self._roots: dict[str, nn.Module] = {}
         for name, program in programs.items():
             self._roots.update(
@@ -88,10 +101,16 @@ class State:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Runs the programs on this state; what they change stays in it."""
-        if self._open:
-            yield
-            return
+        """Runs the programs on this state; what they change stays in it. Other threads wait."""
+        with one_thread:
+            if self._open:
+                yield
+                return
+            with self._swapped():
+                yield
+
+    @contextmanager
+    def _swapped(self) -> Iterator[None]:
         self._open = True
         before = [module.__dict__ for module in self._modules]
         try:
@@ -101,6 +120,7 @@ class State:
                 pyro.get_param_store().scope(self._store),
                 _default_device(self.device),
                 _OwnInitialValues(),
+                ObservedAsFloats(),
             ):
                 try:
                     yield
@@ -295,6 +315,7 @@ def _bound(fn: Any, installed: Callable[[], AbstractContextManager[None]]) -> An
         return run
 
     fn = copy(fn)
+    fn.installed = installed
     expand = fn.expand
     fn.expand = lambda *args, **kwargs: _bound(expand(*args, **kwargs), installed)
     for name in ("sample", "rsample", "log_prob"):
@@ -340,6 +361,20 @@ def _cloned(value: Tensor | Callable[[], Tensor]) -> Tensor:
     return (value if isinstance(value, Tensor) else value()).detach().clone()
 
 
+def own_memory(parameters: Iterable[Tensor]) -> None:
+    """Gives parameters whose elements share memory an element of memory for each.
+
+    A module makes such a parameter from an expanded tensor, such as the initial value of an
+    autoguide in a plate, and no optimizer can update it in place.
+    """
+    for parameter in parameters:
+        if parameter.layout is torch.strided and any(
+            stride == 0 and size > 1
+            for stride, size in zip(parameter.stride(), parameter.shape, strict=True)
+        ):
+            parameter.data = parameter.detach().contiguous()
+
+
 def _copies(modules: Iterable[nn.Module], device: torch.device | None) -> dict[int, Any]:
     """Copies of the modules' parameters and buffers, by the originals' identities."""
     copies: dict[int, Any] = {}
@@ -347,6 +382,7 @@ def _copies(modules: Iterable[nn.Module], device: torch.device | None) -> dict[i
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in copies:
                 own = deepcopy(parameter)
+                own_memory([own])
                 own.grad = None
                 for hook in (parameter._backward_hooks or {}).values():
                     own.register_hook(hook)
@@ -500,7 +536,9 @@ def checked_device(device: str | torch.device | None) -> torch.device | None:
 
 def check_count(what: str, count: object, *, least: int = 1) -> None:
     """Raises ValueError unless `count` is a whole number, at least `least`."""
-    if isinstance(count, bool) or not isinstance(count, int) or count < least:
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise ValueError(f"{what}: expected a whole number, at least {least}, got {count!r}")
+    if count < least:
         raise ValueError(
             f"expected at least {'one' if least == 1 else least} {what}, got {count!r}"
         )
@@ -516,10 +554,10 @@ def check_seed(seed: object) -> None:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seeds torch's generators inside, and leaves them outside as they were."""
+    """Seeds torch's generators inside, and leaves them outside as they were. Other threads wait."""
     check_seed(seed)
     on_cuda = torch.cuda.is_initialized() or (device is not None and device.type == "cuda")
     devices = list(range(torch.cuda.device_count())) if on_cuda else []
-    with torch.random.fork_rng(devices=devices):
+    with one_thread, torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield

@@ -103,7 +103,12 @@ def disagreement(fits: Sequence[Fit]) -> str | None:
 
 
 def _training_bound(fit: Fit) -> tuple[float, float]:
-    """Mean bound over the last tenth of the steps, and its standard error: NaN for one step."""
+    """Mean bound over the last tenth of the steps, and its standard error: NaN for one step.
+
+    Both are NaN for a fit without steps.
+    """
+    if not len(fit.losses):
+        return math.nan, math.nan
     tail = fit.losses[-max(2, len(fit.losses) // 10) :]
     return -float(tail.mean()), float((tail.var(correction=0) / (len(tail) - 1)).sqrt())
 

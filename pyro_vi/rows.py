@@ -68,6 +68,7 @@ class Row:
     latent_units: int | None = None
     parameters: int | None = None
     seconds_per_step: float = _NAN
+    status: str = ""  # "failed: <why>", "interrupted after <n> steps", or empty
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ def make_rows(
             "parameters": fitted.parameters,
             "seconds_per_step": fitted.seconds / max(1, len(fitted.losses)),
         }
+        if fitted.interrupted:
+            values["status"] = f"interrupted after {len(fitted.losses):,} steps"
         if name in points:
             values |= _of_draws(posteriors[name], points[name], next(iter(points.values())))
         if name in step_bounds:

@@ -12,16 +12,17 @@ every site weighs 1/N.
 
 from __future__ import annotations
 
-__all__ = ["PerDataPoint", "Structure"]
+__all__ = ["PerDataPoint", "Structure", "check_observes", "is_autoguide"]
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro.poutine as poutine
 import torch
 from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.effect import AutoMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.trace_struct import Trace
@@ -30,7 +31,16 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vi.program import Program
-from pyro_vi.sites import is_deterministic, is_discrete
+from pyro_vi.sites import (
+    NO_SIZE,
+    SubsampleIndices,
+    given_value,
+    is_deterministic,
+    is_discrete,
+    keep_proposal,
+    sized,
+    without_inverse,
+)
 from pyro_vi.weight_prior import unread_by_the_guide
 
 
@@ -44,6 +54,8 @@ class Structure:
         plate: the name of the plate over data points.
         batch: rows of the batch in the plate (B); 1 if there is no such plate.
         total: data points in all (N); 1 if there is no such plate.
+        unsized: the sizes in this batch of plates that the programs give none, such as
+            `pyro.plate("data")`, by name; the traces have them.
     """
 
     model_trace: Trace
@@ -51,6 +63,7 @@ class Structure:
     plate: str
     batch: int
     total: int
+    unsized: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -76,17 +89,24 @@ class Structure:
 
         Raises:
             TypeError: a program that does not take these arguments.
-            ValueError: latent sites do not match in name or shape; a guide that reads parameters
-                which have a prior in the model (`pyro_vi.weight_prior`); a minibatch whose observed
-                sites stand outside the plate; a latent inside the plate on one side only; an
-                autoguide with latents of single data points and a minibatch.
+            ValueError: latent sites do not match in name or shape; a guide that observes what the
+                model does not, or that reads parameters which have a prior in the model
+                (`pyro_vi.weight_prior`); a site of the model whose density cannot be evaluated at
+                the guide's draw; a minibatch whose observed sites stand outside the plate; a latent
+                inside the plate on one side only; an autoguide with latents of single data points
+                and a minibatch, or a plate without a size.
         """
         try:
             with unread_by_the_guide(model):
                 guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            indices = SubsampleIndices()
             with _Match(trace=guide_trace):
-                model_trace = poutine.trace(model).get_trace(*args, **kwargs)
+                model_trace = poutine.trace(indices(model)).get_trace(*args, **kwargs)
+        except RuntimeError as error:
+            _check_sizes_for_autoguide(guide, args, kwargs, error)
+            raise
         except (ValueError, TypeError) as error:
+            _check_sizes_for_autoguide(guide, args, kwargs, error)
             if isinstance(error, TypeError):
                 for name, program in (("guide", guide), ("model", model)):
                     _check_call(name, program, args, kwargs, error)
@@ -108,7 +128,12 @@ class Structure:
             raise ValueError(
                 f"the model observes nothing and the guide observes {theirs}: are they swapped?"
             )
+        if fault := indices.fault():
+            raise ValueError(fault)
+        keep_proposal(model_trace, guide_trace)
         _check_masks(model_trace, guide_trace)
+        _check_densities(model_trace)
+        unsized = _give_sizes(model_trace, guide_trace)
         frames = [f for f in _frames(model_trace, guide_trace) if f.name == plate]
         sizes = {(int(f.size), int(f.full_size or f.size)) for f in frames}
         if len(sizes) > 1:
@@ -122,7 +147,7 @@ class Structure:
                     f"plate {plate!r} holds {rows} data points in a batch of {batch_size} rows"
                 )
             full = total
-        found = cls(model_trace, guide_trace, plate, rows, full)
+        found = cls(model_trace, guide_trace, plate, rows, full, unsized)
         if batch_size is not None and total is not None and batch_size < total:
             found.check_amortized(guide)
             found._check_minibatch()
@@ -146,10 +171,16 @@ class Structure:
                     " it must stand inside on both sides, or outside on both"
                 )
 
+    def local_parameters(self, guide: Callable[..., Any]) -> list[str]:
+        """The latents of single data points for each of which an autoguide has parameters."""
+        shared = self.plate in getattr(_innermost(guide), "amortized_plates", ())
+        if shared or not is_autoguide(guide):
+            return []
+        return [name for name in self.latents if self.inside_model(name)]
+
     def check_amortized(self, guide: Callable[..., Any]) -> None:
         """Raises ValueError if the guide has parameters of its own for single data points."""
-        local = [name for name in self.latents if self.inside_model(name)]
-        if local and is_autoguide(guide):
+        if local := self.local_parameters(guide):
             raise ValueError(
                 f"an autoguide has one set of parameters for the latents {local} of its batch,"
                 " so that other data would be scored with these: use an amortized guide"
@@ -168,8 +199,8 @@ class Structure:
 
     @property
     def proposed(self) -> list[str]:
-        """Every site of the guide, auxiliary ones and factors included."""
-        return _latents(self.guide_trace) + _observed(self.guide_trace)
+        """Every site of the guide that counts in log q, auxiliary ones and factors included."""
+        return _latents(self.guide_trace) + _observed(self.guide_trace)  # the latter are factors
 
     @property
     def observed(self) -> list[str]:
@@ -244,7 +275,7 @@ class Structure:
         for site_name in self.observed:
             site = self.model_trace.nodes[site_name]
             for name, rows in batch.items():
-                if site["value"] is not rows:
+                if given_value(site) is not rows:
                     continue
                 support = _support(site["fn"])
                 values = data[name]
@@ -255,6 +286,21 @@ class Structure:
                         f" {float(values.min()):g} to {float(values.max()):g}"
                         f"{_hint(values)}"
                     )
+
+
+def check_observes(structure: Structure, prior_only: bool) -> None:
+    """Raises ValueError unless the model observes something, or nothing where that is wanted."""
+    if prior_only and structure.observed:
+        raise ValueError(
+            f"prior_only=True is for a model that observes nothing, and this one observes"
+            f" {structure.observed}: leave it out"
+        )
+    if not prior_only and not structure.observed:
+        raise ValueError(
+            f"the model observes nothing: none of its sites has obs=, and {structure.latents} are"
+            " latent. If data are missing, give them, such as (x, y) for a model(x, y=None);"
+            " prior_only=True fits the prior on purpose"
+        )
 
 
 def _support(fn: Any) -> constraints.Constraint | None:
@@ -317,6 +363,85 @@ def _observed(trace: Trace) -> list[str]:
         and not site_is_subsample(site)
         and not is_deterministic(site)
     ]
+
+
+def _check_densities(trace: Trace) -> None:
+    """Raises ValueError where the model has no density for values that it has not drawn itself."""
+    for name in _latents(trace) + _observed(trace):
+        site = trace.nodes[name]
+        if isinstance(site["value"], Tensor) and (
+            transform := without_inverse(site["fn"], site["value"])
+        ):
+            raise ValueError(
+                f"site {name!r} of the model: a density of other values than its own draws was"
+                f" asked for, but {transform} has no inverse. Use a transform that has one (such as"
+                " affine_autoregressive or affine_coupling), or its inverse (transform.inv)"
+            )
+
+
+def _give_sizes(model_trace: Trace, guide_trace: Trace) -> dict[str, int]:
+    """Gives plates without a size that of their axis, in all stacks, and returns the sizes.
+
+    Raises:
+        ValueError: a latent site without such an axis, which all elements of the plate would share.
+    """
+    sizes: dict[str, int] = {}
+    sites = [
+        (name, site)
+        for trace in (guide_trace, model_trace)
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and not is_deterministic(site)
+        and not site_is_subsample(site)
+        and any(frame.size == NO_SIZE for frame in site["cond_indep_stack"])
+    ]
+    for _, site in sites:
+        for frame in site["cond_indep_stack"]:
+            if frame.size == NO_SIZE and frame.vectorized:
+                sizes[frame.name] = max(sizes.get(frame.name, 1), _length_of_axis(site, frame.dim))
+    if not sizes:
+        return sizes
+    for name, site in sites:
+        for frame in site["cond_indep_stack"]:
+            if frame.name in sizes and _length_of_axis(site, frame.dim) != sizes[frame.name]:
+                raise ValueError(
+                    f"site {name!r} stands in plate {frame.name!r}, which has no size, and has one"
+                    f" value for all of its {sizes[frame.name]} elements: give the plate its size,"
+                    f" such as pyro.plate({frame.name!r}, len(x)), or take the site out of it"
+                )
+    for trace in (guide_trace, model_trace):
+        for site in trace.nodes.values():
+            if "cond_indep_stack" in site:
+                site["cond_indep_stack"] = sized(site["cond_indep_stack"], sizes)
+    return sizes
+
+
+def _length_of_axis(site: Mapping[str, Any], dim: int) -> int:
+    """The length of an axis of a site's log probability, counted from the right."""
+    value, fn = site["value"], site["fn"]
+    batch = value.shape[: value.dim() - fn.event_dim]
+    shape = torch.broadcast_shapes(batch, fn.batch_shape)
+    return shape[dim] if len(shape) >= -dim else 1
+
+
+def _check_sizes_for_autoguide(
+    guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], reason: Exception
+) -> None:
+    """Raises ValueError if an autoguide met a plate without a size, which is why it failed."""
+    if not is_autoguide(guide):
+        return
+    model: Any = getattr(_innermost(guide), "model", None)
+    try:
+        trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
+    except Exception:  # the model fails by itself, and the reason says why
+        return
+    for name in _latents(trace):
+        for frame in trace.nodes[name]["cond_indep_stack"]:
+            if frame.size == NO_SIZE:
+                raise ValueError(
+                    f"latent site {name!r} stands in plate {frame.name!r}, which has no size: an"
+                    f" autoguide needs it, such as pyro.plate({frame.name!r}, len(x))"
+                ) from reason
 
 
 def _check_observed(trace: Trace) -> None:
@@ -395,7 +520,7 @@ def _innermost(program: Callable[..., Any]) -> Callable[..., Any]:
 
 def is_autoguide(guide: Callable[..., Any]) -> bool:
     """Whether a guide, fitted or wrapped in handlers, is one of Pyro's autoguides."""
-    return isinstance(_innermost(guide), AutoGuide)
+    return isinstance(_innermost(guide), (AutoGuide, AutoMessenger))
 
 
 class _Match(ReplayMessenger):
@@ -413,6 +538,11 @@ class _Match(ReplayMessenger):
                     f" {_latents(self.trace)}{_unsampled(msg)}"
                 )
             expected = msg["fn"].event_shape
+            if self.trace.nodes[name]["is_observed"]:
+                raise ValueError(
+                    f"latent site {name!r} of the model is observed in the guide: the guide must"
+                    " sample it; to fix it, give it obs= in the model (or poutine.condition)"
+                )
             value = self.trace.nodes[name]["value"]
             got = value.shape[value.dim() - len(expected) :]
             if value.dim() < len(expected) or got != expected:
@@ -429,7 +559,7 @@ def _unsampled(site: Mapping[str, Any]) -> str:
     if "noise" in site["infer"]:
         return "; the model's noise is in it alone: give the guide the same noise="
     if not is_discrete(fn):
-        return ""
+        return "; if it is data, give the argument that the model observes there"
     ways = "; it is discrete: sample it in the guide"
     if not getattr(fn, "has_enumerate_support", False):
         return f"{ways}, or sum it out in the model"

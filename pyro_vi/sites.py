@@ -8,26 +8,40 @@ left, the plate over data points first, then what is one draw's shape.
 from __future__ import annotations
 
 __all__ = [
+    "NO_SIZE",
     "At",
     "Layout",
+    "ObservedAsFloats",
+    "PlateSizes",
+    "SubsampleIndices",
     "Unobserved",
     "draws_terms",
+    "given_value",
     "is_delta",
     "is_deterministic",
     "is_discrete",
+    "is_factor",
     "is_noise",
     "is_partial",
+    "keep_proposal",
+    "noise_of",
+    "sized",
+    "without_inverse",
 ]
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
 
 Site = Mapping[str, Any]
 
@@ -62,6 +76,44 @@ def is_noise(site: Site) -> bool:
     )
 
 
+def is_factor(site: Site) -> bool:
+    """Whether a site is a `pyro.factor` statement: a log density, and no value."""
+    return isinstance(site["fn"], dist.Unit)
+
+
+def is_observation(site: Site) -> bool:
+    """Whether a site of a trace observes a value, or adds a factor."""
+    return (
+        site["type"] == "sample"
+        and site["is_observed"]
+        and not site_is_subsample(site)
+        and not is_deterministic(site)
+    )
+
+
+def keep_proposal(model_trace: Trace, guide_trace: Trace) -> None:
+    """Takes out of a guide's trace the observed sites that it shares with the model.
+
+    A guide that runs the model (Pyro's `GuideMessenger`s do) meets its observed sites too. Their
+    log probability is the likelihood, and no part of log q. What stays is what the guide samples,
+    and its own `pyro.factor` statements.
+
+    Raises:
+        ValueError: the guide observes what the model does not.
+    """
+    for name, site in list(guide_trace.nodes.items()):
+        if not is_observation(site):
+            continue
+        if name in model_trace.nodes and is_observation(model_trace.nodes[name]):
+            guide_trace.remove_node(name)
+        elif not is_factor(site):
+            raise ValueError(
+                f"the guide observes {name!r}, which the model does not: log q is the density of"
+                " what the guide samples, and an observation would be counted in it with the wrong"
+                " sign. Observe it in the model, or take obs= away"
+            )
+
+
 def draws_terms(site: Site) -> bool:
     """Whether a site says which of a program's terms are drawn, as a diffusion's step does."""
     return bool(site["infer"].get("subsampled"))
@@ -72,8 +124,73 @@ def is_partial(site: Site) -> bool:
     return draws_terms(site) or not bool((torch.as_tensor(site["scale"]) == 1).all())
 
 
+def noise_of(site: Site) -> Tensor:
+    """What `At` needs to repeat the draw at a site of a trace: the value, but for some flows.
+
+    Some flows have no inverse (planar, radial, block autoregressive, ...). Such a flow evaluates
+    its density at its last draw alone, whose base draw its transforms remember. For these flows the
+    noise is the base draw z; `At` applies the flow to z again, and the density is there again.
+    """
+    value, fn = site["value"], site["fn"]
+    if without_inverse(fn, value):
+        with getattr(fn, "installed", nullcontext)():  # where its modules remember the draw
+            for transform in reversed(_flow(fn).transforms):
+                value = transform.inv(value)
+    return value
+
+
+def without_inverse(fn: Any, value: Tensor) -> str | None:
+    """The name of the first transform of a flow that has no inverse; None if all have one.
+
+    Args:
+        fn: a distribution; of those that are no flow nothing is asked.
+        value: a tensor of the shape of a draw, at which an inverse is tried.
+    """
+    for transform in _transforms(_flow(fn)):
+        kind = type(transform)
+        if kind not in _HAS_INVERSE:
+            try:
+                transform._inverse(value.detach())
+            except (KeyError, NotImplementedError):  # what Pyro and torch raise where there is none
+                _HAS_INVERSE[kind] = False
+            except Exception:  # there is one, and it does not take this value
+                _HAS_INVERSE[kind] = True
+            else:
+                _HAS_INVERSE[kind] = True
+        if not _HAS_INVERSE[kind]:
+            return kind.__name__
+    return None
+
+
+_HAS_INVERSE: dict[type[Transform], bool] = {}
+
+
+def _flow(fn: Any) -> Any:
+    """The transformed distribution under masks and declared event dimensions; None if none is."""
+    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    return fn if isinstance(fn, torch.distributions.TransformedDistribution) else None
+
+
+def _transforms(flow: Any) -> Iterator[Transform]:
+    """The transforms of a flow, with those that others are made of."""
+    pending = list(flow.transforms) if flow is not None else []
+    while pending:
+        transform = pending.pop()
+        if isinstance(transform, ComposeTransform):
+            pending.extend(transform.parts)
+        elif isinstance(transform, IndependentTransform):
+            pending.append(transform.base_transform)
+        else:
+            yield transform
+
+
 class At(Messenger):
-    """Runs a program with some of its latent sites at given values, as if they had been drawn."""
+    """Runs a program with some of its latent sites at given values, as if they had been drawn.
+
+    Args:
+        values: the noise of each site (`noise_of`): its value, but for flows without an inverse.
+    """
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -81,7 +198,124 @@ class At(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["done"] and not msg["is_observed"] and msg["name"] in self._values:
-            msg["value"], msg["done"] = self._values[msg["name"]], True
+            value = self._values[msg["name"]]
+            if without_inverse(msg["fn"], value):
+                for transform in _flow(msg["fn"]).transforms:
+                    value = transform(value)
+            msg["value"], msg["done"] = value, True
+
+
+class ObservedAsFloats(Messenger):
+    """Hands integers and booleans to a Bernoulli likelihood as floats, the only dtype it takes.
+
+    Labels come as integers from most files; torch's other discrete distributions take them so.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if not msg["is_observed"] or not isinstance(value, Tensor) or value.is_floating_point():
+            return
+        fn = msg["fn"]
+        while inner := getattr(fn, "base_dist", getattr(fn, "component_distribution", None)):
+            fn = inner
+        if isinstance(fn, _FLOATS_ALONE):
+            msg["infer"]["given"] = value
+            msg["value"] = value.to(fn.mean.dtype)
+
+
+_FLOATS_ALONE = (torch.distributions.Bernoulli, torch.distributions.ContinuousBernoulli)
+
+
+def given_value(site: Site) -> Any:
+    """The value of an observed site as the data have it."""
+    return site["infer"].get("given", site["value"])
+
+
+class SubsampleIndices(Messenger):
+    """Sees plates whose indices the model gives, and the guide draws anew.
+
+    It stands around the model, inside of the replay of the guide's trace, which puts the guide's
+    indices in the place of the model's: `pyro.plate("data", 40, subsample=idx)` is then another
+    sub-sample than the rows that the model takes by `idx`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._given: dict[str, Any] = {}
+        self._replaced: dict[str, list[str]] = {}  # names of latent sites by plate
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is not None:
+            self._given[msg["name"]] = msg["value"]
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            given = self._given.pop(msg["name"], msg["value"])
+            if list(map(int, given)) != list(map(int, msg["value"])):
+                self._replaced[msg["name"]] = []
+        elif not msg["is_observed"]:
+            for frame in msg["cond_indep_stack"]:
+                sites = self._replaced.get(frame.name)
+                if sites is not None and msg["name"] not in sites:
+                    sites.append(msg["name"])
+
+    def fault(self) -> str | None:
+        """What is wrong, and what to do; None if nothing is."""
+        for plate, sites in self._replaced.items():
+            if sites:
+                return (
+                    f"plate {plate!r}: the model gives the indices of its sub-sample, and the guide"
+                    f" draws others, so that its parameters of {sites} belong to other rows than"
+                    " the model observes. Give the guide the same indices (an autoguide by"
+                    f" create_plates=lambda ...: pyro.plate({plate!r}, size, subsample=indices)),"
+                    " or let the plate draw them (subsample_size=) and observe"
+                    " pyro.subsample(y, event_dim=0)"
+                )
+        return None
+
+
+class PlateSizes(Messenger):
+    """Gives plates without a size, such as `pyro.plate("data")`, the size that they have.
+
+    Pyro's own stack has the size -1 for such a plate, and lets its sites keep their shapes. Here
+    they get the stack and the shapes that the plate would give them with a size.
+
+    Args:
+        sizes: sizes by name of the plate; other plates are left alone.
+
+    Example:
+        >>> import pyro, pyro.poutine as poutine
+        >>> def model():
+        ...     with pyro.plate("data"):
+        ...         return pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> model().shape, PlateSizes({"data": 3})(model)().shape
+        (torch.Size([]), torch.Size([3]))
+    """
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        super().__init__()
+        self.sizes = dict(sizes)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        stack = sized(msg["cond_indep_stack"], self.sizes)
+        if stack is not msg["cond_indep_stack"]:
+            msg["cond_indep_stack"] = stack
+            BroadcastMessenger._pyro_sample(msg)
+
+
+def sized(stack: tuple[Any, ...], sizes: Mapping[str, int]) -> tuple[Any, ...]:
+    """A stack of plates with sizes for those that have none; the same object if all have one."""
+    if not any(frame.size == NO_SIZE and frame.name in sizes for frame in stack):
+        return stack
+    return tuple(
+        frame._replace(size=sizes[frame.name], full_size=sizes[frame.name])
+        if frame.size == NO_SIZE and frame.name in sizes
+        else frame
+        for frame in stack
+    )
+
+
+NO_SIZE = -1  # of a plate without a size, in Pyro's stack
 
 
 class Unobserved(Messenger):

@@ -26,7 +26,9 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 
 from pyro_vi.elbo import Told, told
+from pyro_vi.program import one_thread, own_memory
 from pyro_vi.recorder import Recorder
+from pyro_vi.sites import SubsampleIndices
 
 
 class SVI(pyro.infer.SVI):
@@ -80,6 +82,7 @@ class SVI(pyro.infer.SVI):
                 f" (model, guide, *args, **kwargs), got {loss!r}"
             )
         evaluated = told(loss) if isinstance(loss, ELBO) else loss
+        self._is_elbo = isinstance(loss, ELBO)
         self.told: Told | None = evaluated if isinstance(evaluated, Told) else None
         super().__init__(model, guide, optim, evaluated, loss_and_grads, **kwargs)
         self.compiled_steps = 0
@@ -97,7 +100,11 @@ class SVI(pyro.infer.SVI):
             self._recorder.svi = self
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """One gradient step; returns the loss."""
+        """One gradient step; returns the loss. Steps in several threads wait for one another."""
+        with one_thread:
+            return self._step(*args, **kwargs)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
         recorder = self._recorder
         if recorder is not None:
             if (found := recorder.find(args, kwargs)) is not None:
@@ -132,16 +139,22 @@ class SVI(pyro.infer.SVI):
         """The loss, and the unconstrained parameters that the programs used, with gradients."""
         if self.told is not None:
             self.told.forget()
+        indices = SubsampleIndices()
+        is_first = self._is_elbo and not self._has_stepped
+        model = indices(self.model) if is_first else self.model
         with _Parameters() as seen:
-            loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+            loss = self.loss_and_grads(model, self.guide, *args, **kwargs)
         used = seen.live()
         names = pyro.get_param_store()._param_to_name  # optimizers ask for names
         for parameter, name in used.items():
             names.setdefault(parameter, name)
         if not self._has_stepped:
             self._has_stepped = True
+            own_memory(used)
             for program in (self.model, self.guide):
                 _warn_of_shared_names(program, used)
+            if fault := indices.fault():
+                warnings.warn(fault, stacklevel=4)
         return loss, list(used)
 
     def _update(self, parameters: Sequence[Tensor]) -> None:
@@ -189,7 +202,7 @@ def _warn_of_shared_names(program: object, used: Mapping[Tensor, str]) -> None:
             " because Pyro's store has other parameters of these names, such as the other"
             " program's. Keep them apart with pyro.settings.set(module_local_params=True) before"
             " the modules are made, as pyro_vi.fit does",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
