@@ -1,23 +1,25 @@
 """Data as the arguments of a program: whole, or in shuffled minibatches along the first axis.
 
-A tensor becomes `model(tensor)`, a tuple `model(*tuple)`, a dict `model(**dict)`.
+A tensor becomes `model(tensor)`, a tuple `model(*tuple)`, a dict `model(**dict)`. NumPy arrays and
+pandas' frames and Series become tensors: floats of torch's default dtype, integers of int64.
 """
 
 from __future__ import annotations
 
-__all__ = ["Batches", "Data", "parts_of", "taken"]
+__all__ = ["Batches", "Data", "as_tensors", "parts_of", "taken"]
 
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pyro_vi.program import seeded
 
-Data = Tensor | tuple[Any, ...] | Mapping[str, Any]
+Data = Tensor | npt.NDArray[Any] | tuple[Any, ...] | Mapping[str, Any]  # or pandas' frames, Series
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Key = int | str  # of an argument: its position, or its keyword
 
@@ -26,7 +28,8 @@ class Batches:
     """Batches of some data, as arguments of a program.
 
     Args:
-        data: a tensor, a tuple of arguments or a dict of keyword arguments.
+        data: a tensor, a tuple of arguments or a dict of keyword arguments, each as `as_tensors`
+            takes it.
         batch_size: rows of a batch, or None to pass the data as they are, unsplit.
         transform: what to do to each batch, for example dynamic binarization; gets and gives what
             the data are: a tensor, a tuple or a dict.
@@ -35,8 +38,8 @@ class Batches:
 
     Raises:
         TypeError: data of another kind; with a batch size, parts that are not tensors.
-        ValueError: NaN in the data; with a batch size, parts of different lengths, or fewer rows
-            than one batch.
+        ValueError: NaN or infinite values in the data; with a batch size, parts of different
+            lengths, or fewer rows than one batch.
 
     Example:
         >>> import torch
@@ -55,10 +58,11 @@ class Batches:
         device: torch.device | None = None,
         rows: Collection[Key] | None = None,
     ) -> None:
+        data = as_tensors(data)
         if not isinstance(data, (Tensor, tuple, Mapping)):
             raise TypeError(
-                "expected data as a tensor, a tuple of arguments or a dict of keyword arguments,"
-                f" got {type(data).__name__}"
+                "expected data as a tensor or an array, a tuple of arguments or a dict of keyword"
+                f" arguments, got {type(data).__name__}"
             )
         self._kind = data
         self._rows = rows
@@ -68,10 +72,6 @@ class Batches:
         }
         self.transform = transform
         for key, part in self.parts.items():
-            if isinstance(part, np.ndarray):
-                raise TypeError(
-                    f"expected tensors, but {_label(key)} is a NumPy array: torch.from_numpy(array)"
-                )
             if isinstance(part, Tensor) and part.dim() > 0 and len(part) == 0:
                 raise ValueError(f"expected at least one data point, but {_label(key)} has none")
             if isinstance(part, Tensor) and part.is_floating_point() and bool(part.isnan().any()):
@@ -79,6 +79,12 @@ class Batches:
                     f"expected data without NaN, got {int(part.isnan().sum())} NaN among the"
                     f" {part.numel()} values of {_label(key)}; for missing values, put any number"
                     " in their place, and poutine.mask around the site that observes them"
+                )
+            if isinstance(part, Tensor) and part.is_floating_point() and bool(part.isinf().any()):
+                raise ValueError(
+                    f"expected finite data, got {int(part.isinf().sum())} infinite values among the"
+                    f" {part.numel()} of {_label(key)}; a bound that is infinite on purpose belongs"
+                    " into the program (functools.partial)"
                 )
         self.batch_size = batch_size
         self.total: int | None = None
@@ -198,8 +204,53 @@ class Batches:
         return tuple(parts.values()) if isinstance(self._kind, tuple) else dict(parts)
 
 
+def as_tensors(data: Any) -> Any:
+    """Data with tensors in the place of NumPy arrays and of pandas' frames and Series.
+
+    Floats get torch's default dtype and integers int64; booleans stay booleans. What is missing in
+    a frame becomes a NaN. All else stays as it is.
+
+    Raises:
+        TypeError: an array or a frame with other things than numbers.
+
+    Example:
+        >>> import numpy as np
+        >>> x, y = as_tensors((np.ones((3, 2)), np.arange(3, dtype="int32")))
+        >>> x.dtype, y.dtype
+        (torch.float32, torch.int64)
+    """
+    if isinstance(data, Mapping):
+        return {name: _as_tensor(part, _label(name)) for name, part in data.items()}
+    if isinstance(data, tuple):
+        return tuple(_as_tensor(part, _label(i)) for i, part in enumerate(data))
+    return _as_tensor(data, "the data")
+
+
+def _as_tensor(part: Any, label: str) -> Any:
+    dtypes = getattr(part, "dtypes", None)
+    if hasattr(part, "to_numpy") and dtypes is not None:  # pandas; a Series has one dtype
+        named = dtypes.items() if hasattr(dtypes, "items") else [(part.name, dtypes)]
+        kinds = {name: getattr(dtype, "kind", "O") for name, dtype in named}
+        if others := [name for name, kind in kinds.items() if kind not in "fiub"]:
+            raise TypeError(
+                f"expected numbers in {label}, but its columns {others} hold something else: give"
+                " numbers in their place, such as pandas.factorize(column)[0] for categories"
+            )
+        whole = set(kinds.values()) <= {"i", "u"} and not bool(part.isna().to_numpy().any())
+        boolean = set(kinds.values()) == {"b"} and not bool(part.isna().to_numpy().any())
+        part = part.to_numpy(dtype="int64" if whole else "bool" if boolean else "float64")
+    if not isinstance(part, np.ndarray):
+        return part
+    wide = {"f": "float64", "i": "int64", "u": "int64", "b": "bool"}.get(part.dtype.kind)
+    if wide is None:
+        raise TypeError(f"expected an array of numbers as {label}, got one of dtype {part.dtype}")
+    tensor = torch.from_numpy(part.astype(wide, order="C"))
+    return tensor.to(torch.get_default_dtype()) if wide == "float64" else tensor
+
+
 def arguments(data: Data) -> Arguments:
     """Data as (args, kwargs)."""
+    data = as_tensors(data)
     if isinstance(data, Mapping):
         return (), dict(data)
     return (tuple(data) if isinstance(data, tuple) else (data,)), {}

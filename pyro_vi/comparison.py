@@ -19,14 +19,16 @@ diffusion does, has no posterior here, but a bound: that of all its steps (`pyro
 
 from __future__ import annotations
 
-__all__ = ["Comparison", "Split", "check_draws", "compare", "judge"]
+__all__ = ["Comparison", "Split", "check_draws", "compare", "fit_each", "judge", "judge_each"]
 
 import csv
 import io
+import logging
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from os import PathLike
 from typing import Any, Protocol
 
@@ -36,16 +38,21 @@ import torch
 from torch import Tensor
 
 from pyro_vi import checkpoint, tables, verdict
-from pyro_vi.batches import Batches, Data, arguments, moved
+from pyro_vi.batches import Batches, Data, arguments, as_tensors, moved
 from pyro_vi.diagnostics import khat_threshold
 from pyro_vi.fitted import Fit
 from pyro_vi.fitting import fit
+from pyro_vi.interrupts import interruptible
+from pyro_vi.labels import csv_text
 from pyro_vi.marginals import MarginalErrors, marginal_errors, noise_floor
 from pyro_vi.observed import Observed, check_one_variable
 from pyro_vi.posterior import Posterior
 from pyro_vi.program import check_seed, checked_device, seeded
 from pyro_vi.rows import PerPoint, Row, elbos, largest_errors, make_rows, with_one_evidence
+from pyro_vi.scoring import check_scores
 from pyro_vi.stepwise import StepBound, step_bound
+
+log = logging.getLogger(__name__)
 
 _MIN_DRAWS = 21  # fewer have no tail to fit a k-hat to
 
@@ -80,6 +87,7 @@ class Comparison:
         reference: reference draws by site, (R, ...) each; empty without a reference.
         marginals: errors of every marginal against the reference, by family and site.
         noise: a row of what the reference's own Monte Carlo noise gives, or None.
+        failures: why families have no fit or no posterior, by family; their rows say so too.
     """
 
     rows: tuple[Row, ...]
@@ -94,6 +102,7 @@ class Comparison:
     reference: dict[str, Array]
     marginals: dict[str, dict[str, MarginalErrors]]
     noise: Row | None = None
+    failures: dict[str, Exception] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Comparison of {', '.join(row.family for row in self.rows)}"
@@ -133,7 +142,8 @@ class Comparison:
     def to_csv(self, path: str | PathLike[str]) -> None:
         """Writes the rows to a file, every digit, one line per family; NaN is an empty cell.
 
-        With a reference the last line is what its Monte Carlo noise gives.
+        With a reference the last line is what its Monte Carlo noise gives. A name that a
+        spreadsheet would take for a formula has a `'` before it.
         """
         names = [field.name for field in fields(Row)]
         text = io.StringIO()
@@ -141,8 +151,9 @@ class Comparison:
         writer.writerow(names)
         for row in (*self.rows, *([self.noise] if self.noise else [])):
             cells = [getattr(row, name) for name in names]
-            writer.writerow(["" if cell is None or cell != cell else cell for cell in cells])
-        checkpoint.write(path, text.getvalue().encode())
+            cells = ["" if cell is None or cell != cell else cell for cell in cells]
+            writer.writerow([csv_text(cell) if isinstance(cell, str) else cell for cell in cells])
+        checkpoint.write(path, text.getvalue().encode(errors="backslashreplace"))
 
     def __str__(self) -> str:
         words = [self.verdict, *(f"Warning: {warning}." for warning in self.warnings)]
@@ -162,11 +173,16 @@ def compare(
     *,
     num_samples: int = 1_000,
     reference: Any = None,
+    prior_only: bool = False,
     seed: int = 0,
     progress: bool = True,
     **options: Any,
 ) -> Comparison:
     """Fits each guide and judges it.
+
+    A guide that fails, for whatever reason, does not end the comparison: its row says what failed,
+    and `Comparison.failures` has the error. Ctrl-C ends the fit that is running; what is fitted
+    then is judged, and a second Ctrl-C raises KeyboardInterrupt at once.
 
     Args:
         model: a Pyro program, of which each guide gets its own copy to train; or a fitted model
@@ -177,6 +193,7 @@ def compare(
         num_samples: posterior draws, for each data point or of all together; at least 21.
         reference: draws to hold the marginals against: a `pyro.infer.MCMC` that has run on this
             model, or arrays by latent or deterministic site, (R, *plates, *shape) each.
+        prior_only: as `fit` takes it.
         seed: of the fits and of the draws.
         progress: whether to show progress bars.
         **options: as `fit` takes them: loss, optim, steps, batch_size, transform, restarts, ...; a
@@ -185,7 +202,8 @@ def compare(
 
     Raises:
         ValueError: no guides, too few draws, models that do not observe the same thing, a reference
-            of other sites, or what `fit` refuses.
+            of other sites. If all guides fail, the error of the first, such as what `fit` refuses,
+            or a loss that leaves latents to enumeration, whose draws have no density.
 
     Example:
         >>> import torch
@@ -213,26 +231,113 @@ def compare(
     _samples(reference)
     train, _ = _parts(data)
     checked_device(options.get("device"))
+    first = Batches(train, batch_size=options.get("batch_size")).first()
     if isinstance(model, Mapping):
-        batch = Batches(train, batch_size=options.get("batch_size")).first()
         check_one_variable(
-            {name: Observed.by(models[name], guides[name], batch) for name in guides}
+            {name: Observed.by(models[name], guides[name], first) for name in guides}
         )
-    fits = {
-        name: fit(
-            models[name], guide, train, seed=seed, progress=name if progress else False, **options
+
+    def fitted(name: str) -> Fit:
+        check_scores(models[name], guides[name], first, plate=options.get("plate", "data"))
+        label = name if progress else False
+        return fit(
+            models[name],
+            guides[name],
+            train,
+            prior_only=prior_only,
+            seed=seed,
+            progress=label,
+            **options,
         )
-        for name, guide in guides.items()
-    }
-    return judge(
-        fits,
-        data,
-        num_samples=num_samples,
-        reference=reference,
-        transform=options.get("transform"),
-        seed=seed,
-        progress=progress,
-    )
+
+    with interruptible():
+        fits, failures = fit_each({name: partial(fitted, name) for name in guides})
+        return judge_each(
+            fits,
+            failures,
+            data,
+            num_samples=num_samples,
+            reference=reference,
+            transform=options.get("transform"),
+            prior_only=prior_only,
+            seed=seed,
+            progress=progress,
+        )
+
+
+def fit_each(
+    makers: Mapping[str, Callable[[], Fit]],
+) -> tuple[dict[str, Fit], dict[str, Exception]]:
+    """Makes fits one after the other, until Ctrl-C is pressed.
+
+    Args:
+        makers: what makes a fit, by name.
+
+    Returns:
+        The fits, and the errors of those that failed or were not begun.
+
+    Raises:
+        Exception: all of them failed; the error of the first.
+    """
+    fits: dict[str, Fit] = {}
+    failures: dict[str, Exception] = {}
+    with interruptible() as interruption:
+        for name, make in makers.items():
+            if interruption.requested and fits:
+                failures[name] = RuntimeError("not fitted, because of an interruption before it")
+                continue
+            try:
+                made = make()
+            except Exception as error:
+                log.info("%s failed", name, exc_info=error)
+                failures[name] = error
+            else:
+                if made.interrupted and not len(made.losses) and fits:
+                    failures[name] = RuntimeError("interrupted before its first step")
+                else:
+                    fits[name] = made
+    if not fits:
+        raise next(iter(failures.values()))
+    return fits, failures
+
+
+def judge_each(
+    fits: Mapping[str, Fit], failures: Mapping[str, Exception], data: Split | Data, **options: Any
+) -> Comparison:
+    """Judges fits; one that cannot be judged is a failure, and not the end of the others.
+
+    Args:
+        fits: fits by name.
+        failures: errors of families that have no fit, which get rows too.
+        data, **options: as `judge` takes them.
+
+    Raises:
+        Exception: none of them can be judged, or each can alone and not all together.
+    """
+    failures = dict(failures)
+    try:
+        result = judge(fits, data, **options)
+    except Exception:
+        sound: dict[str, Fit] = {}
+        for name, one in fits.items():
+            try:
+                judge({name: one}, data, **options)
+            except Exception as error:
+                failures[name] = error
+            else:
+                sound[name] = one
+        if not sound or len(sound) == len(fits):
+            raise
+        result = judge(sound, data, **options)
+    if not failures:
+        return result
+    rows = [Row(name, status=_failed(error)) for name, error in failures.items()]
+    return replace(result, rows=(*result.rows, *rows), failures=failures)
+
+
+def _failed(error: Exception) -> str:
+    reason = str(error).partition("\n")[0] or type(error).__name__  # without Pyro's table of shapes
+    return f"failed: {reason}"
 
 
 def judge(
@@ -242,6 +347,7 @@ def judge(
     num_samples: int = 1_000,
     reference: Any = None,
     transform: Callable[[Any], Any] | None = None,
+    prior_only: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> Comparison:
@@ -255,13 +361,15 @@ def judge(
         num_samples: posterior draws, for each data point or of all together; at least 21.
         reference: as `compare` takes it.
         transform: applied to the data before, once.
+        prior_only: as `fit` takes it.
         seed: of the transform and of the draws.
         progress: whether to show a progress bar over the steps of a diffusion.
 
     Raises:
         TypeError: something else than fits by name.
-        ValueError: no fits, too few draws, models that do not observe the same thing, a diffusion
-            beside a posterior of all data together, or a reference of other sites.
+        ValueError: no fits, too few draws, models that observe nothing of these data or not the
+            same thing, a diffusion beside a posterior of all data together, or a reference of other
+            sites.
 
     Example:
         >>> import torch
@@ -298,6 +406,13 @@ def judge(
             if part is not None
         }
     looks = {name: _look(name, one, judged["train"]) for name, one in fits.items()}
+    if blind := [name for name, look in looks.items() if not look.observes]:
+        if not prior_only:
+            raise ValueError(
+                f"{blind} observe nothing in these data: give the data that they were fitted to,"
+                " such as (x, y) for a model(x, y=None); prior_only=True judges posteriors that are"
+                " priors on purpose"
+            )
     by_step = [name for name, look in looks.items() if look.by_step]
     joint = not all(one.local for name, one in fits.items() if name not in by_step)
     if apart := [name for name in by_step if not fits[name].local]:
@@ -424,11 +539,11 @@ def _tensor(data: Data) -> Any:
 def _parts(data: Any) -> tuple[Any, Any]:
     """Training data, and test data or None."""
     if hasattr(data, "train") and hasattr(data, "test"):
-        return data.train, data.test
+        return as_tensors(data.train), as_tensors(data.test)
     if hasattr(data, "train") or hasattr(data, "test"):
         raise TypeError("expected data with train and test, got one of them alone")
     Batches(data)  # raises TypeError for what are no data
-    return data, None
+    return as_tensors(data), None
 
 
 def _samples(reference: Any) -> dict[str, Tensor]:

@@ -13,12 +13,12 @@ __all__ = ["NonFiniteError", "fit"]
 
 import logging
 import math
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -38,7 +38,9 @@ from pyro_vi.batches import Batches, Data
 from pyro_vi.elbo import told
 from pyro_vi.engine import Engine, Scaling, Terms
 from pyro_vi.fitted import Fit
+from pyro_vi.interrupts import interruptible
 from pyro_vi.laplace import at_mode, check_mode
+from pyro_vi.nonfinite import LastGood, NonFiniteError, is_of_value, left_constraint
 from pyro_vi.optimizers import OneOptimizer
 from pyro_vi.program import (
     Program,
@@ -46,34 +48,19 @@ from pyro_vi.program import (
     check_count,
     check_seed,
     checked_device,
+    own_memory,
     reachable,
     seeded,
 )
 from pyro_vi.restarts import best_of, disagreement, move
-from pyro_vi.scaling import PerDataPoint, Structure
+from pyro_vi.scaling import PerDataPoint, Structure, check_observes
+from pyro_vi.sites import PlateSizes
 from pyro_vi.svi import SVI, eager_steps
 from pyro_vi.weighting import ScheduleError, TermWeights
 
 log = logging.getLogger(__name__)
 
-# what torch's validation of a distribution says of a parameter or a value
-_NONFINITE = re.compile(r"Expected (parameter|value).*\b(nan|inf)\b", re.DOTALL)
-
-
 _READ = 50  # steps on a GPU between two looks at what they found
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss or gradient that is not finite.
-
-    Attributes:
-        step: the step at which it appeared, from 0.
-        fit: the fit up to there, with the last finite parameters.
-    """
-
-    def __init__(self, message: str, *, step: int, fit: Fit) -> None:
-        super().__init__(message)
-        self.step, self.fit = step, fit
 
 
 def fit(
@@ -97,6 +84,7 @@ def fit(
     plate: str = "data",
     seed: int = 0,
     restarts: int = 1,
+    prior_only: bool = False,
     device: str | torch.device | None = None,
     compile: bool | Literal["auto"] = "auto",
     progress: bool | str = True,
@@ -139,24 +127,35 @@ def fit(
             its `restarts`. The first is the fit without restarts; the one after r others has seed
             `seed + r`, and initial values that are moved (`pyro_vi.restarts.move`). The best has
             the highest held-out bound of what is kept or, without `heldout`, the highest mean bound
-            over the last tenth of its steps. A restart whose loss or gradient is not finite is left
-            out with a warning. Restarts that disagree, by the rule in `pyro_vi.restarts`, are
+            over the last tenth of its steps. A restart that ends in a NonFiniteError is left out
+            with a warning. Restarts that disagree, by the rule in `pyro_vi.restarts`, are
             warned of.
+        prior_only: allows a model that observes nothing, whose posterior is its prior. Without it
+            such a model is an error, because mostly its data were forgotten.
         device: where to compute; by default where the data are.
         compile: whether steps are recorded as one graph and compiled (`pyro_vi.compiled`), after
             the first three; "auto" if there are 5,000 or more, which pay for the seconds it takes.
             A step that cannot be recorded stays eager, with a warning that says why.
         progress: whether to show a progress bar with the current bound; a string labels it.
 
+    Ctrl-C ends training at the next step, and the fit with the parameters of that step is returned;
+    a second Ctrl-C raises KeyboardInterrupt at once. Fits in several threads wait for one another.
+
     Returns:
         The fit: programs bound to their trained parameters, losses (in nats per data point, the
         negative bounds unless they are weighted), reconstruction and KL apart and unweighted, time.
 
     Raises:
-        NonFiniteError: a loss or gradient that is not finite; names the step and the site, and
-            carries the fit up to there. With restarts, only if all of them end so: the first's.
+        NonFiniteError: a loss or gradient that is not finite, or a parameter or a value that left
+            its constraint; names the step and the site, and carries the fit with the parameters of
+            the last step whose loss was finite. With restarts, only if all of them end so: the
+            first's.
         ValueError, TypeError: arguments or programs that do not fit together; see the message.
             A schedule that gives no weight is named with its step.
+
+    Warns:
+        UserWarning: training was interrupted; restarts disagree or are left out; minibatches are
+            biased.
 
     Example:
         >>> import pyro, torch
@@ -192,27 +191,43 @@ def fit(
         patience=patience,
         plate=plate,
         seed=seed,
+        prior_only=prior_only,
         device=device,
         compile=compile,
     )
-    if restarts == 1:
-        return once(restart=0, progress=progress)
     fits: list[Fit] = []
     failed: dict[str, NonFiniteError] = {}
-    for restart in range(restarts):
-        name = f"restart {restart + 1} of {restarts}"
-        label = f"{progress}, {name}" if isinstance(progress, str) and progress else name
-        try:
-            fits.append(once(restart=restart, progress=progress and label))
-        except NonFiniteError as error:
-            failed[name] = error
+    with interruptible() as interruption:
+        for restart in range(restarts):
+            if interruption.requested and fits:
+                break
+            name = f"restart {restart + 1} of {restarts}"
+            label = f"{progress}, {name}" if isinstance(progress, str) and progress else name
+            try:
+                fits.append(
+                    once(restart=restart, progress=progress and label if restarts > 1 else progress)
+                )
+            except NonFiniteError as error:
+                failed[name] = error
     if not fits:
         raise next(iter(failed.values()))
+    ended = [fit for fit in fits if not fit.interrupted] or fits
+    if interruption.requested:
+        which = f" of restart {len(fits)} of {restarts}" if restarts > 1 else ""
+        what = f"the best of the {len(ended)} that ended is returned"
+        warnings.warn(
+            f"interrupted after {len(fits[-1].losses):,} of {steps:,} steps{which}:"
+            f" {what if which else 'the fit has the parameters of its last step'}",
+            stacklevel=2,
+        )
+    if restarts == 1:
+        return fits[0]
     for name, reason in failed.items():
         warnings.warn(f"{name} is left out: {reason}", stacklevel=2)
-    if message := disagreement(fits):
+    if message := disagreement(ended):
         warnings.warn(message, stacklevel=2)
-    return best_of(fits, stopped_early=patience is not None)
+    best = best_of(ended, stopped_early=patience is not None)
+    return replace(best, interrupted=interruption.requested)
 
 
 def _fit_once(
@@ -236,6 +251,7 @@ def _fit_once(
     plate: str,
     seed: int,
     restart: int,
+    prior_only: bool,
     device: str | torch.device | None,
     compile: bool | Literal["auto"],
     progress: bool | str,
@@ -255,11 +271,18 @@ def _fit_once(
         reconstruction=reconstruction_weight, kl=kl_weight, device=batches.device or where
     )
     state = State({"model": model, "guide": guide}, device=where)
-    with seeded(seed + restart, where), state.installed(), warnings.catch_warnings():
+    with (
+        interruptible() as interruption,
+        seeded(seed + restart, where),
+        state.installed(),
+        warnings.catch_warnings(),
+    ):
         # Pyro warns of NaN and goes on; here a NaN is an error, raised below.
         warnings.filterwarnings("ignore", message="Encountered")
+        # ... and of what a guide that runs the model observes, which is left out of log q.
+        warnings.filterwarnings("ignore", message="Found non-auxiliary vars in guide")
         stream = batches.shuffled(seed + restart)
-        structure = _inspect(model, guide, batches, loss, state, plate)
+        structure = _inspect(model, guide, batches, loss, state, plate, prior_only)
         check_mode(guide, structure, weights)
         if loss.vectorize_particles and math.isinf(loss.max_plate_nesting):
             # Pyro would run the programs to guess it; the particles take a dimension too.
@@ -284,30 +307,38 @@ def _fit_once(
         )
         mean = Average(state.parameters(), decay=average) if average is not None else None
         history = _History()
+        good = LastGood(state.tensors().values())
         result = partial(_result, model, guide, state, history, structure, batches)
         best, waited = math.inf, 0
         kept: dict[str, Tensor] | None = None
+        is_read = True
         with bar:
             for step in range(steps):
+                if interruption.requested and is_read:
+                    break
                 args, kwargs = next(stream)
                 judged = evaluate.wanted and ((step + 1) % heldout_every == 0 or step + 1 == steps)
                 started = time.perf_counter()
+                if is_read:
+                    good.mark()
+                is_last = step + 1 == steps or interruption.requested
+                is_read = not engine.is_late or judged or (step + 1) % _READ == 0 or is_last
                 try:
                     engine.take(*args, **kwargs)
                     if mean is not None:
                         mean.update()
-                    if not engine.is_late or judged or (step + 1) % _READ == 0 or step + 1 == steps:
+                    if is_read:
                         history.add(engine.read())
-                except FloatingPointError as error:
-                    message = f"step {engine.taken}: {error}"
-                    raise NonFiniteError(message, step=engine.taken, fit=result()) from error
+                        good.accept()
                 except ScheduleError:
                     raise  # it says at which step, and no site is at fault
-                except ValueError as error:
-                    error.add_note(f"at step {engine.taken}, after {engine.last_site}")
-                    if not _NONFINITE.search(str(error)):
+                except (FloatingPointError, ValueError, RuntimeError) as error:
+                    good.restore()
+                    outside = partial(_are_outside, model, guide, args, kwargs, plate)
+                    message = _why(error, engine, outside)
+                    if message is None:
+                        error.add_note(f"at step {engine.taken}, after {engine.last_site}")
                         raise
-                    message = f"step {engine.taken}, after {engine.last_site}: {error}"
                     raise NonFiniteError(message, step=engine.taken, fit=result()) from error
                 history.seconds += time.perf_counter() - started
                 bar.update()
@@ -328,11 +359,48 @@ def _fit_once(
             state.restore(kept)
         elif mean is not None:
             mean.install()
-        fitted = result()
+        fitted = replace(result(), interrupted=interruption.requested)
         if isinstance(guide, AutoLaplaceApproximation):
             args, kwargs = Batches(data, transform=transform, device=where).whole()
-            fitted = at_mode(fitted, *args, **kwargs)
+            try:
+                fitted = at_mode(fitted, *args, **kwargs)
+            except ValueError:
+                if not fitted.interrupted:
+                    raise  # else the mode was not reached, and the fit stays a point
     return fitted
+
+
+def _why(error: Exception, engine: Engine, names_data: Callable[[], bool]) -> str | None:
+    """What a NonFiniteError says of an error in a step; None if it is an error of another kind.
+
+    Args:
+        names_data: whether the last good parameters give an error of a value too.
+    """
+    if isinstance(error, FloatingPointError):
+        return f"step {engine.taken}: {error}"
+    reason = left_constraint(error, engine.last_site)
+    if reason is None or (is_of_value(error) and names_data()):
+        return None
+    return f"step {engine.taken}, {reason}"
+
+
+def _are_outside(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    plate: str,
+) -> bool:
+    """Whether observed values of a batch are outside of their support."""
+    try:
+        with torch.no_grad():
+            structure = Structure.of(model, guide, args, kwargs, plate=plate)
+            for name in structure.observed:
+                site = structure.model_trace.nodes[name]
+                site["fn"].log_prob(site["value"])
+    except ValueError as error:
+        return is_of_value(error)
+    return False
 
 
 class _History:
@@ -385,17 +453,22 @@ class _Heldout:
         size = None if training.batch_size is None else max(1, min(training.batch_size, rows))
         self._batches = Batches(data, batch_size=size, transform=training.transform, device=device)
         structure.check_amortized(guide)
+        self._sizes = PlateSizes(structure.unsized)
+        if structure.unsized:
+            model, guide = self._sizes(model), self._sizes(guide)
         self._summed = isinstance(loss, RenyiELBO)  # the others are scaled to one data point
         if not self._summed:
             weights = PerDataPoint(structure.plate, total=1)  # every site is inside
             model, guide = weights(model), weights(guide)
         self._svi = SVI(model, guide, PyroOptim(torch.optim.SGD, {}), loss)
-        self._state, self._seed = state, seed
+        self._plate, self._state, self._seed = structure.plate, state, seed
 
     def __call__(self) -> float:
         total, rows = 0.0, 0
         with seeded(self._seed), self._state.evaluating():
             for (args, kwargs), size in self._chunks():
+                if self._plate in self._sizes.sizes:
+                    self._sizes.sizes[self._plate] = size
                 value = self._svi.evaluate_loss(*args, **kwargs)
                 total -= value if self._summed else value * size
                 rows += size
@@ -420,6 +493,7 @@ def _inspect(
     loss: ELBO,
     state: State,
     plate: str,
+    prior_only: bool,
 ) -> Structure:
     """One run of the programs on the first rows: builds what is lazy, and checks the rest."""
     args, kwargs = batches.first()
@@ -449,6 +523,8 @@ def _inspect(
         batch: dict[Any, Any] = {**kwargs}
         batch.update(enumerate(args))
         structure.check_support(batch, batches.tensors())
+    check_observes(structure, prior_only)
+    own_memory(state.tensors().values())
     state.check_registered()
     names = structure.plate_names
     if plate != "data" and plate not in names:

@@ -534,13 +534,13 @@ def checked_device(device: str | torch.device | None) -> torch.device | None:
     return found
 
 
-def check_count(what: str, count: object, *, least: int = 1) -> None:
+def check_count(what: str, count: Any, *, least: int = 1) -> None:
     """Raises ValueError unless `count` is a whole number, at least `least`."""
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise ValueError(f"{what}: expected a whole number, at least {least}, got {count!r}")
-    if count < least:
+    whole = isinstance(count, int) and not isinstance(count, bool)
+    if not whole or count < least:
         raise ValueError(
             f"expected at least {'one' if least == 1 else least} {what}, got {count!r}"
+            f"{'' if whole else ', which is no whole number'}"
         )
 
 

@@ -10,11 +10,11 @@ them are taken at a time, so that memory is bounded.
 
 from __future__ import annotations
 
-__all__ = ["Programs"]
+__all__ = ["Programs", "check_scores"]
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -36,17 +36,21 @@ from pyro_vi.batches import Arguments, Batches, Data, Key
 from pyro_vi.diagnostics import Estimate
 from pyro_vi.draws import NOISE, over_draws
 from pyro_vi.posterior import Draws, Posterior
-from pyro_vi.program import Program, check_count, reachable, seeded
+from pyro_vi.program import Program, State, check_count, reachable, seeded
 from pyro_vi.scaling import Structure, log_prob_rows
 from pyro_vi.sites import (
     At,
     Layout,
+    PlateSizes,
     Unobserved,
+    draws_terms,
+    given_value,
     is_delta,
     is_deterministic,
     is_discrete,
     is_noise,
     is_partial,
+    noise_of,
 )
 
 _VALUES = 2**22  # numbers that all sites hold, over the draws evaluated at once
@@ -143,7 +147,7 @@ class Programs:
                     f"the guide draws {inside} of all data points jointly, from {noise}: there is"
                     " no posterior of one of them given the others"
                 )
-            values = {name: trace.nodes[name]["value"] for name in shared}
+            values = {name: noise_of(trace.nodes[name]) for name in shared}
             given = {name: v.expand(num_samples, *v.shape) for name, v in values.items()}
             found = self._scores(whole, num_samples, size=_size(structure), given=given)
             return self._posterior(structure, found, local=True)
@@ -215,6 +219,59 @@ class Programs:
             raise ValueError(f"the data cannot be drawn: {_reason(error)}") from error
         return _named(found, "observed ")
 
+    def missing_from(self, complete: Programs) -> list[str]:
+        """The sites that a run on complete data observes, and a run on these data does not.
+
+        Raises:
+            ValueError: the guide does not run on these data.
+        """
+        batches = complete._batches
+        with seeded(0, batches.device), torch.no_grad():
+            observed = complete._structure(batches.whole()).observed
+            trace = self._proposed()[1]
+        return [name for name in observed if name in trace and not trace.nodes[name]["is_observed"]]
+
+    def predict(self, num_samples: int, missing: Collection[str], *, seed: int = 0) -> Draws:
+        """One draw of every observed site for each draw from the guide.
+
+        Args:
+            num_samples: draws (S).
+            missing: sites that the model observes in the data of the fit, and not in these.
+            seed: of the draws.
+        """
+        sizes = {} if (rows := self._batches.length) is None else {self.plate: rows}
+
+        def run(fixed: Draws) -> Draws:
+            with At(fixed):
+                drawn, trace = self._proposed(Unobserved()(PlateSizes(sizes)(self.model)))
+            values: Draws = {}
+            for name, site in {**drawn.nodes, **trace.nodes}.items():
+                if is_noise(site):
+                    values[f"{NOISE}{name}"] = noise_of(site)
+                if name in missing or (site["type"] == "sample" and "obs" in site["infer"]):
+                    layout = Layout.of(site, plate=self.plate)
+                    values[f"observed {name}"] = layout.ordered(site["value"])
+            return values
+
+        with seeded(seed, self._batches.device), torch.no_grad():
+            at_once = max(1, _VALUES // max(_WIDTH, rows or 1))
+            return _named(_kept(over_draws(run, num_samples, at_once=at_once)), "observed ")
+
+    def _proposed(self, model: Callable[..., Any] | None = None) -> tuple[Trace, Trace]:
+        """Traces of the guide and of the model against it, which may sample other sites too."""
+        args, kwargs = self._batches.whole()
+        try:
+            with reachable():
+                drawn = poutine.trace(self.guide).get_trace(*args, **kwargs)
+        except (AttributeError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"the guide does not run on these data ({_reason(error)}): it reads more than they"
+                " have. Give it what it reads; of a PredictiveVAE, fitted.model.predict(x) draws y"
+                " for new x"
+            ) from error
+        replayed = poutine.replay(self.model if model is None else model, trace=drawn)
+        return drawn, poutine.trace(replayed).get_trace(*args, **kwargs)
+
     def completed(self, samples: Mapping[str, Tensor]) -> Draws:
         """Draws of the model's latents made elsewhere, with what follows from them.
 
@@ -238,7 +295,7 @@ class Programs:
                 for name, value in samples.items()
             }
         given = {name: samples[name].to(batches.device) for name in structure.latents}
-        found = self._runs(len(next(iter(samples.values()))), given, _size(structure), seed=0)
+        found = self._runs(len(next(iter(samples.values()))), given, structure, seed=0)
         return {**_named(found, "latent "), **_named(found, "deterministic ")}
 
     def prior(self, num_samples: int, *, seed: int = 0) -> tuple[Draws, Draws]:
@@ -261,7 +318,7 @@ class Programs:
         with seeded(0, batches.device), torch.no_grad():
             structure = self._structure((args, kwargs))
         sites = {name: structure.model_trace.nodes[name] for name in structure.observed}
-        seen = {id(site["value"]) for site in sites.values()}
+        seen = {id(given_value(site)) for site in sites.values()}
         named = {**dict(zip(_parameters(self.model, len(args)), args, strict=True)), **kwargs}
         return (
             {
@@ -343,7 +400,7 @@ class Programs:
                 found[f"count {name}"] = layout.ordered(count).double()
         for name in structure.proposed:
             if is_noise(guide.nodes[name]):
-                found[f"{NOISE}{name}"] = guide.nodes[name]["value"]
+                found[f"{NOISE}{name}"] = noise_of(guide.nodes[name])
         found |= self._values(structure, "latent", structure.latents)
         found |= self._values(structure, "deterministic", structure.deterministic)
         scored = structure.latents + structure.observed
@@ -432,16 +489,18 @@ class Programs:
         for name, value in draws.items():
             layout = Layout.of(structure.model_trace.nodes[name], plate=self.plate)
             given[name] = torch.func.vmap(layout.raw)(value).to(batches.device)
-        return self._runs(num, given, _size(structure), seed)
+        return self._runs(num, given, structure, seed)
 
-    def _runs(self, num: int, given: Draws, size: int, seed: int) -> Draws:
+    def _runs(self, num: int, given: Draws, structure: Structure, seed: int) -> Draws:
         """Runs of the model with some sites at given values, as Pyro has them, (S, ...) each."""
+        size, sizes = _size(structure), structure.unsized
         batches = self._batches
         args, kwargs = batches.whole()
 
         def run(fixed: Draws) -> Draws:
             with At(fixed):
-                trace = poutine.trace(Unobserved()(self.model)).get_trace(*args, **kwargs)
+                model = Unobserved()(PlateSizes(sizes)(self.model))
+                trace = poutine.trace(model).get_trace(*args, **kwargs)
             found: Draws = {"log p": trace.log_prob_sum()}
             for name, site in trace.nodes.items():
                 if site["type"] != "sample" or site_is_subsample(site):
@@ -557,6 +616,27 @@ def _parameters(program: Callable[..., Any], num: int) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [p.name for p in inspect.signature(program).parameters.values() if p.kind in kinds]
     return [names[i] if i < len(names) else f"argument {i}" for i in range(num)]
+
+
+def check_scores(
+    model: Callable[..., Any], guide: Callable[..., Any], batch: Arguments, *, plate: str
+) -> None:
+    """Raises ValueError, before anything is trained, where draws will have no density.
+
+    Programs that draw some of their steps alone have a bound by step instead (`StepBound`).
+
+    Args:
+        model, guide: the programs, which stay as they are.
+        batch: arguments of one call.
+        plate: the name of the plate over data points.
+    """
+    args, kwargs = batch
+    state = State({"model": model, "guide": guide})
+    with seeded(0), torch.no_grad(), state.installed(), reachable():
+        structure = Structure.of(model, guide, args, kwargs, plate=plate)
+    sites = structure.model_trace.nodes.values()
+    if not any(site["type"] == "sample" and draws_terms(site) for site in sites):
+        _check_scored(structure)
 
 
 def _check_scored(structure: Structure) -> None:

@@ -28,6 +28,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_vi.batches import as_tensors
 from pyro_vi.diagnostics import Estimate
 from pyro_vi.elbo import kl_rows
 from pyro_vi.program import State, check_count, check_seed, seeded
@@ -135,6 +136,7 @@ def step_bound(
         ValueError: programs without such sites, or under a mask or scale of your own; fewer than
             one draw; no data points.
     """
+    data = as_tensors(data)
     if not isinstance(data, Tensor):
         raise TypeError(f"expected data points as one tensor, got {type(data).__name__}")
     check_count("data point", len(data))

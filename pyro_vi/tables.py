@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pyro_vi import diagnostics
+from pyro_vi.labels import shown
 
 if TYPE_CHECKING:
     from pyro_vi.comparison import Comparison
@@ -46,7 +47,7 @@ def columns(result: Comparison) -> list[Column]:
 def lines(result: Comparison) -> list[str]:
     """The table as lines of text: a column per family, a line per quantity."""
     rows = [*result.rows, *([result.noise] if result.noise else [])]
-    cells = [["", *(row.family for row in rows)]]
+    cells = [["", *(shown(row.family) for row in rows)]]
     cells += [[c.label, *(c.show(row) for row in rows)] for c in columns(result)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return [
@@ -86,10 +87,19 @@ def _all(result: Comparison) -> list[Column]:
         families = [row.family for row in result.rows if not _missing(row, name)]
         return families[0] if families else ""
 
+    def minus(name: str) -> str:
+        return f"  minus {shown(first(name))}'s"
+
     def difference(name: str, form: str = "+.2f") -> Callable[[Row], str]:
         return lambda row: "" if row.family == first(name) else error(name, form)(row)
 
     found = [
+        Column(
+            "status",
+            "status",
+            "whether a family failed, or its training was interrupted; the warnings say more",
+            lambda row: row.status.partition(":")[0].partition(" ")[0],
+        ),
         Column(
             "elbo",
             f"{on}ELBO (nats)",
@@ -98,7 +108,7 @@ def _all(result: Comparison) -> list[Column]:
         ),
         Column(
             "elbo_difference",
-            f"  minus {first('elbo')}'s",
+            minus("elbo"),
             "the difference in ELBO to the first family"
             + (
                 ""
@@ -117,7 +127,7 @@ def _all(result: Comparison) -> list[Column]:
         ),
         Column(
             "evidence_difference",
-            f"  minus {first('evidence')}'s ",
+            f"{minus('evidence')} ",
             "the difference in evidence to the first family",
             difference("evidence_difference"),
         ),
@@ -181,7 +191,7 @@ def _all(result: Comparison) -> list[Column]:
         ),
         Column(
             "predictive_difference",
-            f"  minus {first('predictive')}'s  ",
+            f"{minus('predictive')}  ",
             "the difference in it to the first family, paired over test data points",
             difference("predictive_difference", "+.3f"),
         ),

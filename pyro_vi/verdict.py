@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyro_vi import diagnostics
+from pyro_vi.labels import shown
 from pyro_vi.marginals import scalar_name
 from pyro_vi.tables import short
 
@@ -34,17 +35,19 @@ def words(result: Comparison) -> str:
     drawn = [row for row in ranked if row.family not in result.step_bounds]
     if ranked[0] not in drawn:
         words.append(
-            f"A bound is all that {ranked[0].family} has: no k-hat judges a diffusion's draws."
+            f"A bound is all that {shown(ranked[0].family)} has: no k-hat judges a diffusion's"
+            " draws."
         )
     if ranked[0] not in drawn and len(drawn) > 1:
-        words.append(f"Of those that have draws {drawn[0].family} has the highest bound.")
+        words.append(f"Of those that have draws {shown(drawn[0].family)} has the highest bound.")
     return " ".join([*words, *([_by_point(result, drawn)] if drawn else [])])
 
 
 def warnings(result: Comparison) -> tuple[str, ...]:
-    """What the numbers warn of: collapsed posteriors, restarts that disagree, no evidence."""
+    """What to beware of: failures, collapsed posteriors, restarts that disagree, no evidence."""
+    unfinished = tuple(f"{shown(row.family)} {row.status}" for row in result.rows if row.status)
     collapsed = tuple(
-        f"{row.family}: {row.active_units} of {row.latent_units} latent units are active;"
+        f"{shown(row.family)}: {row.active_units} of {row.latent_units} latent units are active;"
         " the others equal the prior (posterior collapse)"
         for row in result.rows
         if row.active_units is not None
@@ -52,7 +55,8 @@ def warnings(result: Comparison) -> tuple[str, ...]:
         and row.active_units < row.latent_units / 2
     )
     apart = tuple(
-        f"{row.family}: R-hat across restarts is {row.rhat:.2f}; they ended at different posteriors"
+        f"{shown(row.family)}: R-hat across restarts is {row.rhat:.2f}; they ended at different"
+        " posteriors"
         for row in result.rows
         if row.rhat > diagnostics.RHAT_THRESHOLD
     )
@@ -63,14 +67,14 @@ def warnings(result: Comparison) -> tuple[str, ...]:
         if result.is_joint and khats and min(khats) > bound
         else ()
     )
-    return collapsed + apart + loose
+    return unfinished + collapsed + apart + loose
 
 
 def _lead(result: Comparison, ranked: list[Row]) -> str:
     best = ranked[0]
     what = "test ELBO" if result.on_test else "ELBO"
     if len(ranked) == 1:
-        return f"{best.family}: {what} {best.elbo:.2f} nats"
+        return f"{shown(best.family)}: {what} {best.elbo:.2f} nats"
     second = ranked[1]
     if result.is_joint:
         lead, error = best.elbo - second.elbo, math.hypot(best.elbo_se, second.elbo_se)
@@ -80,24 +84,25 @@ def _lead(result: Comparison, ranked: list[Row]) -> str:
         lead, error = float(paired.value), float(paired.se)
     by = f"{lead:.2f} ± {short(error)} nats"
     if lead > 2 * error:
-        return f"{best.family} has the highest {what}, {by} above {second.family}"
-    return f"{best.family} and {second.family} share the highest {what} ({by} apart)"
+        return f"{shown(best.family)} has the highest {what}, {by} above {shown(second.family)}"
+    return f"{shown(best.family)} and {shown(second.family)} share the highest {what} ({by} apart)"
 
 
 def _joint(result: Comparison, ranked: list[Row]) -> str:
     best = ranked[0]
     bound = diagnostics.khat_threshold(result.num_samples)
     if best.khat_median <= bound:
-        return f"Trust {best.family}: {_trust(result, best, bound)}{_held_against(result, best)}"
+        trust = f"{_trust(result, best, bound)}{_held_against(result, best)}"
+        return f"Trust {shown(best.family)}: {trust}"
     words = (
-        f"Bounds can be compared, but the draws of {best.family} are not the posterior's: its"
-        f" k-hat is {best.khat_median:.2f}, above {bound:.2f}."
+        f"Bounds can be compared, but the draws of {shown(best.family)} are not the posterior's:"
+        f" its k-hat is {best.khat_median:.2f}, above {bound:.2f}."
     )
     safest = min(ranked, key=lambda row: row.khat_median)
     if safest.khat_median <= bound:
         return (
-            f"{words} {safest.family} can be trusted, at {best.elbo - safest.elbo:.2f} nats less:"
-            f" {_trust(result, safest, bound)}{_held_against(result, safest)}"
+            f"{words} {shown(safest.family)} can be trusted, at {best.elbo - safest.elbo:.2f} nats"
+            f" less: {_trust(result, safest, bound)}{_held_against(result, safest)}"
         )
     if len(ranked) == 1:
         return f"{words} {_ADVICE}"
@@ -124,7 +129,7 @@ def _held_against(result: Comparison, row: Row) -> str:
     )
     worst = errors[site]
     return (
-        f" As they are, they are furthest from the reference in {scalar_name(site, index)}:"
+        f" As they are, they are furthest from the reference in {shown(scalar_name(site, index))}:"
         f" mean {float(worst.mean[index]):+.2f} reference sd, sd {float(worst.sd[index]):+.0%}."
     )
 
@@ -140,11 +145,11 @@ def _by_point(result: Comparison, ranked: list[Row]) -> str:
         )
     if best.khat_bad <= _TRUSTED:
         return (
-            f"Trust {best.family}: its k-hat is at most {bound:.2f} for"
+            f"Trust {shown(best.family)}: its k-hat is at most {bound:.2f} for"
             f" {1 - best.khat_bad:.0%} of the {data}."
         )
     words = (
-        f"Bounds can be compared, but the draws of {best.family} are not the posterior's:"
+        f"Bounds can be compared, but the draws of {shown(best.family)} are not the posterior's:"
         f" k-hat is above {bound:.2f} for {best.khat_bad:.0%} of the {data}."
     )
     safest = min(ranked, key=lambda row: row.khat_bad)
@@ -152,11 +157,11 @@ def _by_point(result: Comparison, ranked: list[Row]) -> str:
         return words
     if safest.khat_bad <= _TRUSTED:
         return (
-            f"{words} The draws of {safest.family} can be taken as they are (k-hat at most"
+            f"{words} The draws of {shown(safest.family)} can be taken as they are (k-hat at most"
             f" {bound:.2f} for {1 - safest.khat_bad:.0%}), at"
             f" {best.elbo - safest.elbo:.2f} nats less."
         )
     return (
-        f"{words} No family here is the posterior for all data; {safest.family} comes closest"
-        f" ({1 - safest.khat_bad:.0%})."
+        f"{words} No family here is the posterior for all data; {shown(safest.family)} comes"
+        f" closest ({1 - safest.khat_bad:.0%})."
     )

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from torch import Tensor
 
+from pyro_vi import compare, fit
 from pyro_vi.batches import Batches, arguments, moved
 
 torch.set_num_threads(1)
@@ -178,7 +184,8 @@ def test_nan_is_refused_and_counted() -> None:
         Batches({"x": torch.ones(2), "y": x}, batch_size=1)
     with pytest.raises(ValueError, match="argument 1"):
         Batches((torch.ones(2), x), batch_size=1)
-    assert next(Batches(torch.tensor([torch.inf])).shuffled())[0][0].isinf()
+    with pytest.raises(ValueError, match="1 infinite values among the 2 of argument 'y'"):
+        Batches({"y": torch.tensor([torch.inf, 1.0])})
 
 
 @pytest.mark.parametrize("wrong", [[torch.ones(3)], 3.0, None, "digits"], ids=repr)
@@ -254,3 +261,67 @@ def test_arguments_of_each_kind() -> None:
     assert arguments(x) == ((x,), {})
     assert arguments((x, 1)) == ((x, 1), {})
     assert arguments({"x": x}) == ((), {"x": x})
+
+
+def test_arrays_and_frames_become_tensors() -> None:
+    """Floats of torch's default dtype, whatever they were; integers of int64; booleans stay."""
+    x, y = np.arange(6.0).reshape(3, 2), np.array([0, 1, 1], dtype="uint8")
+    frame = pd.DataFrame({"a": [0.0, 2.0, 4.0], "b": [1.0, 3.0, 5.0]})
+    for data in (x, x.astype("float16"), x[::-1][::-1], np.asfortranarray(x), frame):
+        (given,), _ = Batches(data).whole()
+        assert given.dtype == torch.float32 and given.is_contiguous()
+        assert torch.equal(given, torch.arange(6.0).reshape(3, 2))
+    for labels in (y, y.astype(">i4"), pd.Series(y), pd.Series(y, dtype="Int64"), y.astype(int)):
+        (first, given), _ = Batches((x, labels), batch_size=3).first()
+        assert given.dtype == torch.int64 and given.tolist() == [0, 1, 1] and len(first) == 3
+    _, kwargs = Batches({"mask": y == 1, "other": pd.Series([True, False])}).whole()
+    assert all(part.dtype == torch.bool for part in kwargs.values())
+    _, kwargs = Batches({"mixed": pd.DataFrame({"a": [1, 2], "b": [0.5, 1.5]})}).whole()
+    assert kwargs["mixed"].tolist() == [[1.0, 0.5], [2.0, 1.5]]
+    x[0] = 7.0  # a copy was taken
+    assert float(Batches(frame).whole()[0][0][0, 0]) == 0.0
+
+
+def test_arrays_of_other_things_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"argument 1, but its columns \['b'\] hold something else"):
+        Batches((torch.ones(2), pd.DataFrame({"a": [1, 2], "b": ["x", "y"]})))
+    with pytest.raises(TypeError, match=r"argument 'y', but its columns \['c'\] hold"):
+        Batches({"y": pd.Series(["x", "y"], dtype="category", name="c")})
+    with pytest.raises(TypeError, match="array of numbers as the data, got one of dtype <U1"):
+        Batches(np.array(["x"]))
+    with pytest.raises(ValueError, match="1 NaN among the 2 values of argument 0"):
+        Batches(pd.Series([1, None], dtype="Int64"))
+
+
+@pytest.mark.parametrize("kind", ["int32", "bool", "float64", "torch"])
+def test_labels_become_what_the_likelihood_wants(kind: str) -> None:
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
+
+    x = torch.randn(20, 2)
+    labels = (x[:, 0] > 0).long()
+    y = labels if kind == "torch" else labels.numpy().astype(kind)
+    options: Any = {"steps": 5, "progress": False}
+    fitted = fit(model, AutoNormal(model), (x.numpy(), y), **options)
+    expected = fit(model, AutoNormal(model), (x, labels.float()), **options)
+    assert torch.equal(fitted.losses, expected.losses)
+    posterior = fitted.posterior((x.numpy(), y), 7)
+    assert torch.equal(posterior.log_p, expected.posterior((x, labels.float()), 7).log_p)
+    observed, constants = posterior.data()
+    assert list(observed) == ["y"] and list(constants) == ["x"]
+    guides = {"a": AutoNormal(model), "b": AutoDiagonalNormal(model)}
+    result = compare(model, guides, {"x": x.numpy(), "y": y}, num_samples=30, **options)
+    assert not result.failures
+
+
+def test_class_labels_stay_integers() -> None:
+    def model(y: torch.Tensor) -> None:
+        p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Categorical(p), obs=y)
+
+    y = np.array([0, 1, 2, 2], dtype="int16")
+    fitted = fit(model, AutoNormal(model), y, steps=3, progress=False)
+    assert fitted.posterior(y, 5).data()[0]["y"].dtype == torch.int64

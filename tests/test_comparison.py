@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import SCHOOLS_SIGMA, SCHOOLS_Y
-from pyro.infer import TraceMeanField_ELBO
+from programs import (
+    SCHOOLS_SIGMA,
+    SCHOOLS_Y,
+    STRANGE_NAMES,
+    normal_mean,
+    normal_mean_guide,
+    renamed,
+)
+from pyro import poutine
+from pyro.infer import TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
@@ -29,7 +39,7 @@ from pyro.infer.autoguide import (
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pyro_vi import Comparison, compare, fit
+from pyro_vi import Comparison, Fit, Posterior, compare, fit, judge, report
 from pyro_vi.data import binarize
 from pyro_vi.families import FullCovariance, MeanField
 from pyro_vi.guides import Encoder
@@ -117,6 +127,25 @@ def test_the_csv_holds_every_digit(
         assert float(line["gap_se"]) == row.gap_se
         assert int(line["parameters"]) == row.parameters
     assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
+
+
+FORMULAS = ("=1+1", "+1", "-1", "@sum", "\ttabs\r\nand\rmore", " =1", "\r=1", "\n+1")
+
+
+@pytest.mark.parametrize("name", dict.fromkeys([*STRANGE_NAMES, *FORMULAS]), ids=ascii)
+def test_a_name_is_one_cell_and_no_formula(
+    name: str, known: tuple[LinearGaussian, Data, Comparison], tmp_path: Path
+) -> None:
+    result = renamed(known[2], name)
+    result.to_csv(tmp_path / "rows.csv")
+    with (tmp_path / "rows.csv").open(newline="", encoding="utf-8") as file:
+        read = list(csv.DictReader(file))
+    cell = read[0]["family"]
+    text = re.sub(r"\r\n?", "\n", name).replace("\ud83d", r"\ud83d")
+    assert cell == (f"'{text}" if name in FORMULAS else text)
+    assert read[1]["family"] == "full covariance" and len(read) == 2
+    for line, row in zip(read, result.rows, strict=True):
+        assert float(line["elbo"]) == row.elbo  # a negative number is a number
 
 
 def test_a_trained_model_is_copied_and_a_fitted_one_is_frozen() -> None:
@@ -501,3 +530,104 @@ def test_bad_arguments_are_refused_before_any_training(
     model, data = linear_gaussian()
     with pytest.raises(error, match=message):
         compare(model, guides, data, num_samples=draws, steps=1_000_000)
+
+
+def test_a_guide_that_fails_is_a_row_that_says_so(tmp_path: Path) -> None:
+    def fails(x: Tensor) -> None:
+        raise ZeroDivisionError("by x")
+
+    x = torch.randn(10)
+    guides = {"fails": fails, "good": normal_mean_guide, "other": lambda x: None}
+    options: dict[str, Any] = {"steps": 5, "num_samples": 30, "progress": False}
+    result = compare(normal_mean, guides, x, **options)
+    alone = compare(normal_mean, {"good": normal_mean_guide}, x, **options)
+    assert result.rows[0] == replace(
+        alone.rows[0], seconds_per_step=result.rows[0].seconds_per_step
+    )
+    assert [row.family for row in result.rows] == ["good", "fails", "other"]
+    assert result.rows[1].status == "failed: by x" and list(result.fits) == ["good"]
+    assert isinstance(result.failures["fails"], ZeroDivisionError)
+    assert "failed: latent site 'mean' of the model is missing" in result.rows[2].status
+    assert "Warning: fails failed: by x." in str(result)
+    result.to_csv(tmp_path / "rows.csv")
+    assert "failed: by x" in (tmp_path / "rows.csv").read_text()
+    report(result, tmp_path / "report.html")
+    assert "failed: by x" in (tmp_path / "report.html").read_text()
+    with pytest.raises(ZeroDivisionError, match="by x"):
+        compare(normal_mean, {"fails": fails, "too": fails}, x, **options)
+
+
+def test_a_posterior_that_fails_is_a_row_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def posterior(fitted: Fit, *args: Any, **kwargs: Any) -> Posterior:
+        if fitted.guide.function is bad:
+            raise OverflowError("too far")
+        return original(fitted, *args, **kwargs)
+
+    def bad(x: Tensor) -> None:
+        normal_mean_guide(x)
+
+    original = Fit.posterior
+    monkeypatch.setattr(Fit, "posterior", posterior)
+    guides = {"good": normal_mean_guide, "bad": bad}
+    result = compare(normal_mean, guides, torch.randn(5), steps=2, num_samples=30, progress=False)
+    assert list(result.posteriors) == ["good"] and result.rows[1].status == "failed: too far"
+
+
+def test_what_has_no_density_is_refused_before_training() -> None:
+    runs = []
+
+    def mixture(x: Tensor) -> None:
+        runs.append(1)
+        p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(p), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(2 * k, 1.0), obs=x)
+
+    def scaled(x: Tensor) -> None:
+        runs.append(1)
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x), subsample_size=2) as index:
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x[index])
+
+    x = torch.randn(10)
+    guide = AutoNormal(poutine.block(mixture, hide=["k"]))
+    with pytest.raises(ValueError, match=r"the guide does not sample \['k'\]"):
+        compare(mixture, {"a": guide}, x, loss=TraceEnum_ELBO(max_plate_nesting=1), progress=False)
+    with pytest.raises(ValueError, match="site 'x' is scaled by the program"):
+        compare(scaled, {"a": normal_mean_guide}, x, progress=False)
+    assert len(runs) < 15  # of 1,000 steps
+
+
+def test_a_model_that_observes_nothing_is_refused() -> None:
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+
+    x = torch.randn(6)
+    words = r"the model observes nothing: .* \['w', 'y'\] are latent.*prior_only=True"
+    options: dict[str, Any] = {"steps": 3, "progress": False}
+    with pytest.raises(ValueError, match=words):
+        fit(model, AutoNormal(model), (x,), **options)
+    with pytest.raises(ValueError, match=words):
+        compare(model, {"a": AutoNormal(model), "b": AutoDelta(model)}, (x,), **options)
+    fitted = fit(model, AutoNormal(model), (x, x), **options)
+    with pytest.raises(ValueError, match=r"\['a'\] observe nothing in these data"):
+        judge({"a": fitted}, (x,))
+    with pytest.raises(ValueError, match=r"and this one observes \['y'\]"):
+        fit(model, AutoNormal(model), (x, x), prior_only=True, **options)
+
+
+def test_a_prior_is_fitted_on_purpose() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Normal(1.0, 2.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(1.0)), 2.0))
+
+    fitted = fit(model, guide, (), steps=0, prior_only=True, progress=False)
+    assert fitted.posterior((), 20).log_weights == pytest.approx(0.0, abs=1e-6)
+    result = judge({"a": fitted}, (), num_samples=30, prior_only=True)
+    assert result.rows[0].elbo == pytest.approx(0.0, abs=1e-6)
+    factor = lambda: pyro.factor("f", pyro.sample("z", dist.Normal(0.0, 1.0)))  # noqa: E731
+    assert len(fit(factor, guide, (), steps=1, progress=False).losses) == 1  # it has a likelihood
