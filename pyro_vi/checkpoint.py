@@ -105,16 +105,20 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} is no saved fit: it holds {_stranger(error)} beside tensors and plain values"
             " (nothing in it was run)"
         ) from error
-    except (RuntimeError, ValueError, LookupError) as error:
+    except Exception as error:  # damage turns up as errors of many types
         raise ValueError(f"{path} is damaged or no saved fit") from error
     if not isinstance(held, dict) or held.get("format") != _FORMAT:
         raise ValueError(f"{path} is no saved fit of pyro_vi")
-    if held.get("version") != _VERSION:
+    version, content = held.get("version"), held.get("content")
+    if not isinstance(version, int) or version != _VERSION:
         raise ValueError(
-            f"{path} is a saved fit of version {held.get('version')}; this release reads version"
-            f" {_VERSION}"
+            f"{path} is a saved fit of version {version}; this release reads version {_VERSION}"
         )
-    return held["content"]
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} is damaged: expected a dict as its content, got {type(content).__name__}"
+        )
+    return content
 
 
 def _check_intact(path: Path) -> None:

@@ -27,16 +27,19 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pyro_vi import __version__, checkpoint, data, networks
-from pyro_vi.comparison import Comparison, check_draws, compare, judge
+from pyro_vi import __version__, data, fit_file, networks
+from pyro_vi.batches import Batches
+from pyro_vi.comparison import Comparison, check_draws, compare, fit_each, judge_each
 from pyro_vi.data import ImageData
 from pyro_vi.denoisers import UNet
 from pyro_vi.diffusion import Affine, Diffusion
 from pyro_vi.families import FullCovariance, LowRank, MeanField
+from pyro_vi.fit_file import COUNT, POSITIVE, TEXT, Kind, Maybe
 from pyro_vi.fitted import Fit
 from pyro_vi.fitting import fit
 from pyro_vi.flows import Flow
 from pyro_vi.guides import Encoder, ForwardProcess
+from pyro_vi.interrupts import interruptible
 from pyro_vi.kernels import Velocity
 from pyro_vi.models import (
     DDPM,
@@ -79,6 +82,21 @@ _NETWORKS: dict[str, tuple[Any, Any]] = {
     "conv": (networks.ConvEncoder, networks.ConvDecoder),
 }
 _MODELS = {"vae": VAE, "ddpm": DDPM}
+# What a saved fit has of `_recipes`; names of another release may be missing.
+_RECIPE = {
+    "shape": Maybe(
+        Kind(
+            "a list of three whole numbers of at least 1",
+            lambda value: (
+                isinstance(value, list) and len(value) == 3 and all(map(POSITIVE.fits, value))
+            ),
+        )
+    ),
+    "levels": Maybe(COUNT),
+    "latent_dim": Maybe(POSITIVE),
+    "chain": Maybe(POSITIVE),
+    **dict.fromkeys(("likelihood", "network", "family", "schedule"), Maybe(TEXT)),
+}
 _SCHEDULES: dict[str, Callable[[int, float], Schedule]] = {
     "learned": lambda steps, first: Learned(steps, first=first),
     "cosine": lambda steps, first: Cosine(steps),
@@ -87,12 +105,16 @@ _SCHEDULES: dict[str, Callable[[int, float], Schedule]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 for wrong input."""
+    """Runs the command line; returns the exit status.
+
+    It is 0; 1 where a family failed and the others were written; 2 for wrong input; 130 where
+    Ctrl-C ended training, and what there was by then was written, or nothing at its second time.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
-        options.run(options)
+        status: int = options.run(options)
     except (ValueError, TypeError, ArithmeticError, OSError) as error:
         reason = str(error).partition("\n")[0]  # without the shapes that Pyro adds
         print(f"{parser.prog}: error: {reason}", file=sys.stderr)
@@ -100,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; nothing was written", file=sys.stderr)
         return 130
-    return 0
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         " the output folder.",
         formatter_class=formatter,
     )
-    command.set_defaults(run=_compare)
+    command.set_defaults(run=_compare, batch_size=None)
     add = command.add_argument
     add(
         "--data",
@@ -155,7 +177,12 @@ def _parser() -> argparse.ArgumentParser:
         default=1_500,
         help="gradient steps for each fit; a VAE's KL is warmed up over the first fifth",
     )
-    add("--batch-size", type=int, default=128, help="images in a step")
+    add(
+        "--batch-size",
+        type=int,
+        default=argparse.SUPPRESS,  # in the help, which says what it is
+        help="images in a step (default: 128, or all training images where they are fewer)",
+    )
     add("--learning-rate", type=float, default=2e-3, help="of Adam; falls to 0 along a cosine")
     add("--seed", type=int, default=0, help="of initial weights, batches, noise and draws")
     add(
@@ -200,7 +227,7 @@ def _summary() -> str:
     return "Fit, compare and judge variational posteriors of deep generative models."
 
 
-def _compare(options: argparse.Namespace) -> None:
+def _compare(options: argparse.Namespace) -> int:
     models = _names("model", options.models, _MODELS)
     families = _names("family", options.families, _FAMILIES)
     schedules = _names("schedule", options.schedules, _SCHEDULES)
@@ -239,6 +266,10 @@ def _compare(options: argparse.Namespace) -> None:
             "expected at least two test images, of one channel or three, got"
             f" {len(images.test)} of shape {images.shape}"
         )
+    batch_size = options.batch_size
+    if batch_size is None:
+        batch_size = min(128, len(images.train))
+    Batches(images.train, batch_size=batch_size)  # refuses another size than the data have
     recipes = _recipes(options, images, families, schedules)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -248,7 +279,7 @@ def _compare(options: argparse.Namespace) -> None:
         "optim": partial(torch.optim.Adam, lr=options.learning_rate),
         "schedule": partial(CosineAnnealingLR, T_max=max(1, options.steps)),
         "steps": options.steps,
-        "batch_size": min(options.batch_size, len(images.train)),
+        "batch_size": batch_size,
         "transform": data.binarize if options.binarize else None,
         "seed": options.seed,
         "device": device,
@@ -267,8 +298,9 @@ def _compare(options: argparse.Namespace) -> None:
         f" shape {images.shape}; {'; '.join(said)}, on {device}",
         flush=True,
     )
-    fits = {
-        name: fit(
+    makers = {
+        name: partial(
+            fit,
             *programs[name],
             images.train,
             progress=False if options.quiet else name,
@@ -276,41 +308,41 @@ def _compare(options: argparse.Namespace) -> None:
         )
         for name in recipes
     }
-    joint = judge(
-        fits,
-        images,
-        num_samples=options.draws,
-        transform=every["transform"],
-        seed=options.seed,
-        progress=not options.quiet,
-    )
-    heading = "Each with a model of its own"
-    results = {heading: joint}
-    print(f"{heading}:\n{joint}", flush=True)
-    if families:
-        best = max((row for row in joint.rows if row.family in families), key=lambda row: row.elbo)
-        alone = compare(
-            fits[best.family].model,
-            {name: programs[name][1] for name in families},
+    judged: dict[str, Any] = {"num_samples": options.draws, "progress": not options.quiet}
+    with interruptible() as interruption:
+        joint = judge_each(
+            *fit_each(makers),
             images,
-            num_samples=options.draws,
-            progress=not options.quiet,
-            **vae,
+            transform=every["transform"],
+            seed=options.seed,
+            **judged,
         )
-        heading = f"Inference alone, with the model of {best.family} frozen"
-        results[heading] = alone
-        print(f"\n{heading}:\n{alone}", flush=True)
-    text = "\n\n".join(f"{heading}:\n{result}" for heading, result in results.items())
-    with _replacing(options.out) as folder:
-        (folder / "comparison.txt").write_text(f"{text}\n", encoding="utf-8")
-        _write(folder, joint, recipes)
-        if families:
-            _write_inference(folder, alone, recipes)
-        if options.report:
-            report(results, folder / "report.html")
+        heading = "Each with a model of its own"
+        results = {heading: joint}
+        print(f"{heading}:\n{joint}", flush=True)
+        ranked = [row for row in joint.rows if row.family in families and row.elbo == row.elbo]
+        if ranked and not interruption.requested:
+            best = max(ranked, key=lambda row: row.elbo)
+            guides = {row.family: programs[row.family][1] for row in ranked}
+            heading = f"Inference alone, with the model of {best.family} frozen"
+            results[heading] = compare(
+                joint.fits[best.family].model, guides, images, **judged, **vae
+            )
+            print(f"\n{heading}:\n{results[heading]}", flush=True)
+        text = "\n\n".join(f"{heading}:\n{result}" for heading, result in results.items())
+        with _replacing(options.out) as folder:
+            (folder / "comparison.txt").write_text(f"{text}\n", encoding="utf-8")
+            _write(folder, joint, recipes)
+            if len(results) > 1:
+                _write_inference(folder, results[heading], recipes)
+            if options.report:
+                report(results, folder / "report.html")
     print(f"\nTables, plots and fits are in {options.out}")
     if options.report:
         print(f"All of it on one page: {options.out / 'report.html'}")
+    if interruption.requested:
+        return 130
+    return int(any(result.failures for result in results.values()))
 
 
 def _write(folder: Path, joint: Comparison, recipes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -346,7 +378,7 @@ def _write_inference(
     plots.khats(alone).savefig(folder / "khat.png", dpi=120)
 
 
-def _sample(options: argparse.Namespace) -> None:
+def _sample(options: argparse.Namespace) -> int:
     from pyro_vi import plots
 
     if options.out.is_dir():
@@ -355,18 +387,25 @@ def _sample(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.out} exists; --overwrite replaces it")
     if options.fit.is_dir():
         options.fit = _best_of(options.fit)
-    recipe = checkpoint.load(options.fit)["recipe"]
+    recipe = fit_file.read(options.fit)["recipe"]
     if not {"family", "schedule"} & recipe.keys():
         raise ValueError(f"{options.fit} was not saved by `pyro-vi compare`: load it from Python")
+    fit_file.check(recipe, _RECIPE, options.fit, ("recipe",))
     try:
         model, guide = _programs({"": recipe})[""]
     except KeyError as error:
         raise ValueError(
             f"{options.fit} was saved by another release: its recipe has or lacks {error}"
         ) from error
+    except Exception as error:  # numbers that fit no program raise what they like
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{options.fit} is damaged: 'recipe': expected options of programs, got some that"
+            f" make none: {reason}"
+        ) from error
     fitted = Fit.load(options.fit, model, guide)
     drawn = fitted.generate(options.num, expected=True, seed=options.seed)
-    images = drawn["x" if "family" in recipe else "x_0"]
+    images = drawn["x_0" if "schedule" in recipe else "x"]
     form = options.out.suffix.lstrip(".") or "png"
     with tempfile.TemporaryDirectory(dir=_folder(options.out.parent)) as folder:
         picture = Path(folder) / "picture"
@@ -374,6 +413,7 @@ def _sample(options: argparse.Namespace) -> None:
         picture.replace(options.out)
     print(f"{options.num} {'sample' if options.num == 1 else 'samples'} of {options.fit}:", end=" ")
     print(options.out)
+    return 0
 
 
 def _best_of(folder: Path) -> Path:
@@ -381,9 +421,16 @@ def _best_of(folder: Path) -> Path:
     table = folder / "comparison.csv"
     if not table.is_file():
         raise ValueError(f"{folder} was not written by `pyro-vi compare`: it has no {table.name}")
-    with table.open(newline="", encoding="utf-8") as file:
-        best = max(csv.DictReader(file), key=lambda row: float(row["elbo"]))
-    return folder / f"{best['family']}.pt"
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["elbo"]]  # others failed
+        elbos = {row["family"]: float(row["elbo"]) for row in rows}
+        return folder / f"{max(elbos, key=elbos.__getitem__)}.pt"
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        raise ValueError(
+            f"{table} is damaged: expected a line for each fit, with its family and its elbo:"
+            f" name a fit in {folder}"
+        ) from error
 
 
 def _recipes(

@@ -16,7 +16,6 @@ __all__ = ["ImageData", "binarize", "digits", "fashion_mnist", "idx", "npz", "re
 import gzip
 import math
 import os
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,7 +254,7 @@ def read_idx(path: str | os.PathLike[str]) -> npt.NDArray[Any]:
     if content[:2] == b"\x1f\x8b":
         try:
             content = gzip.decompress(content)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"{path}: broken or truncated gzip file: {error}") from error
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in _IDX_DTYPES:
         raise ValueError(
@@ -276,7 +275,10 @@ def read_idx(path: str | os.PathLike[str]) -> npt.NDArray[Any]:
             f"{path}: {problem}: expected {expected} bytes for {dtype.name} of shape {shape}, "
             f"got {len(content)}"
         )
-    array = np.frombuffer(content, dtype, offset=start).reshape(shape)
+    try:
+        array = np.frombuffer(content, dtype, offset=start).reshape(shape)
+    except ValueError as error:
+        raise ValueError(f"{path}: NumPy takes no array of shape {shape}: {error}") from error
     return array.astype(dtype.newbyteorder("="))
 
 
@@ -380,8 +382,8 @@ def _idx_images(folder: Path, name: str) -> ImageData:
 def _load_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
     if not path.exists():
         raise FileNotFoundError(f"expected an .npz file at {path}, got nothing there")
-    try:
-        with path.open("rb") as stream:
+    with path.open("rb") as stream:
+        try:
             file = np.load(stream, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("it holds a single array (.npy)")
@@ -389,12 +391,19 @@ def _load_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
             arrays: dict[str, npt.NDArray[Any]] = {
                 name: file[name] for name in found if name in ("train", "test", "levels")
             }
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        # numpy takes every unknown file for a pickle, and advises to load it unsafely
-        reason = "it is no archive, or holds objects" if "pickle" in str(error) else error
-        raise ValueError(
-            f"{path}: expected an .npz file of numeric arrays, as numpy.savez writes: {reason}"
-        ) from error
+            for name, array in arrays.items():  # numpy gives bytes for a file of another kind
+                if not isinstance(array, np.ndarray):
+                    raise ValueError(f"{name} is no array")
+        except Exception as error:  # numpy and zipfile raise many types on damaged archives
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            if isinstance(error, OSError):
+                reason = f"it is damaged ({reason})"
+            elif "pickle" in str(error):
+                # numpy takes every unknown file for a pickle, and advises to load it unsafely
+                reason = "it is no archive, or holds objects"
+            raise ValueError(
+                f"{path}: expected an .npz file of numeric arrays, as numpy.savez writes: {reason}"
+            ) from error
     missing = [name for name in ("train", "test") if name not in arrays]
     if missing:
         raise ValueError(

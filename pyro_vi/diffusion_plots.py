@@ -18,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 from pyro_vi.comparison import Comparison
+from pyro_vi.labels import figure_label
 from pyro_vi.panels import WIDTH, array, checked, colours, legend, plain, show
 from pyro_vi.program import check_count, seeded
 
@@ -56,7 +57,7 @@ def strips(result: Comparison, *, num: int = 6, frames: int = 9, seed: int = 0) 
     for number, (family, images) in enumerate(found.items(), start=1):
         axes = figure.add_subplot(down, across, number)
         show(axes, images, columns=len(images) // num)
-        axes.set_title(family, fontsize=12)
+        axes.set_title(figure_label(family, wide=int(8 * frames * size)), fontsize=12)
     return figure
 
 
@@ -94,8 +95,8 @@ def bits(result: Comparison) -> Figure:
                 color=colours(result)[family],
                 linewidth=2,
                 marker="o" if total < 20 else "",
-                label=f"{family}: reconstruction {first:.3f} + steps {rest:.3f} + prior {last:.3f}"
-                f" = {first + rest + last:.3f}",
+                label=f"{figure_label(family)}: reconstruction {first:.3f} + steps {rest:.3f}"
+                f" + prior {last:.3f} = {first + rest + last:.3f}",
             )
     if not axes.lines:
         raise ValueError("expected a diffusion of more than one step")
@@ -130,7 +131,7 @@ def schedules(result: Comparison) -> Figure:
                 color=colours(result)[family],
                 linewidth=2,
                 marker="o" if schedule.steps < 20 else "",
-                label=family,
+                label=figure_label(family),
             )
     axes.axhline(0.0, color="0.6", linestyle="--", linewidth=1, zorder=0)
     axes.set(xlim=(0, 1.01), xlabel="t / T", ylabel="log SNR")

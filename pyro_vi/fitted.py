@@ -25,22 +25,32 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vi import checkpoint
+from pyro_vi import checkpoint, fit_file
 from pyro_vi.augmentation import noises
 from pyro_vi.batches import Arguments, Batches, Data, arguments, moved
 from pyro_vi.diagnostics import Estimate
 from pyro_vi.posterior import Posterior
-from pyro_vi.program import Program, State, check_count, checked_device, reachable, seeded
+from pyro_vi.program import (
+    Program,
+    State,
+    check_count,
+    checked_device,
+    own_memory,
+    reachable,
+    seeded,
+)
 from pyro_vi.scaling import Structure
 from pyro_vi.scoring import Programs
 from pyro_vi.sites import (
     At,
     Layout,
+    PlateSizes,
     Unobserved,
     draws_terms,
     is_deterministic,
     is_noise,
     is_partial,
+    noise_of,
 )
 
 Draws = dict[str, Tensor]
@@ -77,6 +87,7 @@ class Fit:
             of an argument.
         restarts: all fits of `fit(..., restarts=R)`, this one among them, in the order of their
             seeds; empty without restarts, and in a loaded fit.
+        interrupted: whether Ctrl-C ended training before its last step.
     """
 
     model: Program
@@ -97,10 +108,12 @@ class Fit:
     fingerprint: int | None
     template: Data
     restarts: tuple[Fit, ...] = ()
+    interrupted: bool = False
 
     def __repr__(self) -> str:
         return (
-            f"Fit({len(self.losses)} steps, {self.seconds:.1f} s, {self.parameters:,} parameters,"
+            f"Fit({len(self.losses)} steps{', interrupted' * self.interrupted},"
+            f" {self.seconds:.1f} s, {self.parameters:,} parameters,"
             f" last loss {float(self.losses[-1]) if len(self.losses) else float('nan'):.3f} nats)"
         )
 
@@ -245,7 +258,8 @@ class Fit:
         check_count("data point to generate", num)
         args, kwargs = self._template_rows(num)
         with seeded(seed), torch.no_grad():
-            trace = poutine.trace(Unobserved()(self.model)).get_trace(*args, **kwargs)
+            model = Unobserved()(self._sized(num)(self.model))
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
         sample = getattr(self.model, "sample", None)
         if callable(sample) and any(map(draws_terms, _samples(trace))):
             with seeded(seed):
@@ -273,18 +287,32 @@ class Fit:
         """Posterior predictive draws for each data point.
 
         Args:
-            data: as `fit` takes them, N data points. Where the guide does not read what the model
-                observes, other values of its shape and support will do.
+            data: as `fit` takes them, N data points. What the model observes may be left out where
+                its arguments are optional: `predict((x_new,))` for a `model(x, y=None)`. Where the
+                guide does not read it, other values of its shape and support will do too.
             num_samples: draws for each (S).
             seed: of the draws.
 
         Returns:
             Draws by observed site, each of shape (S, N, ...).
+
+        Raises:
+            ValueError: fewer than one draw; other data than those of the fit, where the guide has
+                latents for these alone; a guide that reads what is left out.
         """
         check_count("predictive draw", num_samples)
         source = self._programs(data)
-        if not self.amortized:
-            self._check_fitted_to(data)
+        if not self.amortized and Batches(data).fingerprint() != self.fingerprint:
+            raise ValueError(
+                "the guide has latents for the rows that it was fitted to, and none for others: to"
+                " predict for other rows, fit a guide whose latents are read from a row"
+                " (pyro_vi.guides.Encoder), or a model whose latents all rows share. For the rows"
+                " of the fit give all its data, those that are observed too: they are drawn anew"
+            )
+        if len(Batches(data).parts) < len(Batches(self.template).parts):
+            missing = source.missing_from(self._programs(self.template))
+            if missing:
+                return source.predict(num_samples, missing, seed=seed)
         posterior = source.posterior(num_samples, seed=seed, local=self.local)
         return posterior.predictive(seed=seed + 1)
 
@@ -336,6 +364,10 @@ class Fit:
             line[name] = (1 - w) * first + w * ends[1][name]
         return self.decode(line, expected=True, seed=seed)
 
+    def _sized(self, num: int) -> PlateSizes:
+        """Gives plates without a size that of the fit, and the one over data points `num`."""
+        return PlateSizes({**self.plates, self.plate: num})
+
     def _template_rows(self, num: int) -> Arguments:
         """The first row of the training data, repeated."""
         batches = Batches(self.template, rows=self.rows)
@@ -356,7 +388,8 @@ class Fit:
         args, kwargs = rows
         here = next(part.device for part in (*args, *kwargs.values()) if isinstance(part, Tensor))
         latents = moved(latents, here)  # posterior draws are on the CPU
-        drawn = Unobserved()(self.model)
+        num = next((len(value) for value in latents.values() if value.dim()), 1)
+        drawn = Unobserved()(self._sized(num)(self.model))
         with seeded(seed), torch.no_grad():
             trace = poutine.trace(drawn).get_trace(*args, **kwargs)
             _check_local(trace, self.plate)
@@ -401,6 +434,7 @@ class Fit:
             "recipe": dict(recipe or {}),
             "densities": self._densities(self._drawn()),
             "noises": _noises(self.model.state),
+            "interrupted": self.interrupted,
             **{name: getattr(self, name) for name in _PLAIN},
         }
         checkpoint.save(path, content)
@@ -410,7 +444,7 @@ class Fit:
         args, kwargs = arguments(self.template)
         with seeded(0), torch.no_grad():
             trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
-        return {site["name"]: site["value"].cpu() for site in _samples(trace) if is_noise(site)}
+        return {site["name"]: noise_of(site).cpu() for site in _samples(trace) if is_noise(site)}
 
     def _densities(self, drawn: Draws) -> dict[str, Any]:
         """Draws, and what guide and model make of them; the latter empty if that is not settled."""
@@ -429,7 +463,7 @@ class Fit:
                 )
         return {"draws": drawn, "log_probs": runs[0] if runs[0] == runs[1] else {}}
 
-    def _check_densities(self, saved: Mapping[str, Any], path: str | PathLike[str]) -> None:
+    def _check_densities(self, saved: Mapping[str, Any]) -> None:
         """Raises ValueError unless the programs make of a saved fit's draws what that fit did."""
         found = self._densities(saved["draws"])["log_probs"]
         for whose, expected in saved["log_probs"].items():
@@ -437,9 +471,9 @@ class Fit:
                 got = found.get(whose, {}).get(name, math.nan)
                 if not math.isclose(got, value, rel_tol=1e-3, abs_tol=1e-3) and value == value:
                     raise ValueError(
-                        f"{path} was made for other programs: site {name!r} of the {whose} has log"
-                        f" probability {got:g} there, and had {value:g} in the fit, with the same"
-                        " parameters (another likelihood, schedule or the like)"
+                        f"site {name!r} of the {whose} has log probability {got:g} there, and had"
+                        f" {value:g} in the fit, with the same parameters (another likelihood,"
+                        " schedule or the like)"
                     )
 
     @classmethod
@@ -461,30 +495,35 @@ class Fit:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated, no fit, of another version, or of other programs.
+            ValueError: the file is truncated, damaged, no fit, of another version, or of other
+                programs.
         """
-        content = checkpoint.load(path)
+        content = fit_file.read(path)
         where = checked_device(device) or torch.device("cpu")
-        template = moved(content["template"], where)
         state = State({"model": model, "guide": guide}, device=where)
-        args, kwargs = arguments(template)
         try:
+            template = moved(content["template"], where)
+            args, kwargs = arguments(template)
             with seeded(0, where), state.installed(), torch.no_grad(), reachable():
                 Structure.of(model, guide, args, kwargs, plate=content["plate"])
+                own_memory(state.tensors().values())
             state.restore(content["tensors"])
             _check_frozen(state, content["tensors"])
             if "noises" in content:  # not in older files
                 _check_noises(_noises(state), content["noises"])
-        except (ValueError, TypeError, RuntimeError) as error:
+            state.freeze()
+            loaded = cls(
+                model=Program(model, state, "model"),
+                guide=Program(guide, state, "guide"),
+                interrupted=content.get("interrupted", False),  # not in older files
+                **{**{name: content[name] for name in _PLAIN}, "template": template},
+            )
+            loaded._check_densities(content["densities"])
+        except Exception as error:  # the programs raise what they like on values that do not fit
             reason = str(error).partition("\n")[0]  # without the shapes that Pyro adds
+            if not isinstance(error, (ValueError, TypeError, RuntimeError)):
+                reason = f"{type(error).__name__}: {reason}"
             raise ValueError(f"{path} was made for other programs: {reason}") from error
-        state.freeze()
-        loaded = cls(
-            model=Program(model, state, "model"),
-            guide=Program(guide, state, "guide"),
-            **{**{name: content[name] for name in _PLAIN}, "template": template},
-        )
-        loaded._check_densities(content["densities"], path)
         return loaded
 
 
@@ -520,7 +559,9 @@ def _check_frozen(state: State, saved: Mapping[str, Tensor]) -> None:
     """A frozen model is not restored: it must hold what the file does."""
     own = state.tensors()
     for name, tensor in state.snapshot().items():
-        if name not in own and not torch.equal(tensor.cpu(), saved[name]):
+        if name in own:
+            continue
+        if name not in saved or not torch.equal(tensor.cpu(), saved[name]):
             raise ValueError(f"the frozen model has other values of {name!r}")
 
 

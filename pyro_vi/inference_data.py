@@ -21,10 +21,12 @@ __all__ = ["as_arviz", "datatree", "load", "save"]
 
 import importlib
 import importlib.metadata
+import io
 import logging
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -230,11 +232,10 @@ def save(tree: xarray.DataTree, path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such folder, or it is one.
+        OSError: it cannot be written, for example to a full disk; the old file stays.
         ImportError: the netCDF engine is not installed.
     """
-    _check_engine()
-    with checkpoint.replacing(path) as fresh:
-        tree.to_netcdf(fresh, engine="h5netcdf")
+    checkpoint.write(path, _file_image(tree))
 
 
 def load(path: str | os.PathLike[str]) -> xarray.DataTree:
@@ -247,7 +248,7 @@ def load(path: str | os.PathLike[str]) -> xarray.DataTree:
     """
     import xarray
 
-    _check_engine()
+    _engine()
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no netCDF file at {os.fspath(path)}")
     try:
@@ -258,9 +259,26 @@ def load(path: str | os.PathLike[str]) -> xarray.DataTree:
         raise ValueError(f"{os.fspath(path)} is damaged or no netCDF file: {error}") from error
 
 
-def _check_engine() -> None:
+def _file_image(tree: xarray.DataTree) -> memoryview:
+    """The bytes of a netCDF file that holds the tree.
+
+    HDF5 builds it in memory, where no write fails: HDF5 never closes a file on a full disk, and
+    crashes the process at its exit. `DataTree.to_netcdf` takes no buffer in older releases of
+    xarray.
+    """
+    import xarray
+
+    buffer = io.BytesIO()
+    with _engine().File(buffer, "w") as file:
+        for node in tree.subtree:
+            store = xarray.backends.H5NetCDFStore(file, group=node.path)
+            node.to_dataset(inherit=False).dump_to_store(store)
+    return buffer.getbuffer()
+
+
+def _engine() -> ModuleType:
     try:
-        importlib.import_module("h5netcdf")
+        return importlib.import_module("h5netcdf")
     except ImportError as error:
         raise ImportError(f"netCDF files need h5netcdf ({error}): {_EXTRA}") from error
 

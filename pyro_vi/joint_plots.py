@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pyro_vi.comparison import Comparison
 from pyro_vi.densities import curve, kernel_density
+from pyro_vi.labels import figure_label
 from pyro_vi.marginals import scalar_name
 from pyro_vi.panels import (
     BLOCKS,
@@ -43,6 +44,7 @@ _POINTS = 300  # of a density of one scalar
 _MARGINALS = 12  # panels at most
 _PAIRED = 4  # scalars in a pair plot, at most
 _CANDIDATES = 200  # among which these are looked for
+_BESIDE = 28  # characters in a line of the legend beside the panels
 _TALLEST = 3  # a density may be so many times as tall as the median one, before it is cut
 
 
@@ -76,7 +78,7 @@ def marginals(result: Comparison) -> Figure:
         own = [_values(sites, scalar) for sites in families]
         known = _values(reference, scalar) if scalar[0] in reference else None
         _densities(axes, own, known, [*colours(result).values()])
-        axes.set_title(scalar_name(*scalar), fontsize=11)
+        axes.set_title(_label(scalar, width), fontsize=11)
     which = "the furthest from the reference first" if result.marginals else "in order"
     left = len(every) - len(chosen)
     if left:
@@ -135,12 +137,13 @@ def pairs(result: Comparison) -> Figure:
             if column < row:
                 axes.set_ylim(spans[row])
             if column == 0 and row:
-                axes.set_ylabel(scalar_name(*scalar))
+                axes.set_ylabel(_label(scalar, size))
             if row == count - 1:
-                axes.set_xlabel(scalar_name(*chosen[column]))
+                axes.set_xlabel(_label(chosen[column], size))
             axes.tick_params(labelbottom=row == count - 1, labelleft=column == 0)
     figure.align_labels()
-    figure.legend(handles=_handles(result), title=MASS_TITLE, loc="upper right", frameon=False)
+    handles = _handles(result, wide=_BESIDE)
+    figure.legend(handles=handles, title=MASS_TITLE, loc="upper right", frameon=False)
     return figure
 
 
@@ -164,6 +167,11 @@ def _scalars(result: Comparison) -> list[Scalar]:
         for name in sorted(sites, key=lambda name: local[name])
         for index in np.ndindex(*sites[name].shape[1:])
     ]
+
+
+def _label(scalar: Scalar, inches: float) -> str:
+    """A scalar's name, in lines that are no longer than a panel."""
+    return figure_label(scalar_name(*scalar), wide=int(9 * inches))
 
 
 def _values(sites: Mapping[str, Any], scalar: Scalar) -> Array:
@@ -261,8 +269,8 @@ def _both(axes: Axes, draws: Array, colour: str | None = None) -> None:
     contours(axes, kernel_density(draws[near]), colour)
 
 
-def _handles(result: Comparison) -> list[Any]:
-    handles: list[Any] = family_lines(result)
+def _handles(result: Comparison, *, wide: int | None = None) -> list[Any]:
+    handles: list[Any] = family_lines(result, wide=wide)
     if result.reference:
         handles.append(Patch(facecolor=GREYS[1], label="reference"))
     return handles

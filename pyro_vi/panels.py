@@ -34,6 +34,7 @@ from torch import Tensor
 from pyro_vi.comparison import Comparison
 from pyro_vi.densities import Density, level
 from pyro_vi.fitted import Fit
+from pyro_vi.labels import figure_label
 
 Array = npt.NDArray[np.float64]
 
@@ -42,6 +43,7 @@ BLOCKS = 4  # panels side by side
 MASSES = (0.9, 0.5)  # of a density, inside its contours
 MASS_TITLE = "contours: 50% and 90% of the mass"
 GREYS = ("0.9", "0.75")  # of the exact posterior or the reference, for the same masses
+_HANDLE, _CHARACTER = 0.6, 0.08  # inches of a legend's entry, beside its label and for a letter
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
@@ -50,10 +52,13 @@ def colours(result: Comparison) -> dict[str, str]:
     return {name: _PALETTE[index % len(_PALETTE)] for index, name in enumerate(result.fits)}
 
 
-def family_lines(result: Comparison) -> list[Line2D]:
-    """A line in its colour for every family with a posterior, for a legend."""
+def family_lines(result: Comparison, *, wide: int | None = None) -> list[Line2D]:
+    """A line in its colour for every family with a posterior, for a legend.
+
+    Labels break after `wide` characters.
+    """
     return [
-        Line2D([], [], color=colour, linewidth=2.2, label=family)
+        Line2D([], [], color=colour, linewidth=2.2, label=figure_label(family, wide=wide))
         for family, colour in colours(result).items()
         if family in result.posteriors
     ]
@@ -70,8 +75,10 @@ def plain(axes: Axes, *, ticks: int = 8) -> Axes:
 def legend(
     figure: Figure, handles: list[Any], title: str | None = None, *, columns: int = 5
 ) -> None:
-    """A legend below a figure, with at most so many columns."""
-    columns = min(len(handles), columns)
+    """A legend below a figure, with at most so many columns, and no wider than the figure."""
+    longest = max((len(handle.get_label()) for handle in handles), default=0)
+    fitting = int(figure.get_figwidth() / (_HANDLE + _CHARACTER * longest))
+    columns = max(1, min(len(handles), columns, fitting))
     figure.legend(
         handles=handles, loc="outside lower center", ncols=columns, frameon=False, title=title
     )

@@ -77,6 +77,7 @@ from pyro_vi.comparison import Comparison
 from pyro_vi.diffusion_plots import bits, schedules, strips
 from pyro_vi.fitted import Fit
 from pyro_vi.joint_plots import marginals, pairs
+from pyro_vi.labels import figure_label
 from pyro_vi.panels import BLOCKS, WIDTH, array, checked, colours, legend, moved, plain, show
 from pyro_vi.posterior_plots import khats, latent_space, posteriors
 from pyro_vi.program import seeded
@@ -125,7 +126,8 @@ def losses(result: Comparison) -> Figure:
         steps = np.arange(1, len(bound) + 1)
         axes.plot(steps, bound, color=colour, alpha=0.15, linewidth=0.6, zorder=1)
         middle = np.mean if family in result.step_bounds else np.median
-        axes.plot(*_running(middle, bound, window), color=colour, linewidth=2, label=family)
+        curve = _running(middle, bound, window)
+        axes.plot(*curve, color=colour, linewidth=2, label=figure_label(family))
         shown += np.percentile(bound[len(bound) // 2 :], (5, 95)).tolist()
         heldout = array(fit.heldout)
         axes.plot(*heldout.T, "o", color=colour, markeredgecolor="white", zorder=4)
@@ -172,17 +174,17 @@ def reconstructions(result: Comparison, images: Tensor, *, seed: int = 0) -> Fig
     """
     if not result.posteriors:
         raise ValueError("expected families with posteriors, and a diffusion has a bound alone")
-    rows = {"original": checked(images)}
+    rows = [("original", checked(images))]
     for family in result.posteriors:
         fit = result.fits[family]
         found = fit.reconstruct(moved(fit, images), seed=seed)
-        rows[family] = found[_image_site(family, fit)]
+        rows.append((figure_label(family, wide=20), found[_image_site(family, fit)]))
     num, _, height, width = images.shape
     size = min(1.2, (WIDTH - 2) / num)
     figure = Figure(
         figsize=(2 + num * size, 0.2 + len(rows) * size * height / width), layout="constrained"
     )
-    for number, (name, row) in enumerate(rows.items(), start=1):
+    for number, (name, row) in enumerate(rows, start=1):
         axes = figure.add_subplot(len(rows), 1, number, anchor="W")
         show(axes, row, columns=num)
         axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
@@ -224,7 +226,7 @@ def samples(result: Comparison, *, num: int = 36, seed: int = 0) -> Figure:
     for number, (name, block) in enumerate(blocks.items(), start=1):
         axes = figure.add_subplot(down, across, number)
         show(axes, block, columns=columns)
-        axes.set_title(name, fontsize=12)
+        axes.set_title(figure_label(name, wide=int(8 * size)), fontsize=12)
     return figure
 
 

@@ -39,21 +39,60 @@ Array = npt.NDArray[np.float64]
 Draws = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Loo:
     """Leave-one-out predictive density of each observation, from one fit to all of them.
+
+    Print it for a summary in ArviZ's layout. ArviZ divides by N where `se` divides by N - 1.
 
     Attributes:
         elpd: sum of the log predictive densities of N observations, nats.
         se: its standard error over observations; NaN for one.
+        p_loo: the effective number of parameters: by how much observations are less probable when
+            they are left out, sum_n log p(y_n | all) - elpd, nats.
         pointwise: log p(y_n | all others), nats; (N,), NaN where observations are masked.
         khat: Pareto k-hat of each observation's weights; likewise.
+        num_draws: posterior draws (S).
     """
 
     elpd: float
     se: float
+    p_loo: float
     pointwise: Array
     khat: Array
+    num_draws: int
+
+    def __repr__(self) -> str:
+        khat = self.khat[~np.isnan(self.khat)]
+        bound = float(diagnostics.khat_threshold(self.num_draws))
+        good, bad = khat <= bound, (khat > bound) & (khat <= 1)
+        counts = [int(some.sum()) for some in (good, bad, khat > 1)]
+        wide = max(4, len(str(max(counts))))
+        kinds = (
+            f"(-Inf, {bound:.2f}]   (good)    ",
+            f"   ({bound:.2f}, 1]   (bad)     ",
+            "   (1, Inf)   (very bad)",
+        )
+        warned = "There has been a warning during the calculation. Please check the results."
+        return "\n".join(
+            [
+                f"Computed from {self.num_draws} posterior samples and {khat.size} observations"
+                " log-likelihood matrix.",
+                "",
+                "         Estimate       SE",
+                f"elpd_loo {self.elpd:8.2f}  {self.se:7.2f}",
+                f"p_loo    {self.p_loo:8.2f}        -",
+                *(["", warned] if counts[0] < khat.size else []),
+                "------",
+                "",
+                "Pareto k diagnostic values:",
+                f"                         {'Count':>{wide}} {'Pct.':>6}",
+                *(
+                    f"{kind} {count:{wide}d} {100 * count / max(1, khat.size):6.1f}%"
+                    for kind, count in zip(kinds, counts, strict=True)
+                ),
+            ]
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -262,6 +301,12 @@ class Posterior:
             log p(y_n | y_-n) ~ log ( sum_s v_s p(y_n | z_s) / sum_s v_s ),
             v_s = p(y, z_s) / q(z_s) / p(y_n | z_s),      Pareto-smoothed.
 
+        The effective number of parameters is what the observations lose by it,
+
+            p_loo = sum_n log p(y_n | y) - sum_n log p(y_n | y_-n),
+            log p(y_n | y) ~ log ( sum_s w_s p(y_n | z_s) / sum_s w_s ),
+            w_s = p(y, z_s) / q(z_s),                     Pareto-smoothed.
+
         Latents of single data points are taken as they were drawn, with their own observations:
         to leave one out takes more than weights can give, and its k-hat will say so.
 
@@ -277,9 +322,9 @@ class Posterior:
 
         References:
             Magnusson, Andersen, Jonasson, Vehtari, "Bayesian leave-one-out cross-validation for
-            large data", arXiv:1904.10679.
+            large data", arXiv:1904.10679: v_s.
             Vehtari, Gelman, Gabry, "Practical Bayesian model evaluation using leave-one-out
-            cross-validation and WAIC", arXiv:1507.04544.
+            cross-validation and WAIC", arXiv:1507.04544: p_loo.
         """
         if not self.is_joint:
             raise ValueError(
@@ -305,14 +350,18 @@ class Posterior:
                 " densities are unreliable there",
                 stacklevel=2,
             )
+        weights = diagnostics.psis(self.log_weights)[:, None]
+        lppd = np.logaddexp.reduce(weights + likelihood, axis=0)
         spread = elpd.std(ddof=1) if elpd.size > 1 else math.nan
         pointwise, khat = np.full((2, counted.size), math.nan)
         pointwise[counted], khat[counted] = elpd, found
         return Loo(
             elpd=float(elpd.sum()),
             se=float(math.sqrt(elpd.size) * spread),
+            p_loo=float(lppd.sum() - elpd.sum()),
             pointwise=pointwise,
             khat=khat,
+            num_draws=self.num_draws,
         )
 
     def observed_points(self) -> Tensor:

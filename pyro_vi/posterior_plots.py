@@ -33,6 +33,7 @@ from pyro_vi.comparison import Comparison
 from pyro_vi.densities import CELLS, Density, kernel_density, level
 from pyro_vi.diagnostics import khat_threshold
 from pyro_vi.fitted import Fit
+from pyro_vi.labels import figure_label
 from pyro_vi.panels import (
     BLOCKS,
     GREYS,
@@ -139,7 +140,8 @@ def posteriors(
         for family, pair in zip(flat, pairs, strict=True):
             contours(axes, kernel_density(pair), colours(result)[family])
         limit(axes, np.concatenate(ranges))
-        axes.set(xlabel=units[i], ylabel=units[j])
+        wide = int(9 * size)
+        axes.set(xlabel=figure_label(units[i], wide=wide), ylabel=figure_label(units[j], wide=wide))
     handles: list[Any] = family_lines(result)
     if len(units) == 2:
         handles.append(Patch(facecolor=GREYS[1], label="exact posterior"))
@@ -177,7 +179,9 @@ def latent_space(result: Comparison) -> Figure:
     flat = {name: own @ _principal(pooled if result.shared else own) for name, own in means.items()}
     shown = np.concatenate(list(flat.values()))
     centre, reach = (shown.min(axis=0) + shown.max(axis=0)) / 2, np.ptp(shown, axis=0).max() / 2
-    labels = names if len(names) == 2 else [f"{nth} principal component" for nth in ("1st", "2nd")]
+    labels = [f"{nth} principal component" for nth in ("1st", "2nd")]
+    if len(names) == 2:
+        labels = [figure_label(name, wide=28) for name in names]
     standard = all(
         _is_standard_normal(result.fits[name], one.draws) for name, one in result.posteriors.items()
     )
@@ -199,7 +203,8 @@ def latent_space(result: Comparison) -> Figure:
         if standard:
             for radius in (1, 2):
                 axes.add_patch(Circle((0, 0), radius, fill=False, color="0.6", ls="--", zorder=0))
-        axes.set_title(f"{family}\n{np.mean(khat > bound):.0%} above the bound", fontsize=11)
+        title = figure_label(family, wide=int(9 * size))
+        axes.set_title(f"{title}\n{np.mean(khat > bound):.0%} above the bound", fontsize=11)
         axes.set(xlabel=labels[0], ylabel="" if number % across else labels[1])
         axes.set_box_aspect(1)
         limit(axes, centre + reach * np.array([[-1.0, -1.0], [1.0, 1.0]]))
@@ -244,7 +249,7 @@ def khats(result: Comparison) -> Figure:
             drawstyle="steps-post",
             color=colours(result)[family],
             linewidth=2,
-            label=f"{family}: {float(np.mean(khat > bound)):.0%} above the bound",
+            label=f"{figure_label(family)}: {float(np.mean(khat > bound)):.0%} above the bound",
         )
     axes.axvline(bound, color="0.3", linestyle="--", linewidth=1)
     axes.text(

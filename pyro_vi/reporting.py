@@ -26,6 +26,7 @@ from torch import Tensor
 from pyro_vi import checkpoint, diagnostics, tables
 from pyro_vi._version import __version__
 from pyro_vi.comparison import Comparison
+from pyro_vi.labels import shown
 from pyro_vi.posterior import Posterior
 from pyro_vi.rows import Row
 
@@ -91,7 +92,10 @@ def report(
         page = template.render(
             parts=[_part(heading, one) for heading, one in results.items()],
             own=[{"heading": heading, **_picture(figure)} for heading, figure in own.items()],
-            families=list(dict.fromkeys(row.family for r in results.values() for row in r.rows)),
+            families=[
+                shown(family)
+                for family in dict.fromkeys(row.family for r in results.values() for row in r.rows)
+            ],
             local=not all(one.is_joint for one in results.values()),
             reference=any(one.noise for one in results.values()),
             diffusion=any(one.step_bounds for one in results.values()),
@@ -106,7 +110,7 @@ def report(
             date=now.strftime("%Y-%m-%d"),
             time=now.strftime("%Y-%m-%d %H:%M UTC"),
         )
-        fresh.write_bytes(page.encode())
+        fresh.write_bytes(page.encode(errors="replace"))  # a name may have half a character
 
 
 def _by_heading(result: Any) -> dict[str, Comparison]:
@@ -154,7 +158,7 @@ def _part(heading: str, result: Comparison) -> dict[str, Any]:
         "question": _question(result),
         "verdict": result.verdict,
         "warnings": result.warnings,
-        "families": [(row.family, colours(result).get(row.family)) for row in rows],
+        "families": [(shown(row.family), colours(result).get(row.family)) for row in rows],
         "lines": [
             {
                 "label": column.label.strip(),
@@ -277,7 +281,9 @@ def _training(result: Comparison) -> str:
     """The caption of the bound against steps."""
     from pyro_vi import plots
 
-    weighted = [name for name, one in result.fits.items() if plots.training_bounds(one) is None]
+    weighted = [
+        shown(name) for name, one in result.fits.items() if plots.training_bounds(one) is None
+    ]
     return "".join(
         (
             "The bound during training; higher is better. A strong line is a running median",
@@ -388,7 +394,7 @@ def _facts(result: Comparison) -> Iterator[tuple[str, str]]:
                 name,
                 next(iter(weights.values()))
                 if same
-                else ", ".join(f"{family}: {weight}" for family, weight in weights.items()),
+                else ", ".join(f"{shown(family)}: {weight}" for family, weight in weights.items()),
             )
 
 
@@ -402,7 +408,7 @@ def _weight(weights: Tensor) -> str:
 
 def _shapes(data: Any) -> str:
     if isinstance(data, Mapping):
-        return ", ".join(f"{name}: {_shapes(value)}" for name, value in data.items())
+        return ", ".join(f"{shown(name)}: {_shapes(value)}" for name, value in data.items())
     if isinstance(data, (tuple, list)):
         return " and ".join(_shapes(value) for value in data)
     return _shape(data.shape)
@@ -411,9 +417,9 @@ def _shapes(data: Any) -> str:
 def _latent(posterior: Posterior, name: str) -> str:
     shape = posterior.draws[name].shape[1:]
     if posterior.is_joint:
-        return f"{name} {_shape(shape)}" if shape else name
+        return f"{shown(name)} {_shape(shape)}" if shape else shown(name)
     own = f" {_shape(shape[1:])}" if len(shape) > 1 else ""
-    return f"{name}{own} for each data point"
+    return f"{shown(name)}{own} for each data point"
 
 
 def _shape(sizes: Sequence[int]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_vi import Comparison
 from pyro_vi.augmentation import InputNoise
 from pyro_vi.families import SCALE_FLOOR, FullCovariance
 from pyro_vi.guides import PairEncoder
@@ -159,3 +162,41 @@ def _linear(weight: Tensor, bias: Tensor, tril: Tensor) -> FullCovariance:
         family.head.weight[: len(bias)] = weight
         family.head.bias.copy_(torch.cat([bias, raw, tril[1, :1]]))
     return family
+
+
+# Names that stand for more than themselves in a figure, a table, a page or a spreadsheet, and how
+# a figure's label has them: \$ is its sign for a dollar that begins no formula.
+STRANGE_NAMES = {
+    "$5 and \\frac{1$": r"\$5 and \frac{1\$",
+    "one $": r"one \$",
+    "_hidden": " _hidden",
+    "=1+1": "=1+1",
+    "+1": "+1",
+    "-1": "-1",
+    "@sum": "@sum",
+    "<b>&\"'</b>": "<b>&\"'</b>",
+    "{}_%^~#\\": "{}_%^~#\\",
+    "two\nlines": "two lines",
+    "\ttabs\r\nand\rmore": "tabs and more",
+    "half \ud83d": "half \ufffd",
+    "": "(no name)",
+    "long " * 60: "long long long long long long… long long",
+}
+
+
+def renamed(result: Comparison, *names: str) -> Comparison:
+    """A comparison whose first families have other names."""
+    new = dict(zip((row.family for row in result.rows), names, strict=False))
+
+    def named(values: dict[str, Any]) -> dict[str, Any]:
+        return {new.get(family, family): value for family, value in values.items()}
+
+    return replace(
+        result,
+        rows=tuple(replace(row, family=new.get(row.family, row.family)) for row in result.rows),
+        fits=named(result.fits),
+        posteriors=named(result.posteriors),
+        step_bounds=named(result.step_bounds),
+        points=named(result.points),
+        marginals=named(result.marginals),
+    )

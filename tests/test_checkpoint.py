@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import re
 import stat
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +148,43 @@ def test_other_files_of_torch_are_refused(tmp_path: Path, other: object) -> None
         checkpoint.load(path)
 
 
-@pytest.mark.parametrize("version", [1, None])
-def test_other_versions_are_refused(tmp_path: Path, version: int | None) -> None:
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": [1]}], ids=repr)
+def test_files_without_content_are_refused(tmp_path: Path, content: dict[str, Any]) -> None:
+    path = tmp_path / "fit.pt"
+    torch.save({"format": "pyro_vi fit", "version": 5, **content}, path)
+    with pytest.raises(
+        ValueError, match=r"fit\.pt is damaged: expected a dict as its content, got"
+    ):
+        checkpoint.load(path)
+
+
+def test_a_damaged_pickle_in_an_intact_archive_is_refused(saved: Path) -> None:
+    with zipfile.ZipFile(saved) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    [pickled] = (name for name in files if name.endswith("data.pkl"))
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(files[pickled])
+        damaged[generator.randrange(2, len(damaged))] = generator.randrange(256)
+        with zipfile.ZipFile(saved, "w") as archive:
+            for name, whole in {**files, pickled: bytes(damaged)}.items():
+                archive.writestr(name, whole)
+        try:
+            checkpoint.load(saved)
+        except ValueError as error:
+            assert str(saved) in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 150
+
+
+@pytest.mark.parametrize("version", [1, None, torch.ones(2)], ids=["old", "none", "tensor"])
+def test_other_versions_are_refused(tmp_path: Path, version: Any) -> None:
     path = tmp_path / "fit.pt"
     torch.save({"format": "pyro_vi fit", "version": version, "content": {}}, path)
-    with pytest.raises(ValueError, match=f"of version {version}; this release reads version 5$"):
+    with pytest.raises(
+        ValueError, match=f"of version {re.escape(str(version))}; this release reads version 5$"
+    ):
         checkpoint.load(path)
 
 

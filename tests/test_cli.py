@@ -163,6 +163,23 @@ def test_the_report_holds_the_numbers_of_both_tables(run: Run) -> None:
     assert f">Inference alone, with the model of {best} frozen</h2>" in page
 
 
+@pytest.mark.parametrize(
+    ("options", "size"), [([], 60), (["--batch-size", "60"], 60), (["--batch-size", "7"], 7)]
+)
+def test_a_step_has_as_many_images_as_asked_for(
+    options: list[str], size: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default of 128 adapts to the 60 images that there are."""
+
+    def stop(*args: Any, batch_size: int, **kwargs: Any) -> None:
+        assert batch_size == size
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "fit", stop)
+    arguments = ["compare", "--data", str(run.data), "--out", str(tmp_path / "out"), *TINY]
+    assert cli.main([*arguments, *options]) == 130
+
+
 def test_the_report_can_be_left_out(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = [*TINY, "--steps", "1", "--families", "mean-field", "--no-report"]
@@ -428,6 +445,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--latent-dim", "1", "--families", "flow"], r"at least two latent dimensions, .* got 1"),
         (["--latent-dim", "-2"], r"at least two latent dimensions, .* got -2"),
         (["--batch-size", "0"], r"a batch size from 1 to the number of data points, 60, got 0"),
+        (["--batch-size", "61"], r"a batch size from 1 to the number of data points, 60, got 61"),
         (["--learning-rate", "0"], r"a positive learning rate, got 0"),
         (["--learning-rate", "nan"], r"a positive learning rate, got nan"),
         (["--device", "gpu"], r"unknown device 'gpu': expected cpu or cuda"),
@@ -675,7 +693,9 @@ def test_files_that_are_no_fits_are_refused(
         "missing.pt": (lambda p: None, "there is no saved fit at"),
         "folder.pt": (lambda p: p.mkdir(), "has no comparison.csv"),
         "python.pt": (
-            lambda p: checkpoint.save(p, {"recipe": {}}),
+            lambda p: checkpoint.save(
+                p, {**checkpoint.load(run.folder / "mean-field.pt"), "recipe": {}}
+            ),
             "was not saved by `pyro-vi compare`: load it from Python",
         ),
         "newer.pt": (
@@ -700,6 +720,68 @@ def test_files_that_are_no_fits_are_refused(
         error = refused(["sample", str(tmp_path / name), "--out", str(out)], capsys)
         assert name in error and message in error
         assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["family", "shape", "levels", "latent_dim", "likelihood"])
+def test_damaged_recipes_are_refused(
+    name: str, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = checkpoint.load(run.folder / "mean-field.pt")
+    path, out = tmp_path / "fit.pt", tmp_path / "samples.png"
+    strangers: list[Any] = [None, -1, 2.5, "text", [], [1, 4], {"a": 1}, (1, 4, 4), torch.ones(3)]
+    recipes = [{**content["recipe"], name: value} for value in strangers]
+    recipes.append({key: value for key, value in content["recipe"].items() if key != name})
+    for recipe in [*recipes, [], None, {1: 2}, {"schedule": "learned", **content["recipe"]}]:
+        checkpoint.save(path, {**content, "recipe": recipe})
+        message = refused(["sample", str(path), "--out", str(out)], capsys)
+        assert re.search(
+            r"fit\.pt (is damaged|was saved by|was not saved by|was made for)", message
+        )
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"shape": [1, 4]}, r"'recipe', 'shape': expected a list of three whole numbers .* a list"),
+        ({"levels": "4"}, r"'recipe', 'levels': expected a whole number of at least 0, got '4'"),
+        ({"levels": 1}, r"'recipe': expected options of programs, got some that make none: "),
+        ({"family": ["flow"]}, r"'recipe', 'family': expected a string, got a list"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_damaged_in_a_recipe_is_named(
+    recipe: dict[str, Any],
+    message: str,
+    run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    content = checkpoint.load(run.folder / "mean-field.pt")
+    path = tmp_path / "fit.pt"
+    checkpoint.save(path, {**content, "recipe": {**content["recipe"], **recipe}})
+    error = refused(["sample", str(path), "--out", str(tmp_path / "samples.png")], capsys)
+    assert re.search(rf"fit\.pt is damaged: {message}", error)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "",
+        "family,elbo\n",
+        "family\nflow\n",
+        "family,elbo\nflow\n",
+        "family,elbo\nflow,\n",
+        "\0\xff",
+    ],
+    ids=["empty", "no lines", "no bounds", "short", "no number", "no text"],
+)
+def test_damaged_tables_are_refused(
+    table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "comparison.csv").write_bytes(table.encode("latin-1"))
+    message = refused(["sample", str(tmp_path), "--out", str(tmp_path / "samples.png")], capsys)
+    assert re.search(r"comparison\.csv is damaged: expected a line for each fit", message)
 
 
 def test_wrong_options_of_sample_are_refused(
@@ -738,7 +820,8 @@ def test_every_option_is_explained_with_its_default(command: str) -> None:
         if action.option_strings and action.dest != "help":
             name = action.option_strings[-1]
             explained = shown[shown.rindex(name) :]
-            default = f"(default:{action.default})".replace(" ", "")
+            own = action.default is argparse.SUPPRESS  # the help has the words itself
+            default = "(default:" if own else f"(default:{action.default})".replace(" ", "")
             assert default in explained, name
             assert explained.index(default) == explained.index("(default:"), name
 

@@ -1,8 +1,13 @@
 """Images as tensors: what is read is what was written, and every bad input is named."""
 
 import gzip
+import io
+import random
 import struct
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -276,6 +281,116 @@ def test_npz_of_something_else(tmp_path: Path) -> None:
         npz(path)
 
 
+def members(path: Path, **contents: bytes) -> Path:
+    """An archive of files `<name>.npy`."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(f"{name}.npy", content)
+    return path
+
+
+def npy(array: npt.ArrayLike, **header: str) -> bytes:
+    """A .npy file, with other words in its header."""
+    stream = io.BytesIO()
+    np.save(stream, array)
+    content = stream.getvalue()
+    for old, new in header.items():
+        assert content.count(old.encode()) == 1
+        content = content.replace(old.encode(), new.encode())
+    return content
+
+
+def patched(content: bytes, *, field: int, value: int) -> bytes:
+    """An archive with another 16-bit number in the headers of its first member."""
+    local, central = content.index(b"PK\x03\x04"), content.index(b"PK\x01\x02")
+    damaged = bytearray(content)
+    for place in (local + field, central + field + 2):
+        damaged[place : place + 2] = value.to_bytes(2, "little")
+    return bytes(damaged)
+
+
+def npz_bytes(path: Path, *, compressed: bool = False) -> bytes:
+    write = np.savez_compressed if compressed else np.savez
+    write(path, train=grey(9, 4, 4), test=grey(9, 4, 4))
+    return path.read_bytes()
+
+
+DAMAGED_NPZ: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "an unknown compression": (
+        lambda p: p.write_bytes(patched(npz_bytes(p), field=8, value=77)),
+        "That compression method is not supported",
+    ),
+    "an encrypted member": (
+        lambda p: p.write_bytes(patched(npz_bytes(p), field=6, value=1)),
+        "encrypted, password required",
+    ),
+    "a later version of zip": (
+        lambda p: p.write_bytes(patched(npz_bytes(p), field=4, value=99)),
+        "zip file version 9.9",
+    ),
+    "a directory at no place": (
+        lambda p: p.write_bytes(npz_bytes(p)[:-6] + b"\xff\xff\xff\x7f\0\0"),
+        "",
+    ),
+    "a gigantic shape": (
+        lambda p: members(p, train=npy(grey(9, 4, 4), **{"(9, 4, 4)": "(" + "9" * 15 + ",)"})),
+        "Unable to allocate",
+    ),
+    "a header without end": (
+        lambda p: members(p, train=npy(grey(9, 4, 4), **{"9,": "(" * 500})),
+        "",
+    ),
+    "a shape beyond 64 bits": (
+        lambda p: members(p, train=npy(grey(9, 4, 4), **{"(9, 4, 4)": "(9, " + "9" * 30 + ")"})),
+        "",
+    ),
+    "an unknown type": (
+        lambda p: members(p, train=npy(grey(9, 4, 4), **{"'|u1'": "'|q9'"})),
+        "descr is not a valid dtype",
+    ),
+    "a short array": (lambda p: members(p, train=npy(grey(9, 4, 4))[:-9]), "EOF: reading array"),
+    "no array": (lambda p: members(p, train=b"hello", test=b"hello"), "is no array"),
+    "a broken stream": (
+        lambda p: p.write_bytes(
+            (c := npz_bytes(p, compressed=True))[:60] + bytes(40) + c[100:],
+        ),
+        "",
+    ),
+    "objects": (lambda p: np.savez(p, train=np.array([None, {}])), "or holds objects"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_NPZ)
+def test_damaged_npz(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.npz"
+    make, message = DAMAGED_NPZ[name]
+    make(path)
+    with pytest.raises(ValueError, match=rf"bad\.npz: expected an \.npz file.*{message}") as caught:
+        npz(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_any_wrong_byte_of_an_npz_is_an_error_or_harmless(tmp_path: Path) -> None:
+    path = tmp_path / "bad.npz"
+    whole = npz_bytes(path, compressed=True)
+    expected = npz(path)
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(500):
+        damaged = bytearray(whole)
+        damaged[generator.randrange(len(whole))] = generator.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            images = npz(path)
+        except ValueError as error:
+            assert "bad.npz: expected a" in str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            assert torch.equal(images.train, expected.train)
+            assert torch.equal(images.test, expected.test)
+    assert refused > 250
+
+
 # IDX files
 
 
@@ -306,6 +421,8 @@ GOOD = idx_bytes(grey(2, 3, 3))
         (GOOD[:-1], r"truncated: expected 34 bytes for uint8 of shape \(2, 3, 3\), got 33"),
         (GOOD + b"\0", "trailing bytes: expected 34 bytes .* got 35"),
         (b"\0\0\x0e\x02" + b"\xff" * 8, "truncated: expected .* bytes for float64"),
+        (b"\0\0\x08\x46" + b"\0\0\0\1" * 70 + b"x", r"NumPy takes no array of shape \(1, 1"),
+        (b"\0\0\x08\x04" + b"\0" * 4 + b"\xff" * 12, r"NumPy takes no array of shape \(0, 42"),
         (gzip.compress(GOOD, mtime=0)[:-4], "broken or truncated gzip file"),
         (gzip.compress(GOOD, mtime=0)[:-12], "broken or truncated gzip file"),
         (gzip.compress(GOOD, mtime=0)[:5], "broken or truncated gzip file"),

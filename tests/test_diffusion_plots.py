@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from programs import STRANGE_NAMES, renamed
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
 
@@ -95,6 +97,19 @@ def test_a_family_keeps_its_colour_throughout(result: Comparison) -> None:
         line for line in plots.khats(result).axes[0].lines if "vae" in str(line.get_label())
     )
     assert curve.get_color() == losses["vae"]
+
+
+@pytest.mark.parametrize("name", STRANGE_NAMES, ids=lambda name: ascii(name[:20]))
+def test_names_are_text(name: str, result: Comparison) -> None:
+    strange = renamed(result, "vae", name)
+    label = STRANGE_NAMES[name]
+    strips, bits, schedules = (f(strange) for f in (plots.strips, plots.bits, plots.schedules))
+    for figure in (strips, bits, schedules):
+        figure.savefig(io.BytesIO(), format="png")
+    assert [axes.get_title() for axes in strips.axes] == [label, "cosine"]
+    first, second = (text.get_text() for text in bits.legends[0].get_texts())
+    assert first.startswith(f"{label}: ") and second.startswith("cosine: ")
+    assert [t.get_text() for t in schedules.legends[0].get_texts()] == [label, "cosine"]
 
 
 def test_other_pictures_take_the_programs_that_they_mean_something_for(result: Comparison) -> None:

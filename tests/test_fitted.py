@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from programs import SCHOOLS_SIGMA, SCHOOLS_Y, eight_schools, normal_mean, normal_mean_guide
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -548,6 +548,175 @@ def test_parameters_that_the_programs_lack_are_named(tmp_path: Path) -> None:
         Fit.load(tmp_path / "fit.pt", fixed, local_guide)
 
 
+# Files that are intact and hold something else
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the file of a small fit holds."""
+    path = tmp_path_factory.mktemp("content") / "fit.pt"
+    quick(normal_mean, normal_mean_guide, torch.randn(10)).save(path)
+    return checkpoint.load(path)
+
+
+STRANGERS: tuple[Any, ...] = (
+    None,
+    -1,
+    2.5,
+    True,
+    "text",
+    [1, "a"],
+    {"a": 1},
+    {"a": {"b": None}},
+    {1: torch.zeros(())},
+    ("a", None),
+    torch.zeros(()),
+    torch.zeros(0),
+    torch.zeros(7, 3),
+    torch.ones(4, dtype=torch.int64),
+    torch.ones(4, 2, dtype=torch.bool),
+)
+
+
+def places(value: Any, *names: Any) -> Iterator[tuple[Any, ...]]:
+    """The names that lead to each value in dicts and tuples."""
+    if names:
+        yield names
+    if isinstance(value, dict):
+        for name in value:
+            yield from places(value[name], *names, name)
+    elif isinstance(value, tuple):
+        for index in range(len(value)):
+            yield from places(value[index], *names, index)
+
+
+def changed(value: Any, names: tuple[Any, ...], put: Callable[[dict[Any, Any], Any], Any]) -> Any:
+    """A copy of dicts and tuples where `put` has changed the innermost of them at its name."""
+    name, *rest = names
+    entries = dict(value) if isinstance(value, dict) else dict(enumerate(value))
+    if rest:
+        entries[name] = changed(value[name], tuple(rest), put)
+    else:
+        put(entries, name)
+    return entries if isinstance(value, dict) else tuple(entries.values())
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "tensors",
+        "recipe",
+        "densities",
+        "noises",
+        "losses",
+        "reconstruction",
+        "kl",
+        "weights",
+        "heldout",
+        "seconds",
+        "parameters",
+        "plate",
+        "plates",
+        "amortized",
+        "local",
+        "rows",
+        "model_is_trained",
+        "fingerprint",
+        "template",
+    ],
+)
+def test_a_file_of_other_content_is_loaded_or_refused(
+    entry: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "fit.pt"
+    changes = [lambda entries, name: entries.pop(name)]
+    changes += [
+        partial(lambda new, entries, name: entries.update({name: new}), s) for s in STRANGERS
+    ]
+    refused = 0
+    for names in places(content[entry], entry):
+        for put in changes:
+            checkpoint.save(path, changed(content, names, put))
+            try:
+                loaded = Fit.load(path, normal_mean, normal_mean_guide)
+            except ValueError as error:
+                message = str(error)
+                assert re.search(r"fit\.pt (is damaged|was made for other programs): ", message)
+                assert "\n" not in message
+                refused += 1
+            else:
+                assert repr(loaded).startswith("Fit(4 steps") and len(loaded.bounds) == 4
+    assert refused >= 5
+
+
+def removed(entries: dict[Any, Any], name: Any) -> None:
+    del entries[name]
+
+
+@pytest.mark.parametrize(
+    ("names", "new", "message"),
+    [
+        (("losses",), removed, r"'losses': expected a tensor of floats of shape \(steps\), got no"),
+        (("kl",), None, r"'kl': expected a tensor of floats of shape \(steps\), got None$"),
+        (("kl",), torch.zeros(5), r"'kl': expected 4 steps, as of 'losses', got 5$"),
+        (
+            ("weights",),
+            torch.ones(4, 3),
+            r"'weights': expected .* \(steps, 2\), got a tensor of torch.float32 .* \(4, 3\)$",
+        ),
+        (
+            ("tensors", "param.loc"),
+            [1.0],
+            r"'tensors', 'param.loc': expected a tensor, got a list$",
+        ),
+        (("plates", "data"), "10", r"'plates', 'data': expected a whole number of at least 0, got"),
+        (("amortized",), 1, r"'amortized': expected True or False, got 1$"),
+        (("densities",), (), r"'densities': expected a dict by name, got a tuple$"),
+        (("densities", "draws"), removed, r"'densities', 'draws': expected a dict by name, got no"),
+        (("noises",), {"n": {"noise": 3, "gamma": None}}, r"'noises', 'n', 'noise': .* got 3$"),
+        (("template",), [1], r"'template': expected a tensor, a tuple of .* got a list$"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_is_damaged_is_named(
+    names: tuple[str, ...], new: Any, message: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "fit.pt"
+    put = removed if new is removed else lambda entries, name: entries.update({name: new})
+    checkpoint.save(path, changed(content, names, put))
+    with pytest.raises(ValueError, match=rf"fit\.pt is damaged: {message}"):
+        Fit.load(path, normal_mean, normal_mean_guide)
+
+
+def test_entries_that_older_files_lack_and_newer_ones_have(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "fit.pt"
+    older = {name: value for name, value in content.items() if name != "noises"}
+    for entries in (older, {**content, "newer": [1]}):
+        checkpoint.save(path, entries)
+        loaded = Fit.load(path, normal_mean, normal_mean_guide)
+        assert torch.equal(loaded.losses, content["losses"])
+
+
+def test_errors_of_programs_on_another_template_are_refusals(tmp_path: Path) -> None:
+    def model(x: Tensor, scales: dict[str, float]) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, scales["prior"]))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x: Tensor, scales: dict[str, float]) -> None:
+        loc = pyro.param("loc", torch.tensor(0.0))
+        pyro.sample("mean", dist.Normal(loc, scales["prior"]))
+
+    path = tmp_path / "fit.pt"
+    quick(model, guide, (torch.randn(5), {"prior": 1.0})).save(path)
+    content = checkpoint.load(path)
+    checkpoint.save(path, {**content, "template": (torch.randn(5), {})})
+    with pytest.raises(ValueError, match=r"made for other programs: KeyError: 'prior'$"):
+        Fit.load(path, model, guide)
+
+
 # Wrong arguments
 
 
@@ -684,3 +853,59 @@ def test_a_fit_says_what_it_is() -> None:
     text = repr(fitted)
     assert text.startswith("Fit(4 steps, ") and f"{fitted.parameters:,} parameters" in text
     assert text.endswith(f"last loss {float(fitted.losses[-1]):.3f} nats)")
+
+
+def regression(x: Tensor, y: Tensor | None = None) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.deterministic("line", w * x)
+        pyro.sample("y", dist.Normal(w * x, 0.5), obs=y)
+
+
+def regression_guide(x: Tensor, y: Tensor | None = None) -> None:
+    pyro.sample("w", dist.Normal(pyro.param("loc", torch.tensor(2.0)), 0.1))
+
+
+@pytest.mark.parametrize("form", [tuple, dict])
+def test_what_is_observed_may_be_left_out_of_a_prediction(form: type) -> None:
+    """y = w x + e with w ~ N(2, 0.1^2) and e ~ N(0, 0.5^2), at rows that nobody has seen."""
+
+    def data(x: Tensor, *y: Tensor) -> Any:
+        return (x, *y) if form is tuple else dict(zip(("x", "y"), (x, *y), strict=False))
+
+    x = torch.randn(12)
+    fitted = fit(regression, regression_guide, data(x, 2 * x), steps=0, progress=False)
+    new = torch.tensor([-3.0, 0.0, 1.0, 5.0])
+    drawn = fitted.predict(data(new), 4_000)
+    assert list(drawn) == ["y"] and drawn["y"].shape == (4_000, 4)
+    sd = (0.01 * new**2 + 0.25).sqrt()
+    assert bool(((drawn["y"].mean(0) - 2 * new).abs() < 5 * sd / 4_000**0.5).all())
+    assert torch.allclose(drawn["y"].std(0), sd, rtol=0.06)
+    again = fitted.predict(data(new), 4_000)["y"]
+    other = fitted.predict(data(new), 4_000, seed=1)["y"]
+    assert torch.equal(again, drawn["y"]) and not torch.equal(other, again)
+
+
+def test_a_prediction_that_cannot_be_says_what_to_do() -> None:
+    def local(x: Tensor, y: Tensor | None = None) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z + x, 1.0), obs=y)
+
+    x = torch.randn(5)
+    fitted = fit(local, AutoNormal(local), (x, x), steps=2, progress=False)
+    for data in ((torch.randn(5),), (torch.randn(3), torch.randn(3))):
+        with pytest.raises(ValueError, match=r"fit a guide whose latents are read from a row"):
+            fitted.predict(data, 5)
+    assert fitted.predict((x, x), 5)["y"].shape == (5, 5)
+
+    def reads_y(x: Tensor, y: Tensor | None = None) -> None:
+        with pyro.plate("data", len(x)):
+            assert y is None or len(y) == len(x)
+            pyro.sample("z", dist.Normal(pyro.param("w", torch.tensor(0.1)) * y, 1.0))
+
+    fitted = fit(local, reads_y, (x, x), steps=2, progress=False)
+    with pytest.raises(ValueError, match=r"the guide does not run on these data .* reads more"):
+        fitted.predict((x,), 5)
+    with pytest.raises(ValueError, match=r"'y' of the model .* give the argument that the model"):
+        fit(regression, regression_guide, (x, x), steps=0).log_predictive_density((x,), 5)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.metadata
+import math
 import os
+import subprocess
 import sys
 import tracemalloc
 import types
@@ -438,6 +441,51 @@ def test_a_failed_write_leaves_the_old_file(
     assert load(path).identical(old)
 
 
+_FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+
+import numpy as np
+import xarray
+
+from pyro_vi.inference_data import load, save
+
+path = Path(sys.argv[1])
+values = np.arange(400_000.0).reshape(1, 1_000, 400)
+tree = xarray.DataTree.from_dict(
+    {"posterior": xarray.Dataset({"z": (("chain", "draw", "unit"), values)})}
+)
+save(tree.isel(draw=slice(10)), path)
+before = path.read_bytes()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))
+try:
+    save(tree, path)
+except OSError as error:
+    print(error.strerror)
+assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+assert load(path)["posterior"]["z"].shape == (1, 10, 400)
+resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+save(tree, path)
+assert load(path).identical(tree)
+print("whole")
+"""
+
+
+def test_a_full_disk_leaves_the_old_file_and_a_whole_process(tmp_path: Path) -> None:
+    """The disk takes 1 MB a file, and the file has 3.2 MB."""
+    pytest.importorskip("resource")
+    path = tmp_path / "posterior.nc"
+    done = subprocess.run(
+        [sys.executable, "-c", _FULL_DISK, str(path)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.split("\n")) == (
+        0,
+        [os.strerror(errno.EFBIG), "whole", ""],
+    ), done.stderr
+
+
 def test_folders_that_are_none() -> None:
     tree = schools(30).to_datatree()
     with pytest.raises(FileNotFoundError, match="there is no folder"):
@@ -527,6 +575,22 @@ def test_leave_one_out_and_comparisons() -> None:
     assert elpd == pytest.approx(posterior.loo().elpd, abs=0.01)  # ArviZ knows no weights
     table = az.compare({"one": data, "two": mean_posterior().to_arviz()})
     assert sorted(table.index) == ["one", "two"]
+
+
+@pytest.mark.skipif(IS_NEW, reason="ArviZ 1.x takes other arguments")
+@arvizs_own_words
+@pytest.mark.parametrize("num", [900, 36])  # 3 sqrt(S) draws in the tail, with k-hats good and bad
+def test_leave_one_out_prints_what_arviz_does(num: int) -> None:
+    """Under an exact guide, whose weights are constant: ArviZ knows none."""
+    posterior = mean_posterior(num, shift=0.0, widened=1.0)
+    theirs = az.loo(posterior.to_arviz(), pointwise=True, reff=1.0)
+    ours = posterior.loo()
+    assert ours.elpd == pytest.approx(theirs["elpd_loo"], abs=1e-8)
+    assert ours.p_loo == pytest.approx(theirs["p_loo"], abs=1e-8)
+    assert ours.num_draws == theirs["n_samples"]
+    total = theirs["n_data_points"]
+    assert ours.se == pytest.approx(theirs["se"] * math.sqrt(total / (total - 1)))
+    assert str(replace(ours, se=theirs["se"])) == str(theirs).rstrip("\n")
 
 
 @pytest.mark.skipif(not IS_NEW, reason="ArviZ before 1.0 has none")

@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +15,14 @@ import torch
 from matplotlib import _pylab_helpers
 from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
+from programs import STRANGE_NAMES, renamed
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor
 
 from pyro_vi import compare, plots
 from pyro_vi.comparison import Comparison
 from pyro_vi.densities import curve
+from pyro_vi.labels import figure_label
 
 X = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0])
 COVARIANCE = torch.tensor([[1.0, 0.8, 0.0], [0.8, 1.0, 0.0], [0.0, 0.0, 4.0]])
@@ -173,6 +176,35 @@ def test_a_density_stays_within_its_bound() -> None:
     assert (density[at < 0] == 0).all()
     assert density[np.searchsorted(at, 0.02)] == pytest.approx(1, abs=0.15)  # half without mirrors
     assert density.sum() * 0.01 == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("name", STRANGE_NAMES, ids=lambda name: ascii(name[:20]))
+def test_names_are_text(name: str, joint: Comparison) -> None:
+    result = renamed(joint, name)
+    sites = {"b": name, "shifted": f"{name}s"}
+    result = replace(
+        result,
+        posteriors={
+            family: replace(
+                posterior,
+                draws={sites[site]: values for site, values in posterior.draws.items()},
+                deterministic={sites[s]: values for s, values in posterior.deterministic.items()},
+                dims={sites.get(site, site): plates for site, plates in posterior.dims.items()},
+            )
+            for family, posterior in result.posteriors.items()
+        },
+        reference={},
+        marginals={},
+    )
+    marginals, pairs = drawn(plots.marginals(result)), drawn(plots.pairs(result))
+    for figure in (marginals, pairs):
+        assert legend(figure)[0].replace("\n", " ") == STRANGE_NAMES[name]
+        assert legend(figure)[1] == "far"
+    titles = [panel.get_title().replace("\n", " ") for panel in marginals.axes]
+    expected = [f"{name}[0]", f"{name}[1]", f"{name}[2]", f"{name}s"]
+    assert titles == [figure_label(scalar) for scalar in expected]
+    if 1 < len(name) < 40:
+        assert titles[0].startswith(STRANGE_NAMES[name].rstrip())
 
 
 def test_figures_of_the_other_kind_of_posterior_are_refused(joint: Comparison) -> None:

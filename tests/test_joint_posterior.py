@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pyro_vi import diagnostics, fit
 from pyro_vi.models import LinearGaussian
-from pyro_vi.posterior import Posterior
+from pyro_vi.posterior import Loo, Posterior
 from pyro_vi.scoring import Programs
 
 torch.set_num_threads(1)
@@ -330,6 +330,12 @@ def test_leave_one_out_is_exact_where_it_is_known() -> None:
     assert loo.elpd == pytest.approx(loo.pointwise.sum())
     assert loo.se == pytest.approx(math.sqrt(12) * loo.pointwise.std(ddof=1))
     assert loo.khat.shape == (12,) and (loo.khat < 0.7).all()
+    mean, variance = conjugate(x)
+    inside = dist.Normal(mean, (1 + variance).sqrt()).log_prob(x)
+    p = posterior.pointwise_log_likelihood().exp()
+    error = math.hypot(*se, *(p.std(0) / p.mean(0)).numpy() / math.sqrt(20_000))
+    assert loo.p_loo == pytest.approx(float(inside.sum()) - sum(exact), abs=5 * error)
+    assert loo.num_draws == 20_000
 
 
 def test_leave_one_out_corrects_for_the_guide() -> None:
@@ -343,6 +349,7 @@ def test_leave_one_out_corrects_for_the_guide() -> None:
     exact = of(normal_mean, conjugate_guide(x), x, 20_000).loo()
     found = of(normal_mean, guide, x, 20_000).loo()
     assert found.elpd == pytest.approx(exact.elpd, abs=0.05)
+    assert found.p_loo == pytest.approx(exact.p_loo, abs=0.05)
     plain = of(normal_mean, guide, x, 20_000).pointwise_log_likelihood().neg()
     wrong = -float((torch.logsumexp(plain, 0) - math.log(20_000)).sum())
     assert abs(wrong - exact.elpd) > 0.15
@@ -368,6 +375,27 @@ def test_leave_one_out_warns_of_what_it_cannot_know() -> None:
     x = data(1)
     with pytest.warns(UserWarning, match="k-hat is above 0.50 for 1 of 1 observations"):
         of(normal_mean, conjugate_guide(x), x, 100).loo()
+
+
+def test_leave_one_out_is_printed_as_a_summary() -> None:
+    khat = np.array([-np.inf, 0.3, np.nan, 0.65, 0.7, 0.9, 1.0, 1.1])
+    loo = Loo(-123.456, 7.891, 2.5, np.full(8, np.nan), khat, num_draws=500)
+    text = """\
+Computed from 500 posterior samples and 7 observations log-likelihood matrix.
+
+         Estimate       SE
+elpd_loo  -123.46     7.89
+p_loo        2.50        -
+
+There has been a warning during the calculation. Please check the results.
+------
+
+Pareto k diagnostic values:
+                         Count   Pct.
+(-Inf, 0.63]   (good)        2   28.6%
+   (0.63, 1]   (bad)         4   57.1%
+   (1, Inf)   (very bad)    1   14.3%"""
+    assert repr(loo) == str(loo) == text
 
 
 @pytest.mark.filterwarnings("ignore:k-hat is above")

@@ -5,6 +5,7 @@ posterior is N(m(x), Sigma), and every contour is an ellipse of known area and c
 """
 
 import io
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from matplotlib import _pylab_helpers
 from matplotlib.colors import to_hex
 from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
+from programs import STRANGE_NAMES, renamed
 from torch import Tensor
 
 from pyro_vi import compare, plots
@@ -434,6 +436,72 @@ def test_a_family_has_one_colour(frozen: Comparison) -> None:
         for figure in (bounds, plots.khats(frozen), panel)
     ]
     assert colours[0] == colours[1] == colours[2] and len(set(colours[0])) == 2
+
+
+@pytest.mark.parametrize("name", STRANGE_NAMES, ids=lambda name: ascii(name[:20]))
+def test_names_are_text_in_legends(name: str, own: Comparison) -> None:
+    result = renamed(own, name)
+    label = STRANGE_NAMES[name]
+    assert legend(drawn(plots.losses(result)))[:2] == [label, "full covariance"]
+    first, second = legend(drawn(plots.khats(result)))
+    assert first.startswith(f"{label}: ") and second.startswith("full covariance: ")
+
+
+def test_names_are_text_in_titles(own: Comparison, frozen: Comparison) -> None:
+    names = list(STRANGE_NAMES)
+    for pair in itertools.pairwise(names):
+        expected = [STRANGE_NAMES[name] for name in pair]
+        result = renamed(own, *pair)
+        rows = drawn(plots.reconstructions(result, result.data[:2])).axes
+        assert [row.get_ylabel().replace("\n", " ") for row in rows] == ["original", *expected]
+        for figure in (plots.samples(result, num=2), plots.latent_space(result)):
+            titles = [panel.get_title().replace("\n", " ") for panel in drawn(figure).axes]
+            assert all(t.startswith(e) for t, e in zip(titles, expected, strict=True))
+    result = renamed(frozen, *names[:2])
+    figure = drawn(plots.posteriors(result, result.data[:1], num_samples=30))
+    assert legend(figure)[:2] == [STRANGE_NAMES[name] for name in names[:2]]
+
+
+def test_a_family_named_like_the_originals_has_a_row_of_its_own(own: Comparison) -> None:
+    figure = plots.reconstructions(renamed(own, "original"), own.data[:2])
+    labels = [row.get_ylabel() for row in figure.axes]
+    assert labels == ["original", "original", "full covariance"]
+    assert not np.array_equal(pixels(figure, 0), pixels(figure, 1))
+
+
+def test_names_of_latent_sites_are_text_on_axes() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            zeros = torch.zeros(len(x))
+            z = pyro.sample("$\\frac{$", dist.Normal(zeros, 1.0)) + pyro.sample(
+                "_z", dist.Normal(zeros, 1.0)
+            )
+            pyro.sample(
+                "x",
+                dist.Normal(z[:, None, None, None], 1.0).expand([len(x), *SHAPE]).to_event(3),
+                obs=x,
+            )
+
+    def guide(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("$\\frac{$", dist.Normal(loc.expand(len(x)), 1.0))
+            pyro.sample("_z", dist.Normal(loc.expand(len(x)), 1.0))
+
+    result = compare(model, {"q": guide}, X, num_samples=30, steps=1, progress=False)
+    for figure in (plots.latent_space(result), plots.posteriors(result, X[:1], num_samples=30)):
+        panel = drawn(figure).axes[-1]
+        assert {panel.get_xlabel(), panel.get_ylabel()} == {r"\$\frac{\$", " _z"}
+
+
+def test_a_legend_is_no_wider_than_its_figure(own: Comparison) -> None:
+    long = ("a" * 200, "b" * 200)
+    figure = drawn(plots.losses(renamed(own, *long)))
+    assert figure.legends[0].get_window_extent().width < figure.bbox.width
+    result = compared(own.fits["mean-field"].model, steps=1)
+    narrow = drawn(plots.posteriors(result, own.data[:1], num_samples=30))
+    assert len(legend(narrow)) == 3  # beside one another they are wider than 4 inches
+    assert narrow.legends[0].get_window_extent().width < narrow.bbox.width
 
 
 def test_pyplot_holds_no_figure(frozen: Comparison) -> None:

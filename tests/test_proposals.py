@@ -200,7 +200,9 @@ def _log_q(fitted: Fit, posterior: Posterior, num: int) -> list[float]:
     with fitted.guide.state.installed():
         flow = guide.flow if isinstance(guide, Planar) else guide.transform
         for z in posterior.draws["z"][:num]:
-            u = next(u for u in map(partial(_newton, flow, z), torch.randn(500, 2)) if u is not None)
+            u = next(
+                u for u in map(partial(_newton, flow, z), torch.randn(500, 2)) if u is not None
+            )
             jacobian = torch.autograd.functional.jacobian(flow, u)
             densities.append(float(base.log_prob(u) - torch.linalg.slogdet(jacobian).logabsdet))
     return densities
@@ -253,7 +255,7 @@ def test_a_model_needs_a_density_at_the_guides_draws() -> None:
         loc = pyro.param("loc", torch.zeros(2))
         pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
 
-    with pytest.raises(ValueError, match="site 'z' of the model: .* Planar has no inverse"):
+    with pytest.raises(ValueError, match=r"site 'z' of the model: .* Planar has no inverse"):
         fit(model, guide, Y, steps=3, progress=False)
 
 

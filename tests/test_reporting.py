@@ -21,7 +21,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from programs import SCHOOLS_SIGMA, SCHOOLS_Y, eight_schools
+from programs import SCHOOLS_SIGMA, SCHOOLS_Y, STRANGE_NAMES, eight_schools, renamed
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 
 import pyro_vi
@@ -32,6 +32,7 @@ from pyro_vi.diffusion import Diffusion
 from pyro_vi.families import FullCovariance, MeanField
 from pyro_vi.fitting import fit
 from pyro_vi.guides import Encoder, ForwardProcess
+from pyro_vi.labels import shown
 from pyro_vi.models import DDPM, VAE, LearnedDiscretizedLogistic, LinearGaussian
 from pyro_vi.schedules import Cosine
 from pyro_vi.weighting import warmup
@@ -369,6 +370,18 @@ def test_names_and_headings_are_text(joint: Comparison, pages: dict[str, Path]) 
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h\d", tag)]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(later - earlier <= 1 for earlier, later in itertools.pairwise(levels))
+
+
+def test_any_name_is_text(local: Comparison, joint: Comparison, tmp_path: Path) -> None:
+    names = list(STRANGE_NAMES)
+    for index, result in enumerate((local, local, local, local, local, joint, joint)):
+        pair = names[2 * index : 2 * index + 2]
+        page = Page(written(renamed(result, *pair), tmp_path))
+        heads = page.texts["th"]
+        assert all(heads.count(shown(name)) == 1 for name in pair)
+        assert not page.all("script") and not page.all("b")
+        assert all(shown(name) in page.texts["title"][0] for name in pair)
+        assert all(shown(name) in image["alt"] for name in pair for image in page.all("img"))
 
 
 def test_the_page_asks_nothing_of_the_network(pages: dict[str, Path]) -> None:

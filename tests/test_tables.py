@@ -9,10 +9,11 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import global_and_local, normal_mean, normal_mean_guide
+from programs import STRANGE_NAMES, global_and_local, normal_mean, normal_mean_guide
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 from pyro_vi import Comparison, compare, diagnostics
+from pyro_vi.labels import shown
 from pyro_vi.marginals import MarginalErrors
 from pyro_vi.rows import PerPoint, Row
 from pyro_vi.tables import columns, lines, short
@@ -121,6 +122,18 @@ def test_quantities_that_no_row_has_are_left_out() -> None:
     assert "rhat" in names and "gap" in names and "elbo_difference" not in names
     assert table(one)["gap: best evidence - ELBO"] == ["0.50 ± 0.001"]
     assert table(one)["R-hat across restarts"] == ["1.001"]
+
+
+def test_a_table_has_a_line_for_each_quantity_whatever_the_names() -> None:
+    for name in STRANGE_NAMES:
+        found = result(bounded(name, -1.0, 0.1), bounded("flow", -2.0, 0.9))
+        table = lines(found)
+        assert len(table) == 1 + len(columns(found)) and all(map(str.isprintable, table))
+        assert max(map(len, table)) < 200
+        assert str(found).encode().decode() == str(found)
+        lead = found.verdict.split(" has the highest ELBO")[0]
+        assert lead == shown(name) and f"  minus {lead}'s" in table[2]
+    assert shown("long " * 60) == ("long " * 12)[:59] + "… long long long long"
 
 
 def test_a_point_estimate_has_blanks() -> None:
