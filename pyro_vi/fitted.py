@@ -304,10 +304,10 @@ class Fit:
         source = self._programs(data)
         if not self.amortized and Batches(data).fingerprint() != self.fingerprint:
             raise ValueError(
-                "the guide has latents for the rows that it was fitted to, and none for others: to"
-                " predict for other rows, fit a guide whose latents are read from a row"
-                " (pyro_vi.guides.Encoder), or a model whose latents all rows share. For the rows"
-                " of the fit give all its data, those that are observed too: they are drawn anew"
+                "expected the data that the guide was fitted to, all of them, since its latents"
+                " belong to those rows; what is observed in them is drawn anew. To predict for other"
+                " rows, fit a guide that reads the latents of a row from it (pyro_vi.guides.Encoder)"
+                " or a model whose latents all rows share"
             )
         if len(Batches(data).parts) < len(Batches(self.template).parts):
             missing = source.missing_from(self._programs(self.template))

@@ -895,7 +895,9 @@ def test_a_prediction_that_cannot_be_says_what_to_do() -> None:
     x = torch.randn(5)
     fitted = fit(local, AutoNormal(local), (x, x), steps=2, progress=False)
     for data in ((torch.randn(5),), (torch.randn(3), torch.randn(3))):
-        with pytest.raises(ValueError, match=r"fit a guide whose latents are read from a row"):
+        with pytest.raises(
+            ValueError, match=r"fit a guide that reads the latents of a row from it"
+        ):
             fitted.predict(data, 5)
     assert fitted.predict((x, x), 5)["y"].shape == (5, 5)
 
