@@ -305,9 +305,9 @@ class Fit:
         if not self.amortized and Batches(data).fingerprint() != self.fingerprint:
             raise ValueError(
                 "expected the data that the guide was fitted to, all of them, since its latents"
-                " belong to those rows; what is observed in them is drawn anew. To predict for other"
-                " rows, fit a guide that reads the latents of a row from it (pyro_vi.guides.Encoder)"
-                " or a model whose latents all rows share"
+                " belong to those rows; what is observed in them is drawn anew. To predict for"
+                " other rows, fit a guide that reads the latents of a row from it"
+                " (pyro_vi.guides.Encoder), or a model whose latents all rows share"
             )
         if len(Batches(data).parts) < len(Batches(self.template).parts):
             missing = source.missing_from(self._programs(self.template))
