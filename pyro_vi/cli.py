@@ -311,6 +311,7 @@ def _compare(options: argparse.Namespace) -> int:
     judged: dict[str, Any] = {"num_samples": options.draws, "progress": not options.quiet}
     with interruptible() as interruption:
         joint = judge_each(
+            makers,
             *fit_each(makers),
             images,
             transform=every["transform"],

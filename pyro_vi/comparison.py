@@ -26,7 +26,7 @@ import io
 import logging
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from os import PathLike
@@ -253,6 +253,7 @@ def compare(
     with interruptible():
         fits, failures = fit_each({name: partial(fitted, name) for name in guides})
         return judge_each(
+            guides,
             fits,
             failures,
             data,
@@ -263,6 +264,10 @@ def compare(
             seed=seed,
             progress=progress,
         )
+
+
+class NotFittedError(RuntimeError):
+    """Why a family has no fit that was not begun."""
 
 
 def fit_each(
@@ -284,7 +289,7 @@ def fit_each(
     with interruptible() as interruption:
         for name, make in makers.items():
             if interruption.requested and fits:
-                failures[name] = RuntimeError("not fitted, because of an interruption before it")
+                failures[name] = NotFittedError("training was interrupted before")
                 continue
             try:
                 made = make()
@@ -293,7 +298,7 @@ def fit_each(
                 failures[name] = error
             else:
                 if made.interrupted and not len(made.losses) and fits:
-                    failures[name] = RuntimeError("interrupted before its first step")
+                    failures[name] = NotFittedError("training was interrupted before")
                 else:
                     fits[name] = made
     if not fits:
@@ -302,13 +307,18 @@ def fit_each(
 
 
 def judge_each(
-    fits: Mapping[str, Fit], failures: Mapping[str, Exception], data: Split | Data, **options: Any
+    families: Iterable[str],
+    fits: Mapping[str, Fit],
+    failures: Mapping[str, Exception],
+    data: Split | Data,
+    **options: Any,
 ) -> Comparison:
     """Judges fits; one that cannot be judged is a failure, and not the end of the others.
 
     Args:
-        fits: fits by name.
-        failures: errors of families that have no fit, which get rows too.
+        families: the names of all families, in the order of the rows.
+        fits: the fits of some of them.
+        failures: the errors of the others, which get rows too.
         data, **options: as `judge` takes them.
 
     Raises:
@@ -331,13 +341,14 @@ def judge_each(
         result = judge(sound, data, **options)
     if not failures:
         return result
-    rows = [Row(name, status=_failed(error)) for name, error in failures.items()]
-    return replace(result, rows=(*result.rows, *rows), failures=failures)
+    rows = {row.family: row for row in result.rows}
+    rows |= {name: Row(name, status=_status(error)) for name, error in failures.items()}
+    return replace(result, rows=tuple(rows[name] for name in families), failures=failures)
 
 
-def _failed(error: Exception) -> str:
+def _status(error: Exception) -> str:
     reason = str(error).partition("\n")[0] or type(error).__name__  # without Pyro's table of shapes
-    return f"failed: {reason}"
+    return f"{'not fitted' if isinstance(error, NotFittedError) else 'failed'}: {reason}"
 
 
 def judge(

@@ -68,7 +68,7 @@ class Row:
     latent_units: int | None = None
     parameters: int | None = None
     seconds_per_step: float = _NAN
-    status: str = ""  # "failed: <why>", "interrupted after <n> steps", or empty
+    status: str = ""  # empty, "interrupted after <n> steps", "not fitted: <why>", "failed: <why>"
 
 
 @dataclass(frozen=True)

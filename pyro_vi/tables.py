@@ -98,7 +98,7 @@ def _all(result: Comparison) -> list[Column]:
             "status",
             "status",
             "whether a family failed, or its training was interrupted; the warnings say more",
-            lambda row: row.status.partition(":")[0].partition(" ")[0],
+            lambda row: row.status.partition(":")[0].partition(" after ")[0],
         ),
         Column(
             "elbo",

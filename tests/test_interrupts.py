@@ -106,8 +106,8 @@ def test_a_comparison_keeps_the_families_that_are_done(press: int, families: lis
     assert list(result.fits) == list(result.posteriors) and set(result.failures) & {"c"}
     status = {row.family: row.status for row in result.rows}
     assert status["a"] == "" or status["a"].startswith("interrupted after")
-    assert status["c"] == "failed: not fitted, because of an interruption before it"
-    assert "interrupted" in str(result) and "Warning: c failed: not fitted" in str(result)
+    assert status["c"] == "not fitted: training was interrupted before" and list(status) == [*"abc"]
+    assert "interrupted" in str(result) and "Warning: c not fitted: training was" in str(result)
 
 
 def test_the_command_line_writes_what_there_is(
@@ -131,8 +131,8 @@ def test_the_command_line_writes_what_there_is(
         assert cli.main([*words.split(), *options]) == 130
     assert {"mean-field.pt", "low-rank.pt", "comparison.txt"} <= {p.name for p in out.iterdir()}
     assert not (out / "flow.pt").exists() and not (out / "inference.csv").exists()
-    assert "flow failed: not fitted" in (out / "comparison.txt").read_text()
-    assert "failed: not fitted" in (out / "comparison.csv").read_text()
+    assert "flow not fitted: training" in (out / "comparison.txt").read_text()
+    assert "not fitted: training" in (out / "comparison.csv").read_text()
     assert cli.main(["sample", str(out), "--out", str(tmp_path / "s.png"), "--num", "4"]) == 0
 
 
