@@ -15,8 +15,8 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from pyro_vi.amortization import RowIndependence
 from pyro_vi.averaging import Average, check_decay
-from pyro_vi.batches import Batches, Data
+from pyro_vi.batches import Arguments, Batches, Data
 from pyro_vi.elbo import told
 from pyro_vi.engine import Engine, Scaling, Terms
 from pyro_vi.fitted import Fit
@@ -309,6 +309,7 @@ def _fit_once(
         history = _History()
         good = LastGood(state.tensors().values())
         result = partial(_result, model, guide, state, history, structure, batches)
+        guard = partial(_guarded, model, guide, plate, engine, good, result)
         best, waited = math.inf, 0
         kept: dict[str, Tensor] | None = None
         is_read = True
@@ -323,28 +324,19 @@ def _fit_once(
                     good.mark()
                 is_last = step + 1 == steps or interruption.requested
                 is_read = not engine.is_late or judged or (step + 1) % _READ == 0 or is_last
-                try:
+                with guard((args, kwargs)):
                     engine.take(*args, **kwargs)
                     if mean is not None:
                         mean.update()
                     if is_read:
                         history.add(engine.read())
                         good.accept()
-                except ScheduleError:
-                    raise  # it says at which step, and no site is at fault
-                except (FloatingPointError, ValueError, RuntimeError) as error:
-                    good.restore()
-                    outside = partial(_are_outside, model, guide, args, kwargs, plate)
-                    message = _why(error, engine, outside)
-                    if message is None:
-                        error.add_note(f"at step {engine.taken}, after {engine.last_site}")
-                        raise
-                    raise NonFiniteError(message, step=engine.taken, fit=result()) from error
                 history.seconds += time.perf_counter() - started
                 bar.update()
                 bar.set_postfix_str(f"bound {history.recent:.2f} nats", refresh=False)
                 if judged:
-                    with mean.installed() if mean is not None else nullcontext():
+                    averaged = mean.installed() if mean is not None else nullcontext()
+                    with guard((args, kwargs), "in the held-out bound"), averaged:
                         bound = evaluate()
                         history.heldout.append((step + 1, bound))
                         if -bound < best:
@@ -359,6 +351,12 @@ def _fit_once(
             state.restore(kept)
         elif mean is not None:
             mean.install()
+        if history.losses:
+            args, kwargs = batches.first()
+            with guard((args, kwargs), "with the last parameters"), torch.no_grad():
+                last = Structure.of(model, guide, args, kwargs, plate=plate)
+                last.guide_trace.compute_log_prob()
+                last.model_trace.compute_log_prob()
         fitted = replace(result(), interrupted=interruption.requested)
         if isinstance(guide, AutoLaplaceApproximation):
             args, kwargs = Batches(data, transform=transform, device=where).whole()
@@ -370,28 +368,56 @@ def _fit_once(
     return fitted
 
 
-def _why(error: Exception, engine: Engine, names_data: Callable[[], bool]) -> str | None:
-    """What a NonFiniteError says of an error in a step; None if it is an error of another kind.
+@contextmanager
+def _guarded(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    plate: str,
+    engine: Engine,
+    good: LastGood,
+    result: Callable[[], Fit],
+    batch: Arguments,
+    where: str | None = None,
+) -> Iterator[None]:
+    """Turns what breaks training off into a NonFiniteError with the last good parameters.
 
     Args:
-        names_data: whether the last good parameters give an error of a value too.
+        batch: the arguments of the last step.
+        where: what the programs ran for, in words; by default a step, and the last site it reached.
+
+    Raises:
+        NonFiniteError: a loss or gradient is not finite, or something left its constraint.
+        Exception: the error as it was, with the step in a note, if it is of another kind, or the
+            observed values of the batch are at fault.
     """
-    if isinstance(error, FloatingPointError):
-        return f"step {engine.taken}: {error}"
-    reason = left_constraint(error, engine.last_site)
-    if reason is None or (is_of_value(error) and names_data()):
-        return None
-    return f"step {engine.taken}, {reason}"
+    try:
+        yield
+    except ScheduleError:
+        raise  # it says at which step, and no site is at fault
+    except (FloatingPointError, ValueError, RuntimeError) as error:
+        where = where or f"after {engine.last_site}"
+        good.restore()
+        if isinstance(error, FloatingPointError):
+            message: str | None = f"step {engine.taken}: {error}"
+        elif is_of_value(error) and _are_outside(model, guide, batch, plate):
+            message = None
+        else:
+            reason = left_constraint(error, where)
+            message = None if reason is None else f"step {engine.taken}, {reason}"
+        if message is None:
+            error.add_note(f"at step {engine.taken}, {where}")
+            raise
+        raise NonFiniteError(message, step=engine.taken, fit=result()) from error
 
 
 def _are_outside(
     model: Callable[..., Any],
     guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    batch: Arguments,
     plate: str,
 ) -> bool:
     """Whether observed values of a batch are outside of their support."""
+    args, kwargs = batch
     try:
         with torch.no_grad():
             structure = Structure.of(model, guide, args, kwargs, plate=plate)

@@ -71,19 +71,20 @@ class LastGood:
             torch._foreach_copy_(self._tensors, self._good)
 
 
-def left_constraint(error: Exception, site: str) -> str | None:
+def left_constraint(error: Exception, where: str) -> str | None:
     """What to say of an error that comes from a parameter or a value outside of its constraint.
 
     Args:
         error: what a step raised.
-        site: where it was raised, in words, unless the error names a site itself.
+        where: where it was raised, in words, unless the error names a site itself.
 
     Returns:
         Where, what, and what to do; None for an error of another kind.
     """
     text = str(error)
     named = re.search(r"Error while computing log_prob at site '([^']*)'", text)
-    where = f"site {named[1]!r}" if named else f"after {site}"
+    if named:
+        where = f"site {named[1]!r}"
     if match := _CONSTRAINT.search(text):
         kind, shape, distribution, constraint, values = match.groups()
         what = (

@@ -251,7 +251,7 @@ class SubsampleIndices(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             given = self._given.pop(msg["name"], msg["value"])
-            if list(map(int, given)) != list(map(int, msg["value"])):
+            if not torch.equal(*(torch.as_tensor(rows).cpu() for rows in (given, msg["value"]))):
                 self._replaced[msg["name"]] = []
         elif not msg["is_observed"]:
             for frame in msg["cond_indep_stack"]:

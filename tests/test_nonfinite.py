@@ -91,6 +91,30 @@ def test_what_leaves_its_constraint(name: str) -> None:
     assert bool(error.fit.posterior(X, 30).log_p.isfinite().all())
 
 
+def local(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def local_guide(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(len(x)), pyro.param("p", torch.tensor(1.0))))
+
+
+@pytest.mark.parametrize(("steps", "heldout"), [(9, 4), (4, None)])
+def test_what_the_last_update_breaks(steps: int, heldout: int | None) -> None:
+    """p is 1, 0.7, 0.4, 0.1 in four good steps, and -0.2 after them."""
+    options: dict[str, Any] = {"optim": falling, "steps": steps, "progress": False}
+    if heldout:
+        options |= {"heldout": X, "heldout_every": heldout}
+    where = "in the held-out bound" if heldout else "with the last parameters"
+    with pytest.raises(NonFiniteError, match=f"^step 4, {where}: parameter scale") as caught:
+        fit(local, local_guide, X, **options)
+    assert len(caught.value.fit.losses) == 4
+    assert float(caught.value.fit.guide.state.tensors()["param.p"]) == pytest.approx(0.1, abs=1e-6)
+
+
 def test_a_scale_that_underflows() -> None:
     """The usual divergence: a learning rate of a thousand."""
     for seed in range(3):
