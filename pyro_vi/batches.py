@@ -228,22 +228,24 @@ def as_tensors(data: Any) -> Any:
 
 def _as_tensor(part: Any, label: str) -> Any:
     dtypes = getattr(part, "dtypes", None)
-    if hasattr(part, "to_numpy") and dtypes is not None:  # pandas; a Series has one dtype
-        named = dtypes.items() if hasattr(dtypes, "items") else [(part.name, dtypes)]
-        kinds = {name: getattr(dtype, "kind", "O") for name, dtype in named}
-        if others := [name for name, kind in kinds.items() if kind not in "fiub"]:
+    if hasattr(part, "isna") and dtypes is not None:  # pandas; a Series has one dtype
+        named = list(dtypes.items()) if hasattr(dtypes, "items") else [(part.name, dtypes)]
+        kinds = {getattr(dtype, "kind", "O") for _, dtype in named}
+        others = [name for name, dtype in named if getattr(dtype, "kind", "O") not in "fiub"]
+        if others:
             raise TypeError(
                 f"expected numbers in {label}, but its columns {others} hold something else: give"
                 " numbers in their place, such as pandas.factorize(column)[0] for categories"
             )
-        whole = set(kinds.values()) <= {"i", "u"} and not bool(part.isna().to_numpy().any())
-        boolean = set(kinds.values()) == {"b"} and not bool(part.isna().to_numpy().any())
-        part = part.to_numpy(dtype="int64" if whole else "bool" if boolean else "float64")
+        dtype = "int64" if kinds <= {"i", "u"} else "bool" if kinds == {"b"} else "float64"
+        part = part.to_numpy(dtype="float64" if bool(part.isna().to_numpy().any()) else dtype)
     if not isinstance(part, np.ndarray):
         return part
     wide = {"f": "float64", "i": "int64", "u": "int64", "b": "bool"}.get(part.dtype.kind)
     if wide is None:
         raise TypeError(f"expected an array of numbers as {label}, got one of dtype {part.dtype}")
+    if part.dtype.kind == "u" and part.size and int(part.max()) > torch.iinfo(torch.int64).max:
+        raise ValueError(f"expected integers below 2^63 in {label}, got {part.max()}")
     tensor = torch.from_numpy(part.astype(wide, order="C"))
     return tensor.to(torch.get_default_dtype()) if wide == "float64" else tensor
 

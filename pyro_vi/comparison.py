@@ -230,15 +230,22 @@ def compare(
     check_draws(num_samples)
     _samples(reference)
     train, _ = _parts(data)
-    checked_device(options.get("device"))
-    first = Batches(train, batch_size=options.get("batch_size")).first()
+    where = checked_device(options.get("device"))
+    with seeded(seed, where):  # what a transform draws is not seen outside
+        first = Batches(
+            train,
+            batch_size=options.get("batch_size"),
+            transform=options.get("transform"),
+            device=where,
+        ).first()
     if isinstance(model, Mapping):
         check_one_variable(
             {name: Observed.by(models[name], guides[name], first) for name in guides}
         )
 
     def fitted(name: str) -> Fit:
-        check_scores(models[name], guides[name], first, plate=options.get("plate", "data"))
+        plate = options.get("plate", "data")
+        check_scores(models[name], guides[name], first, plate=plate, device=where)
         label = name if progress else False
         return fit(
             models[name],
@@ -294,8 +301,7 @@ def fit_each(
             try:
                 made = make()
             except Exception as error:
-                log.info("%s failed", name, exc_info=error)
-                failures[name] = error
+                failures[name] = _logged(name, error)
             else:
                 if made.interrupted and not len(made.losses) and fits:
                     failures[name] = NotFittedError("training was interrupted before")
@@ -333,7 +339,7 @@ def judge_each(
             try:
                 judge({name: one}, data, **options)
             except Exception as error:
-                failures[name] = error
+                failures[name] = _logged(name, error)
             else:
                 sound[name] = one
         if not sound or len(sound) == len(fits):
@@ -344,6 +350,17 @@ def judge_each(
     rows = {row.family: row for row in result.rows}
     rows |= {name: Row(name, status=_status(error)) for name, error in failures.items()}
     return replace(result, rows=tuple(rows[name] for name in families), failures=failures)
+
+
+def _logged(name: str, error: Exception) -> Exception:
+    """Logs why a family failed, and returns the error without tracebacks, which hold all locals."""
+    expected = isinstance(error, (ValueError, ArithmeticError))
+    log.warning("%s failed: %s", name, error, exc_info=None if expected else error)
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
 
 
 def _status(error: Exception) -> str:

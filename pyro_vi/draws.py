@@ -82,6 +82,8 @@ def _vectorised(
     device = next((value.device for value in given.values()), None)
     with pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")
+        # ... and of Binomial's sampler, which gives the right values.
+        warnings.filterwarnings("ignore", message="An output with one or more elements was resized")
         vectorised = torch.func.vmap(one, randomness="different", chunk_size=at_once)
         return vectorised(torch.arange(num, device=device), given)
 

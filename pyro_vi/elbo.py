@@ -12,7 +12,7 @@ The mathematics stay Pyro's; changed is
   instead, which is exact; so are sites whose mask or scale differ between model and guide, of which
   Pyro reads the guide's alone. A latent that the guide draws before one on which the model lets it
   depend is an error, where Pyro warns and is biased.
-- all of them: what a guide observes is no part of log q. Observed sites that it shares with the
+- these three: observed sites of a guide are not part of log q. Those that it shares with the
   model, because it runs the model, are left out of it; others are an error.
 - RenyiELBO: scaled sites, and orders below 0, are refused, since they give no bound.
 """

@@ -309,7 +309,8 @@ class Fit:
                 " other rows, fit a guide that reads the latents of a row from it"
                 " (pyro_vi.guides.Encoder), or a model whose latents all rows share"
             )
-        if len(Batches(data).parts) < len(Batches(self.template).parts):
+        parts, complete = Batches(data).parts, Batches(self.template).parts
+        if any(parts.get(key) is None and part is not None for key, part in complete.items()):
             missing = source.missing_from(self._programs(self.template))
             if missing:
                 return source.predict(num_samples, missing, seed=seed)
@@ -519,6 +520,8 @@ class Fit:
                 **{**{name: content[name] for name in _PLAIN}, "template": template},
             )
             loaded._check_densities(content["densities"])
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # the programs raise what they like on values that do not fit
             reason = str(error).partition("\n")[0]  # without the shapes that Pyro adds
             if not isinstance(error, (ValueError, TypeError, RuntimeError)):

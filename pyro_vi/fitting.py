@@ -22,11 +22,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+import pyro.poutine as poutine
 import torch
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoLaplaceApproximation
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -211,23 +213,22 @@ def fit(
                 failed[name] = error
     if not fits:
         raise next(iter(failed.values()))
-    ended = [fit for fit in fits if not fit.interrupted] or fits
-    if interruption.requested:
-        which = f" of restart {len(fits)} of {restarts}" if restarts > 1 else ""
-        what = f"the best of the {len(ended)} that ended is returned"
+    completed = [fit for fit in fits if not fit.interrupted]
+    if len(completed) + len(failed) < restarts:
+        in_restart = f" of restart {len(fits) + len(failed)} of {restarts}" if restarts > 1 else ""
+        returned = "the fit so far" if not completed else f"the best of {len(completed)} restarts"
         warnings.warn(
-            f"interrupted after {len(fits[-1].losses):,} of {steps:,} steps{which}:"
-            f" {what if which else 'the fit has the parameters of its last step'}",
+            f"interrupted after {len(fits[-1].losses):,} of {steps:,} steps{in_restart}:"
+            f" {returned} is returned",
             stacklevel=2,
         )
     if restarts == 1:
         return fits[0]
     for name, reason in failed.items():
         warnings.warn(f"{name} is left out: {reason}", stacklevel=2)
-    if message := disagreement(ended):
+    if message := disagreement(completed or fits):
         warnings.warn(message, stacklevel=2)
-    best = best_of(ended, stopped_early=patience is not None)
-    return replace(best, interrupted=interruption.requested)
+    return best_of(completed or fits, stopped_early=patience is not None)
 
 
 def _fit_once(
@@ -357,7 +358,8 @@ def _fit_once(
                 last = Structure.of(model, guide, args, kwargs, plate=plate)
                 last.guide_trace.compute_log_prob()
                 last.model_trace.compute_log_prob()
-        fitted = replace(result(), interrupted=interruption.requested)
+        cut_short = interruption.requested and len(history.losses) < steps
+        fitted = replace(result(), interrupted=cut_short)
         if isinstance(guide, AutoLaplaceApproximation):
             args, kwargs = Batches(data, transform=transform, device=where).whole()
             try:
@@ -544,6 +546,13 @@ def _inspect(
         raise ValueError(
             f"the guide leaves {structure.marginalized} to enumeration, which"
             f" {type(loss).__name__} does not do: use TraceEnum_ELBO, or sample them in the guide"
+        )
+    runs_model = isinstance(poutine.unwrap(guide), Messenger)  # of which every ELBO knows
+    if structure.shared and told(loss) is loss and not runs_model:
+        raise ValueError(
+            f"the guide observes {list(structure.shared)} as the model does, and"
+            f" {type(loss).__name__} counts them in log q: take them out of the guide, or use"
+            " Trace_ELBO"
         )
     if batches.transform is None:
         batch: dict[Any, Any] = {**kwargs}

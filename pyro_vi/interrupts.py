@@ -1,24 +1,21 @@
-"""Ctrl-C as a request: the first ends what runs at its next step, a second one ends it at once."""
+"""Ctrl-C: the first press stops training after the current step, the second stops at once."""
 
 from __future__ import annotations
 
 __all__ = ["Interruption", "interruptible"]
 
-import logging
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-log = logging.getLogger(__name__)
-
 
 class Interruption:
     """Whether Ctrl-C was pressed.
 
     Attributes:
-        requested: whether it was, since the outermost `interruptible` began.
+        requested: whether it was pressed since the outermost `interruptible` began.
     """
 
     def __init__(self) -> None:
@@ -28,23 +25,33 @@ class Interruption:
         """Handles SIGINT.
 
         Raises:
-            KeyboardInterrupt: it is the second one.
+            KeyboardInterrupt: it is the second one. Python's own handler is back by then.
         """
         if self.requested:
+            _reset()
             raise KeyboardInterrupt
         self.requested = True
-        log.warning("interrupted: this step is the last one; Ctrl-C again stops at once")
 
 
 _current: Interruption | None = None
+
+
+def _reset() -> None:
+    """Makes Python's own handler that of SIGINT again.
+
+    In this order: a signal that arrives in between finds a handler that leaves nothing behind.
+    """
+    global _current
+    _current = None
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
     """Within it the first SIGINT is a request, and the second one raises KeyboardInterrupt.
 
-    What runs within asks `Interruption.requested` between its steps. Within another one it gives
-    the same object. Outside of the main thread, and where SIGINT has a handler of the user's, it
+    Code inside checks `Interruption.requested` between its steps. A nested call gives the outer
+    object. Outside of the main thread, and where the user has installed a handler of SIGINT, it
     changes nothing.
     """
     global _current
@@ -55,10 +62,11 @@ def interruptible() -> Iterator[Interruption]:
     elif signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield Interruption()
     else:
-        _current = Interruption()
-        signal.signal(signal.SIGINT, _current.handle)
+        interruption = Interruption()
         try:
-            yield _current
+            signal.signal(signal.SIGINT, interruption.handle)
+            _current = interruption
+            yield interruption
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            _current = None
+            if signal.getsignal(signal.SIGINT) == interruption.handle:
+                _reset()

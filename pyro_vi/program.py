@@ -315,7 +315,7 @@ def _bound(fn: Any, installed: Callable[[], AbstractContextManager[None]]) -> An
         return run
 
     fn = copy(fn)
-    fn.installed = installed
+    fn.installed = lambda: installed()  # a bound method would be copied with its state
     expand = fn.expand
     fn.expand = lambda *args, **kwargs: _bound(expand(*args, **kwargs), installed)
     for name in ("sample", "rsample", "log_prob"):

@@ -56,6 +56,8 @@ class Structure:
         total: data points in all (N); 1 if there is no such plate.
         unsized: the sizes in this batch of plates that the programs give none, such as
             `pyro.plate("data")`, by name; the traces have them.
+        shared: observed sites that the guide has too, because it runs the model; the guide's trace
+            is without them.
     """
 
     model_trace: Trace
@@ -64,6 +66,7 @@ class Structure:
     batch: int
     total: int
     unsized: Mapping[str, int] = field(default_factory=dict)
+    shared: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -130,7 +133,7 @@ class Structure:
             )
         if fault := indices.fault():
             raise ValueError(fault)
-        keep_proposal(model_trace, guide_trace)
+        shared = keep_proposal(model_trace, guide_trace)
         _check_masks(model_trace, guide_trace)
         _check_densities(model_trace)
         unsized = _give_sizes(model_trace, guide_trace)
@@ -147,7 +150,7 @@ class Structure:
                     f"plate {plate!r} holds {rows} data points in a batch of {batch_size} rows"
                 )
             full = total
-        found = cls(model_trace, guide_trace, plate, rows, full, unsized)
+        found = cls(model_trace, guide_trace, plate, rows, full, unsized, tuple(shared))
         if batch_size is not None and total is not None and batch_size < total:
             found.check_amortized(guide)
             found._check_minibatch()
@@ -369,9 +372,7 @@ def _check_densities(trace: Trace) -> None:
     """Raises ValueError where the model has no density for values that it has not drawn itself."""
     for name in _latents(trace) + _observed(trace):
         site = trace.nodes[name]
-        if isinstance(site["value"], Tensor) and (
-            transform := without_inverse(site["fn"], site["value"])
-        ):
+        if isinstance(site["value"], Tensor) and (transform := without_inverse(site["fn"])):
             raise ValueError(
                 f"site {name!r} of the model: a density of other values than its own draws was"
                 f" asked for, but {transform} has no inverse. Use a transform that has one (such as"

@@ -227,9 +227,15 @@ class Programs:
         """
         batches = complete._batches
         with seeded(0, batches.device), torch.no_grad():
-            observed = complete._structure(batches.whole()).observed
+            structure = complete._structure(batches.whole())
+            if structure.shared:
+                raise ValueError(
+                    f"the guide runs the model, and needs values of {list(structure.shared)} for"
+                    " that: give some of their shape and support, they are drawn anew"
+                )
             trace = self._proposed()[1]
-        return [name for name in observed if name in trace and not trace.nodes[name]["is_observed"]]
+        missing = [name for name in structure.observed if name in trace]
+        return [name for name in missing if not trace.nodes[name]["is_observed"]]
 
     def predict(self, num_samples: int, missing: Collection[str], *, seed: int = 0) -> Draws:
         """One draw of every observed site for each draw from the guide.
@@ -619,7 +625,12 @@ def _parameters(program: Callable[..., Any], num: int) -> list[str]:
 
 
 def check_scores(
-    model: Callable[..., Any], guide: Callable[..., Any], batch: Arguments, *, plate: str
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    batch: Arguments,
+    *,
+    plate: str,
+    device: torch.device | None = None,
 ) -> None:
     """Raises ValueError, before anything is trained, where draws will have no density.
 
@@ -629,10 +640,11 @@ def check_scores(
         model, guide: the programs, which stay as they are.
         batch: arguments of one call.
         plate: the name of the plate over data points.
+        device: where the batch is; by default where the programs are.
     """
     args, kwargs = batch
-    state = State({"model": model, "guide": guide})
-    with seeded(0), torch.no_grad(), state.installed(), reachable():
+    state = State({"model": model, "guide": guide}, device=device)
+    with seeded(0, device), torch.no_grad(), state.installed(), reachable():
         structure = Structure.of(model, guide, args, kwargs, plate=plate)
     sites = structure.model_trace.nodes.values()
     if not any(site["type"] == "sample" and draws_terms(site) for site in sites):

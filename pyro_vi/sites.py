@@ -36,12 +36,22 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import transforms
+from pyro.distributions.transforms.planar import ConditionedPlanar
+from pyro.distributions.transforms.radial import ConditionedRadial
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
+from torch.distributions.transforms import (
+    CatTransform,
+    ComposeTransform,
+    IndependentTransform,
+    StackTransform,
+    Transform,
+    _InverseTransform,
+)
 
 Site = Mapping[str, Any]
 
@@ -91,8 +101,8 @@ def is_observation(site: Site) -> bool:
     )
 
 
-def keep_proposal(model_trace: Trace, guide_trace: Trace) -> None:
-    """Takes out of a guide's trace the observed sites that it shares with the model.
+def keep_proposal(model_trace: Trace, guide_trace: Trace) -> list[str]:
+    """Removes the observed sites that guide and model share from the guide's trace; their names.
 
     A guide that runs the model (Pyro's `GuideMessenger`s do) meets its observed sites too. Their
     log probability is the likelihood, and no part of log q. What stays is what the guide samples,
@@ -101,17 +111,20 @@ def keep_proposal(model_trace: Trace, guide_trace: Trace) -> None:
     Raises:
         ValueError: the guide observes what the model does not.
     """
+    removed = []
     for name, site in list(guide_trace.nodes.items()):
         if not is_observation(site):
             continue
         if name in model_trace.nodes and is_observation(model_trace.nodes[name]):
             guide_trace.remove_node(name)
+            removed.append(name)
         elif not is_factor(site):
             raise ValueError(
                 f"the guide observes {name!r}, which the model does not: log q is the density of"
                 " what the guide samples, and an observation would be counted in it with the wrong"
-                " sign. Observe it in the model, or take obs= away"
+                " sign. Observe it in the model, or remove obs="
             )
+    return removed
 
 
 def draws_terms(site: Site) -> bool:
@@ -132,37 +145,34 @@ def noise_of(site: Site) -> Tensor:
     noise is the base draw z; `At` applies the flow to z again, and the density is there again.
     """
     value, fn = site["value"], site["fn"]
-    if without_inverse(fn, value):
+    if without_inverse(fn):
         with getattr(fn, "installed", nullcontext)():  # where its modules remember the draw
             for transform in reversed(_flow(fn).transforms):
                 value = transform.inv(value)
     return value
 
 
-def without_inverse(fn: Any, value: Tensor) -> str | None:
+def without_inverse(fn: Any) -> str | None:
     """The name of the first transform of a flow that has no inverse; None if all have one.
 
     Args:
-        fn: a distribution; of those that are no flow nothing is asked.
-        value: a tensor of the shape of a draw, at which an inverse is tried.
+        fn: a distribution; for one that is no flow the answer is None.
     """
     for transform in _transforms(_flow(fn)):
         kind = type(transform)
-        if kind not in _HAS_INVERSE:
-            try:
-                transform._inverse(value.detach())
-            except (KeyError, NotImplementedError):  # what Pyro and torch raise where there is none
-                _HAS_INVERSE[kind] = False
-            except Exception:  # there is one, and it does not take this value
-                _HAS_INVERSE[kind] = True
-            else:
-                _HAS_INVERSE[kind] = True
-        if not _HAS_INVERSE[kind]:
+        if isinstance(transform, _WITHOUT_INVERSE) or kind._inverse is Transform._inverse:
             return kind.__name__
     return None
 
 
-_HAS_INVERSE: dict[type[Transform], bool] = {}
+# Pyro's transforms whose `_inverse` raises KeyError unless it is of their last draw.
+_WITHOUT_INVERSE = (
+    transforms.BlockAutoregressive,
+    transforms.Polynomial,
+    transforms.Sylvester,
+    ConditionedPlanar,
+    ConditionedRadial,
+)
 
 
 def _flow(fn: Any) -> Any:
@@ -173,15 +183,17 @@ def _flow(fn: Any) -> Any:
 
 
 def _transforms(flow: Any) -> Iterator[Transform]:
-    """The transforms of a flow, with those that others are made of."""
+    """The transforms of a flow, with composed ones taken apart."""
     pending = list(flow.transforms) if flow is not None else []
     while pending:
         transform = pending.pop()
         if isinstance(transform, ComposeTransform):
             pending.extend(transform.parts)
+        elif isinstance(transform, (CatTransform, StackTransform)):
+            pending.extend(transform.transforms)
         elif isinstance(transform, IndependentTransform):
             pending.append(transform.base_transform)
-        else:
+        elif not isinstance(transform, _InverseTransform):  # whose inverse is what it inverts
             yield transform
 
 
@@ -199,7 +211,7 @@ class At(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["done"] and not msg["is_observed"] and msg["name"] in self._values:
             value = self._values[msg["name"]]
-            if without_inverse(msg["fn"], value):
+            if without_inverse(msg["fn"]):
                 for transform in _flow(msg["fn"]).transforms:
                     value = transform(value)
             msg["value"], msg["done"] = value, True
@@ -250,8 +262,9 @@ class SubsampleIndices(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
-            given = self._given.pop(msg["name"], msg["value"])
-            if not torch.equal(*(torch.as_tensor(rows).cpu() for rows in (given, msg["value"]))):
+            value = msg["value"]
+            given = self._given.pop(msg["name"], value)
+            if given is not value and not torch.equal(*map(torch.as_tensor, (given, value))):
                 self._replaced[msg["name"]] = []
         elif not msg["is_observed"]:
             for frame in msg["cond_indep_stack"]:

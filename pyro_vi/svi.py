@@ -131,17 +131,17 @@ class SVI(pyro.infer.SVI):
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss without a step; as `pyro.infer.SVI`."""
-        if self.told is not None:
-            self.told.forget()
-        return super().evaluate_loss(*args, **kwargs)
+        with one_thread:
+            if self.told is not None:
+                self.told.forget()
+            return super().evaluate_loss(*args, **kwargs)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
         """The loss, and the unconstrained parameters that the programs used, with gradients."""
         if self.told is not None:
             self.told.forget()
-        indices = SubsampleIndices()
-        is_first = self._is_elbo and not self._has_stepped
-        model = indices(self.model) if is_first else self.model
+        indices = None if self._has_stepped or not self._is_elbo else SubsampleIndices()
+        model = self.model if indices is None else indices(self.model)
         with _Parameters() as seen:
             loss = self.loss_and_grads(model, self.guide, *args, **kwargs)
         used = seen.live()
@@ -153,7 +153,7 @@ class SVI(pyro.infer.SVI):
             own_memory(used)
             for program in (self.model, self.guide):
                 _warn_of_shared_names(program, used)
-            if fault := indices.fault():
+            if indices is not None and (fault := indices.fault()):
                 warnings.warn(fault, stacklevel=4)
         return loss, list(used)
 

@@ -629,3 +629,19 @@ def test_a_prior_is_fitted_on_purpose() -> None:
     assert result.rows[0].elbo == pytest.approx(0.0, abs=1e-6)
     factor = lambda: pyro.factor("f", pyro.sample("z", dist.Normal(0.0, 1.0)))  # noqa: E731
     assert len(fit(factor, guide, (), steps=1, progress=False).losses) == 1  # it has a likelihood
+
+
+def test_a_transform_is_applied_before_the_check() -> None:
+    """The model takes floats, and the data are bytes."""
+
+    def model(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        weight = torch.ones(3, 1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=(x @ weight)[:, 0])
+
+    x = torch.randint(0, 255, (8, 3), dtype=torch.uint8)
+    options: dict[str, Any] = {"steps": 2, "num_samples": 30, "progress": False, "batch_size": 4}
+    guides = {"a": AutoNormal(model), "b": AutoNormal(model)}
+    result = compare(model, guides, x, transform=lambda x: x.float() / 255, **options)
+    assert not result.failures

@@ -881,6 +881,8 @@ def test_what_is_observed_may_be_left_out_of_a_prediction(form: type) -> None:
     sd = (0.01 * new**2 + 0.25).sqrt()
     assert bool(((drawn["y"].mean(0) - 2 * new).abs() < 5 * sd / 4_000**0.5).all())
     assert torch.allclose(drawn["y"].std(0), sd, rtol=0.06)
+    named = {"x": new, "y": None} if form is dict else (new, None)
+    assert torch.equal(fitted.predict(named, 4_000)["y"], drawn["y"])
     again = fitted.predict(data(new), 4_000)["y"]
     other = fitted.predict(data(new), 4_000, seed=1)["y"]
     assert torch.equal(again, drawn["y"]) and not torch.equal(other, again)
