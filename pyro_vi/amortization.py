@@ -23,7 +23,7 @@ from torch import Tensor
 from pyro_vi.batches import Arguments, Key, parts_of, taken
 from pyro_vi.program import seeded
 from pyro_vi.scaling import Structure, log_prob_rows
-from pyro_vi.sites import At, Layout, is_deterministic, is_noise, noise_of
+from pyro_vi.sites import At, Layout, base_noise, is_deterministic, is_noise
 
 _TF32 = 2.0**-11  # what products of float32 may be rounded to on a GPU
 _ROUNDING = 64  # times the rounding of one operation: results that differ by less are the same
@@ -89,7 +89,7 @@ class RowIndependence:
         total = structure.batch if plated else _most_rows(parts)
         rows = tuple(key for key, part in parts.items() if _length(part) == total)
         inside = structure.is_local and plated and bool(rows)
-        if structure.local_parameters(guide):
+        if structure.latents_with_own_parameters(guide):
             return cls(amortized=False, local=False, rows=rows)
         believed = cls(amortized=True, local=inside, rows=rows)
         if total < 2 or not rows:
@@ -166,10 +166,10 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Terms:
-    """The terms of all rows together, what was drawn, and by how much rounding may change them."""
+    """The terms of all rows together, the draws, and the rounding errors of the terms."""
 
     run: _Run
-    sites: dict[str, Any]  # those that draw anything
+    sites: dict[str, Any]  # the random ones
     noise: dict[str, Tensor]
     is_plated: bool
     values: dict[str, Tensor]
@@ -181,7 +181,7 @@ class _Terms:
         whole = run(every)
         nodes = {**whole.model_trace.nodes, **whole.guide_trace.nodes}
         sites = {name: site for name, site in nodes.items() if is_noise(site)}
-        noise = {name: noise_of(site) for name, site in sites.items()}
+        noise = {name: base_noise(site) for name, site in sites.items()}
         is_plated = run.plate in whole.plates
         found = cls(run, sites, noise, is_plated, dict(run.terms(whole)), {})
         again = found._at(every)

@@ -83,8 +83,8 @@ class Batches:
             if isinstance(part, Tensor) and part.is_floating_point() and bool(part.isinf().any()):
                 raise ValueError(
                     f"expected finite data, got {int(part.isinf().sum())} infinite values among the"
-                    f" {part.numel()} of {_label(key)}; a bound that is infinite on purpose belongs"
-                    " into the program (functools.partial)"
+                    f" {part.numel()} of {_label(key)}; bind a bound that is infinite on"
+                    " purpose to the program (functools.partial)"
                 )
         self.batch_size = batch_size
         self.total: int | None = None
@@ -207,11 +207,11 @@ class Batches:
 def as_tensors(data: Any) -> Any:
     """Data with tensors in the place of NumPy arrays and of pandas' frames and Series.
 
-    Floats get torch's default dtype and integers int64; booleans stay booleans. What is missing in
-    a frame becomes a NaN. All else stays as it is.
+    Floats get torch's default dtype and integers int64; booleans stay booleans. Missing values
+    in a frame become NaN. Anything else is returned unchanged.
 
     Raises:
-        TypeError: an array or a frame with other things than numbers.
+        TypeError: an array or a frame that holds something other than numbers.
 
     Example:
         >>> import numpy as np
@@ -234,8 +234,8 @@ def _as_tensor(part: Any, label: str) -> Any:
         others = [name for name, dtype in named if getattr(dtype, "kind", "O") not in "fiub"]
         if others:
             raise TypeError(
-                f"expected numbers in {label}, but its columns {others} hold something else: give"
-                " numbers in their place, such as pandas.factorize(column)[0] for categories"
+                f"expected numbers in {label}, but columns {others} are not numeric: encode them,"
+                " for example with pandas.factorize(column)[0]"
             )
         dtype = "int64" if kinds <= {"i", "u"} else "bool" if kinds == {"b"} else "float64"
         part = part.to_numpy(dtype="float64" if bool(part.isna().to_numpy().any()) else dtype)

@@ -105,7 +105,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} is no saved fit: it holds {_stranger(error)} beside tensors and plain values"
             " (nothing in it was run)"
         ) from error
-    except Exception as error:  # damage turns up as errors of many types
+    except Exception as error:  # damaged files raise many types of errors
         raise ValueError(f"{path} is damaged or no saved fit") from error
     if not isinstance(held, dict) or held.get("format") != _FORMAT:
         raise ValueError(f"{path} is no saved fit of pyro_vi")

@@ -82,7 +82,7 @@ _NETWORKS: dict[str, tuple[Any, Any]] = {
     "conv": (networks.ConvEncoder, networks.ConvDecoder),
 }
 _MODELS = {"vae": VAE, "ddpm": DDPM}
-# What a saved fit has of `_recipes`; names of another release may be missing.
+# Entries of a saved recipe; other releases may lack some.
 _RECIPE = {
     "shape": Maybe(
         Kind(
@@ -107,8 +107,8 @@ _SCHEDULES: dict[str, Callable[[int, float], Schedule]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status.
 
-    It is 0; 1 where a family failed and the others were written; 2 for wrong input; 130 where
-    Ctrl-C ended training, and what there was by then was written, or nothing at its second time.
+    0: success. 1: a family failed; the others were written. 2: wrong input. 130: interrupted; one
+    Ctrl-C writes the finished results, two write nothing.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--batch-size",
         type=int,
-        default=argparse.SUPPRESS,  # in the help, which says what it is
+        default=argparse.SUPPRESS,  # the help text states the default
         help="images in a step (default: 128, or all training images where they are fewer)",
     )
     add("--learning-rate", type=float, default=2e-3, help="of Adam; falls to 0 along a cosine")
@@ -269,7 +269,7 @@ def _compare(options: argparse.Namespace) -> int:
     batch_size = options.batch_size
     if batch_size is None:
         batch_size = min(128, len(images.train))
-    Batches(images.train, batch_size=batch_size)  # refuses another size than the data have
+    Batches(images.train, batch_size=batch_size)  # raises if it exceeds the data
     recipes = _recipes(options, images, families, schedules)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -398,11 +398,10 @@ def _sample(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{options.fit} was saved by another release: its recipe has or lacks {error}"
         ) from error
-    except Exception as error:  # numbers that fit no program raise what they like
+    except Exception as error:  # invalid options may raise anything
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{options.fit} is damaged: 'recipe': expected options of programs, got some that"
-            f" make none: {reason}"
+            f"{options.fit} is damaged: 'recipe': the saved options build no program: {reason}"
         ) from error
     fitted = Fit.load(options.fit, model, guide)
     drawn = fitted.generate(options.num, expected=True, seed=options.seed)
@@ -429,8 +428,8 @@ def _best_of(folder: Path) -> Path:
         return folder / f"{max(elbos, key=elbos.__getitem__)}.pt"
     except (ValueError, TypeError, KeyError, csv.Error) as error:
         raise ValueError(
-            f"{table} is damaged: expected a line for each fit, with its family and its elbo:"
-            f" name a fit in {folder}"
+            f"{table} is damaged: expected columns family and elbo; pass the path of a fit in"
+            f" {folder} instead"
         ) from error
 
 

@@ -87,7 +87,7 @@ class Comparison:
         reference: reference draws by site, (R, ...) each; empty without a reference.
         marginals: errors of every marginal against the reference, by family and site.
         noise: a row of what the reference's own Monte Carlo noise gives, or None.
-        failures: why families have no fit or no posterior, by family; their rows say so too.
+        failures: the error of each family that failed, by family; also in its row's `status`.
     """
 
     rows: tuple[Row, ...]
@@ -181,8 +181,8 @@ def compare(
     """Fits each guide and judges it.
 
     A guide that fails, for whatever reason, does not end the comparison: its row says what failed,
-    and `Comparison.failures` has the error. Ctrl-C ends the fit that is running; what is fitted
-    then is judged, and a second Ctrl-C raises KeyboardInterrupt at once.
+    and `Comparison.failures` has the error. Ctrl-C stops the current fit. The fits made so far are
+    judged, and a second Ctrl-C raises KeyboardInterrupt at once.
 
     Args:
         model: a Pyro program, of which each guide gets its own copy to train; or a fitted model
@@ -203,7 +203,7 @@ def compare(
     Raises:
         ValueError: no guides, too few draws, models that do not observe the same thing, a reference
             of other sites. If all guides fail, the error of the first, such as what `fit` refuses,
-            or a loss that leaves latents to enumeration, whose draws have no density.
+            or a loss that enumerates latents.
 
     Example:
         >>> import torch
@@ -283,7 +283,7 @@ def fit_each(
     """Makes fits one after the other, until Ctrl-C is pressed.
 
     Args:
-        makers: what makes a fit, by name.
+        makers: functions that return a fit, by family.
 
     Returns:
         The fits, and the errors of those that failed or were not begun.
@@ -319,7 +319,7 @@ def judge_each(
     data: Split | Data,
     **options: Any,
 ) -> Comparison:
-    """Judges fits; one that cannot be judged is a failure, and not the end of the others.
+    """Judges fits. A fit that cannot be judged becomes a failure; the others are kept.
 
     Args:
         families: the names of all families, in the order of the rows.
@@ -328,7 +328,7 @@ def judge_each(
         data, **options: as `judge` takes them.
 
     Raises:
-        Exception: none of them can be judged, or each can alone and not all together.
+        Exception: no fit can be judged, or they can be judged only separately.
     """
     failures = dict(failures)
     try:
@@ -434,12 +434,12 @@ def judge(
             if part is not None
         }
     looks = {name: _look(name, one, judged["train"]) for name, one in fits.items()}
-    if blind := [name for name, look in looks.items() if not look.observes]:
+    if unobserving := [name for name, look in looks.items() if not look.observes]:
         if not prior_only:
             raise ValueError(
-                f"{blind} observe nothing in these data: give the data that they were fitted to,"
-                " such as (x, y) for a model(x, y=None); prior_only=True judges posteriors that are"
-                " priors on purpose"
+                f"{unobserving} observe nothing in these data: give the data that they were fitted"
+                " to, such as (x, y) for a model(x, y=None); use prior_only=True to judge fits of a"
+                " prior"
             )
     by_step = [name for name, look in looks.items() if look.by_step]
     joint = not all(one.local for name, one in fits.items() if name not in by_step)

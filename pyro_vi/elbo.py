@@ -35,7 +35,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vi.sites import draws_terms, is_delta, keep_proposal
+from pyro_vi.sites import draws_terms, drop_observed_sites, is_delta
 from pyro_vi.validity import Checks
 from pyro_vi.weighting import check_sides, unweighted
 
@@ -58,7 +58,7 @@ class Told(ELBO):
         self._given.max_plate_nesting = self.max_plate_nesting
 
     def _keep(self, model_trace: Trace, guide_trace: Trace) -> None:
-        keep_proposal(model_trace, guide_trace)
+        drop_observed_sites(model_trace, guide_trace)
         check_sides(model_trace, guide_trace)
         for trace, whose in ((guide_trace, "guide"), (model_trace, "model")):
             for name, site in trace.nodes.items():

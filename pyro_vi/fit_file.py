@@ -1,8 +1,7 @@
 """What a saved fit holds: a table of its entries, and the check that a file has them.
 
-A file may be intact as an archive and hold something else than a fit all the same. `read` holds
-every entry against the table, so that whoever uses the content meets no other type and no missing
-name.
+A valid archive may still not be a fit. `read` checks every entry against the table, so that callers
+can rely on names and types.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class Kind:
 
     Attributes:
         words: the same in words, as they follow "expected".
-        fits: whether a value is such.
+        fits: whether a value is valid.
     """
 
     words: str
@@ -52,7 +51,7 @@ Spec = Kind | Each | Maybe | Mapping[str, Any]  # names to specs
 def check(
     value: object, spec: Spec, path: str | PathLike[str], places: tuple[str, ...] = ()
 ) -> None:
-    """Raises ValueError that names the file and the first place in it that is not as it must be.
+    """Raises ValueError that names the file and its first invalid entry.
 
     A mapping of names to kinds asks for those entries; others are ignored.
 
@@ -95,7 +94,7 @@ def read(path: str | PathLike[str]) -> dict[str, Any]:
     steps = len(content["losses"])
     for name in ("reconstruction", "kl", "weights"):
         if len(content[name]) != steps:
-            raise _damage(path, (name,), f"{steps} steps, as of 'losses'", f"{len(content[name])}")
+            raise _damage(path, (name,), f"{steps} steps, as in 'losses'", f"{len(content[name])}")
     return content
 
 

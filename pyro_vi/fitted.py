@@ -46,11 +46,11 @@ from pyro_vi.sites import (
     Layout,
     PlateSizes,
     Unobserved,
+    base_noise,
     draws_terms,
     is_deterministic,
     is_noise,
     is_partial,
-    noise_of,
 )
 
 Draws = dict[str, Tensor]
@@ -87,7 +87,7 @@ class Fit:
             of an argument.
         restarts: all fits of `fit(..., restarts=R)`, this one among them, in the order of their
             seeds; empty without restarts, and in a loaded fit.
-        interrupted: whether Ctrl-C ended training before its last step.
+        interrupted: whether Ctrl-C stopped training before all steps were taken.
     """
 
     model: Program
@@ -297,21 +297,21 @@ class Fit:
             Draws by observed site, each of shape (S, N, ...).
 
         Raises:
-            ValueError: fewer than one draw; other data than those of the fit, where the guide has
-                latents for these alone; a guide that reads what is left out.
+            ValueError: fewer than one draw; other data than the training data, if the guide has
+                separate latents for each training row; a guide that needs what is left out.
         """
         check_count("predictive draw", num_samples)
         source = self._programs(data)
         if not self.amortized and Batches(data).fingerprint() != self.fingerprint:
             raise ValueError(
-                "expected the data that the guide was fitted to, all of them, since its latents"
-                " belong to those rows; what is observed in them is drawn anew. To predict for"
-                " other rows, fit a guide that reads the latents of a row from it"
-                " (pyro_vi.guides.Encoder), or a model whose latents all rows share"
+                "expected the data that the guide was fitted to: it has latents for its training"
+                " rows only, so that predict needs all of them. The observed sites are drawn again."
+                " To predict for other rows, fit a guide that reads the latents of a row from it"
+                " (pyro_vi.guides.Encoder), or use a model whose latents are shared by all rows"
             )
         parts, complete = Batches(data).parts, Batches(self.template).parts
         if any(parts.get(key) is None and part is not None for key, part in complete.items()):
-            missing = source.missing_from(self._programs(self.template))
+            missing = source.unobserved_sites(self._programs(self.template))
             if missing:
                 return source.predict(num_samples, missing, seed=seed)
         posterior = source.posterior(num_samples, seed=seed, local=self.local)
@@ -366,7 +366,7 @@ class Fit:
         return self.decode(line, expected=True, seed=seed)
 
     def _sized(self, num: int) -> PlateSizes:
-        """Gives plates without a size that of the fit, and the one over data points `num`."""
+        """Sets unsized plates to their size in the fit, and the one over data points to `num`."""
         return PlateSizes({**self.plates, self.plate: num})
 
     def _template_rows(self, num: int) -> Arguments:
@@ -445,7 +445,7 @@ class Fit:
         args, kwargs = arguments(self.template)
         with seeded(0), torch.no_grad():
             trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
-        return {site["name"]: noise_of(site).cpu() for site in _samples(trace) if is_noise(site)}
+        return {site["name"]: base_noise(site).cpu() for site in _samples(trace) if is_noise(site)}
 
     def _densities(self, drawn: Draws) -> dict[str, Any]:
         """Draws, and what guide and model make of them; the latter empty if that is not settled."""
@@ -522,7 +522,7 @@ class Fit:
             loaded._check_densities(content["densities"])
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # the programs raise what they like on values that do not fit
+        except Exception as error:  # user programs may raise anything here
             reason = str(error).partition("\n")[0]  # without the shapes that Pyro adds
             if not isinstance(error, (ValueError, TypeError, RuntimeError)):
                 reason = f"{type(error).__name__}: {reason}"

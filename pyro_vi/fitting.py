@@ -42,7 +42,7 @@ from pyro_vi.engine import Engine, Scaling, Terms
 from pyro_vi.fitted import Fit
 from pyro_vi.interrupts import interruptible
 from pyro_vi.laplace import at_mode, check_mode
-from pyro_vi.nonfinite import LastGood, NonFiniteError, is_of_value, left_constraint
+from pyro_vi.nonfinite import LastGood, NonFiniteError, describe_constraint_error, is_support_error
 from pyro_vi.optimizers import OneOptimizer
 from pyro_vi.program import (
     Program,
@@ -129,19 +129,20 @@ def fit(
             its `restarts`. The first is the fit without restarts; the one after r others has seed
             `seed + r`, and initial values that are moved (`pyro_vi.restarts.move`). The best has
             the highest held-out bound of what is kept or, without `heldout`, the highest mean bound
-            over the last tenth of its steps. A restart that ends in a NonFiniteError is left out
+            over the last tenth of its steps. A restart that raises NonFiniteError is skipped
             with a warning. Restarts that disagree, by the rule in `pyro_vi.restarts`, are
             warned of.
-        prior_only: allows a model that observes nothing, whose posterior is its prior. Without it
-            such a model is an error, because mostly its data were forgotten.
+        prior_only: allows a model that observes nothing, whose posterior is its prior. Otherwise
+            such a model raises an error, because usually its data were not passed.
         device: where to compute; by default where the data are.
         compile: whether steps are recorded as one graph and compiled (`pyro_vi.compiled`), after
             the first three; "auto" if there are 5,000 or more, which pay for the seconds it takes.
             A step that cannot be recorded stays eager, with a warning that says why.
         progress: whether to show a progress bar with the current bound; a string labels it.
 
-    Ctrl-C ends training at the next step, and the fit with the parameters of that step is returned;
-    a second Ctrl-C raises KeyboardInterrupt at once. Fits in several threads wait for one another.
+    Ctrl-C stops training after the current step, and the fit so far is returned. A second Ctrl-C
+    raises KeyboardInterrupt at once. Fits in several threads wait for one another; what `fit` calls
+    (a transform, say) must not wait for another thread that uses a fit.
 
     Returns:
         The fit: programs bound to their trained parameters, losses (in nats per data point, the
@@ -150,14 +151,14 @@ def fit(
     Raises:
         NonFiniteError: a loss or gradient that is not finite, or a parameter or a value that left
             its constraint; names the step and the site, and carries the fit with the parameters of
-            the last step whose loss was finite. With restarts, only if all of them end so: the
-            first's.
+            the last step whose loss was finite. With restarts, only if all fail: the error of
+            the first.
         ValueError, TypeError: arguments or programs that do not fit together; see the message.
             A schedule that gives no weight is named with its step.
 
     Warns:
-        UserWarning: training was interrupted; restarts disagree or are left out; minibatches are
-            biased.
+        UserWarning: training was interrupted; restarts disagree or were skipped; gradients of
+            minibatches are biased.
 
     Example:
         >>> import pyro, torch
@@ -216,7 +217,7 @@ def fit(
     completed = [fit for fit in fits if not fit.interrupted]
     if len(completed) + len(failed) < restarts:
         in_restart = f" of restart {len(fits) + len(failed)} of {restarts}" if restarts > 1 else ""
-        returned = "the fit so far" if not completed else f"the best of {len(completed)} restarts"
+        returned = "the fit so far" if not completed else f"the best of {len(completed)} completed"
         warnings.warn(
             f"interrupted after {len(fits[-1].losses):,} of {steps:,} steps{in_restart}:"
             f" {returned} is returned",
@@ -225,7 +226,7 @@ def fit(
     if restarts == 1:
         return fits[0]
     for name, reason in failed.items():
-        warnings.warn(f"{name} is left out: {reason}", stacklevel=2)
+        warnings.warn(f"{name} is skipped: {reason}", stacklevel=2)
     if message := disagreement(completed or fits):
         warnings.warn(message, stacklevel=2)
     return best_of(completed or fits, stopped_early=patience is not None)
@@ -280,7 +281,7 @@ def _fit_once(
     ):
         # Pyro warns of NaN and goes on; here a NaN is an error, raised below.
         warnings.filterwarnings("ignore", message="Encountered")
-        # ... and of what a guide that runs the model observes, which is left out of log q.
+        # Pyro also warns of observed sites in the guide; they are left out of log q here.
         warnings.filterwarnings("ignore", message="Found non-auxiliary vars in guide")
         stream = batches.shuffled(seed + restart)
         structure = _inspect(model, guide, batches, loss, state, plate, prior_only)
@@ -366,7 +367,7 @@ def _fit_once(
                 fitted = at_mode(fitted, *args, **kwargs)
             except ValueError:
                 if not fitted.interrupted:
-                    raise  # else the mode was not reached, and the fit stays a point
+                    raise  # else the mode was not reached: the fit keeps the point
     return fitted
 
 
@@ -401,10 +402,10 @@ def _guarded(
         good.restore()
         if isinstance(error, FloatingPointError):
             message: str | None = f"step {engine.taken}: {error}"
-        elif is_of_value(error) and _are_outside(model, guide, batch, plate):
+        elif is_support_error(error) and _data_outside_support(model, guide, batch, plate):
             message = None
         else:
-            reason = left_constraint(error, where)
+            reason = describe_constraint_error(error, where)
             message = None if reason is None else f"step {engine.taken}, {reason}"
         if message is None:
             error.add_note(f"at step {engine.taken}, {where}")
@@ -412,7 +413,7 @@ def _guarded(
         raise NonFiniteError(message, step=engine.taken, fit=result()) from error
 
 
-def _are_outside(
+def _data_outside_support(
     model: Callable[..., Any],
     guide: Callable[..., Any],
     batch: Arguments,
@@ -427,7 +428,7 @@ def _are_outside(
                 site = structure.model_trace.nodes[name]
                 site["fn"].log_prob(site["value"])
     except ValueError as error:
-        return is_of_value(error)
+        return is_support_error(error)
     return False
 
 

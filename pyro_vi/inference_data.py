@@ -235,7 +235,7 @@ def save(tree: xarray.DataTree, path: str | os.PathLike[str]) -> None:
         OSError: it cannot be written, for example to a full disk; the old file stays.
         ImportError: the netCDF engine is not installed.
     """
-    checkpoint.write(path, _file_image(tree))
+    checkpoint.write(path, _netcdf_bytes(tree))
 
 
 def load(path: str | os.PathLike[str]) -> xarray.DataTree:
@@ -259,11 +259,11 @@ def load(path: str | os.PathLike[str]) -> xarray.DataTree:
         raise ValueError(f"{os.fspath(path)} is damaged or no netCDF file: {error}") from error
 
 
-def _file_image(tree: xarray.DataTree) -> memoryview:
+def _netcdf_bytes(tree: xarray.DataTree) -> memoryview:
     """The bytes of a netCDF file that holds the tree.
 
-    HDF5 builds it in memory, where no write fails: HDF5 never closes a file on a full disk, and
-    crashes the process at its exit. `DataTree.to_netcdf` takes no buffer in older releases of
+    It is built in memory, because HDF5 cannot close a file on a full disk and then crashes the
+    process at its exit. `DataTree.to_netcdf` takes no buffer in older releases of
     xarray.
     """
     import xarray

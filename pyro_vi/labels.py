@@ -2,7 +2,7 @@
 
 Families, sites and plates may have any name. In a figure a `$` would begin a formula, and a name
 that begins with `_` would vanish from a legend; in a spreadsheet a name that begins with `=` would
-be a formula; a line break would tear a table apart.
+be a formula; a line break would break a table.
 """
 
 from __future__ import annotations

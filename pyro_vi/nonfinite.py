@@ -1,13 +1,13 @@
-"""Training that breaks off: a loss, gradient, parameter or value that is not what it must be.
+"""Errors that end training: a NaN in loss or gradient, a parameter or value outside its constraint.
 
 A distribution checks its parameters when it is made and values when they are scored. A step that is
 too large drives a scale to 0, a rate to infinity, or a covariance out of the positive definite
-matrices, and then this check fails instead of the loss being a NaN. Both are a `NonFiniteError`.
+matrices. Then the check raises an error before the loss becomes NaN. Both raise `NonFiniteError`.
 """
 
 from __future__ import annotations
 
-__all__ = ["LastGood", "NonFiniteError", "is_of_value", "left_constraint"]
+__all__ = ["LastGood", "NonFiniteError", "describe_constraint_error", "is_support_error"]
 
 import re
 from collections.abc import Iterable
@@ -19,10 +19,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from pyro_vi.fitted import Fit
 
-_CURE = (
+_ADVICE = (
     "The usual cause is a step that is too large: lower the learning rate"
-    " (optim=partial(torch.optim.Adam, lr=...)), clip the gradient (clip_norm=10.0), or keep scales"
-    " and rates away from the bounds of their constraint in the program"
+    " (optim=partial(torch.optim.Adam, lr=...)), clip the gradient (clip_norm=10.0), or bound"
+    " scales and rates away from 0 in the program"
 )
 
 
@@ -42,11 +42,12 @@ class NonFiniteError(ArithmeticError):
 class LastGood:
     """The values that some tensors had in the last step whose loss was finite.
 
-    Whether a loss is finite is known when the step is over, and its update is in the tensors by
-    then. So `mark` copies the values before a step, and `accept` after it says that they were good.
+    The loss is known only after the update has changed the tensors. So `mark` copies the values
+    before a step, and `accept` keeps that copy once the loss is known to be finite. On a GPU, where
+    `fit` reads losses after every 50 steps, the copy may be 100 steps old.
 
     Args:
-        tensors: parameters and buffers, which are changed in place alone.
+        tensors: parameters and buffers; they must be changed only in place.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -62,17 +63,17 @@ class LastGood:
             torch._foreach_copy_(self._marked, self._tensors)
 
     def accept(self) -> None:
-        """Says that the values of the last `mark` were good."""
+        """Keeps the values of the last `mark`."""
         self._marked, self._good = self._good, self._marked
 
     def restore(self) -> None:
-        """Puts the last good values back; without any the tensors stay as they are."""
+        """Puts the last good values back; without a good copy, nothing changes."""
         if self._good:
             torch._foreach_copy_(self._tensors, self._good)
 
 
-def left_constraint(error: Exception, where: str) -> str | None:
-    """What to say of an error that comes from a parameter or a value outside of its constraint.
+def describe_constraint_error(error: Exception, where: str) -> str | None:
+    """The message for an error about a parameter or value outside of its constraint.
 
     Args:
         error: what a step raised.
@@ -97,15 +98,15 @@ def left_constraint(error: Exception, where: str) -> str | None:
             f"a value of shape {shape} left the support of {distribution}, {constraint}: it is"
             f" {_short(values)}"
         )
-    elif match := _OTHERS.search(text):
+    elif match := _MATRIX_OR_SAMPLER.search(text):
         what = match[0]
     else:
         return None
-    return f"{where}: {what}. {_CURE}"
+    return f"{where}: {what}. {_ADVICE}"
 
 
-def is_of_value(error: Exception) -> bool:
-    """Whether an error is of a value that is outside of the support of its distribution."""
+def is_support_error(error: Exception) -> bool:
+    """Whether an error says that a value is outside of its distribution's support."""
     return bool(_SUPPORT.search(str(error)))
 
 
@@ -121,7 +122,7 @@ _SUPPORT = re.compile(
     re.DOTALL,
 )
 # What torch says where a matrix has no Cholesky factor, or a sampler refuses its parameters.
-_OTHERS = re.compile(
+_MATRIX_OR_SAMPLER = re.compile(
     r"linalg[.\w]*: .*(positive-definite|singular|ill-conditioned)[^\n]*"
     r"|normal expects all elements of std >= 0[^\n]*"
     r"|probability tensor contains either[^\n]*"

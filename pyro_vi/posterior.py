@@ -48,8 +48,7 @@ class Loo:
     Attributes:
         elpd: sum of the log predictive densities of N observations, nats.
         se: its standard error over observations; NaN for one.
-        p_loo: the effective number of parameters: by how much observations are less probable when
-            they are left out, sum_n log p(y_n | all) - elpd, nats.
+        p_loo: the effective number of parameters, sum_n log p(y_n | all) - elpd, nats.
         pointwise: log p(y_n | all others), nats; (N,), NaN where observations are masked.
         khat: Pareto k-hat of each observation's weights; likewise.
         num_draws: posterior draws (S).
@@ -301,7 +300,7 @@ class Posterior:
             log p(y_n | y_-n) ~ log ( sum_s v_s p(y_n | z_s) / sum_s v_s ),
             v_s = p(y, z_s) / q(z_s) / p(y_n | z_s),      Pareto-smoothed.
 
-        The effective number of parameters is what the observations lose by it,
+        The effective number of parameters is the loss in log density from leaving observations out,
 
             p_loo = sum_n log p(y_n | y) - sum_n log p(y_n | y_-n),
             log p(y_n | y) ~ log ( sum_s w_s p(y_n | z_s) / sum_s w_s ),
@@ -322,9 +321,9 @@ class Posterior:
 
         References:
             Magnusson, Andersen, Jonasson, Vehtari, "Bayesian leave-one-out cross-validation for
-            large data", arXiv:1904.10679: v_s.
+            large data", arXiv:1904.10679 (for v_s).
             Vehtari, Gelman, Gabry, "Practical Bayesian model evaluation using leave-one-out
-            cross-validation and WAIC", arXiv:1507.04544: p_loo.
+            cross-validation and WAIC", arXiv:1507.04544 (for p_loo).
         """
         if not self.is_joint:
             raise ValueError(

@@ -19,8 +19,8 @@ __all__ = [
     "check_count",
     "check_seed",
     "checked_device",
-    "one_thread",
     "own_memory",
+    "process_lock",
     "reachable",
     "seeded",
 ]
@@ -45,8 +45,8 @@ from pyro_vi.reach import may_ask_modules, reach
 from pyro_vi.sites import ObservedAsFloats
 
 # Pyro's handlers and store, torch's generators and the modules of a program belong to the process:
-# what installs a state or seeds a generator holds this lock, and other threads wait for it.
-one_thread = threading.RLock()
+# code that installs a state or seeds a generator holds this lock, and other threads wait for it.
+process_lock = threading.RLock()
 
 
 class State:
@@ -75,7 +75,7 @@ class State:
         self, programs: Mapping[str, Callable[..., Any]], *, device: torch.device | None = None
     ) -> None:
         self.device = device
-        with one_thread:  # in which another state may be installed
+        with process_lock:  # another thread may have a state installed
             self._take_copies(programs)
 
     def _take_copies(self, programs: Mapping[str, Callable[..., Any]]) -> None:
@@ -102,7 +102,7 @@ class State:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Runs the programs on this state; what they change stays in it. Other threads wait."""
-        with one_thread:
+        with process_lock:
             if self._open:
                 yield
                 return
@@ -362,10 +362,10 @@ def _cloned(value: Tensor | Callable[[], Tensor]) -> Tensor:
 
 
 def own_memory(parameters: Iterable[Tensor]) -> None:
-    """Gives parameters whose elements share memory an element of memory for each.
+    """Gives expanded parameters contiguous memory of their own.
 
-    A module makes such a parameter from an expanded tensor, such as the initial value of an
-    autoguide in a plate, and no optimizer can update it in place.
+    An expanded initial value, such as an autoguide's in a plate, makes such a parameter. Optimizers
+    cannot update it in place.
     """
     for parameter in parameters:
         if parameter.layout is torch.strided and any(
@@ -540,7 +540,7 @@ def check_count(what: str, count: Any, *, least: int = 1) -> None:
     if not whole or count < least:
         raise ValueError(
             f"expected at least {'one' if least == 1 else least} {what}, got {count!r}"
-            f"{'' if whole else ', which is no whole number'}"
+            f"{'' if whole else ', which is not an integer'}"
         )
 
 
@@ -558,6 +558,6 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     check_seed(seed)
     on_cuda = torch.cuda.is_initialized() or (device is not None and device.type == "cuda")
     devices = list(range(torch.cuda.device_count())) if on_cuda else []
-    with one_thread, torch.random.fork_rng(devices=devices):
+    with process_lock, torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield

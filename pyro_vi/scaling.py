@@ -33,11 +33,11 @@ from torch.distributions import constraints
 from pyro_vi.program import Program
 from pyro_vi.sites import (
     NO_SIZE,
-    SubsampleIndices,
-    given_value,
+    SubsampleCheck,
+    drop_observed_sites,
     is_deterministic,
     is_discrete,
-    keep_proposal,
+    original_value,
     sized,
     without_inverse,
 )
@@ -54,8 +54,8 @@ class Structure:
         plate: the name of the plate over data points.
         batch: rows of the batch in the plate (B); 1 if there is no such plate.
         total: data points in all (N); 1 if there is no such plate.
-        unsized: the sizes in this batch of plates that the programs give none, such as
-            `pyro.plate("data")`, by name; the traces have them.
+        unsized: sizes, in this batch, of plates that were declared without one, such as
+            `pyro.plate("data")`, by name; the traces already have them.
         shared: observed sites that the guide has too, because it runs the model; the guide's trace
             is without them.
     """
@@ -102,7 +102,7 @@ class Structure:
         try:
             with unread_by_the_guide(model):
                 guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            indices = SubsampleIndices()
+            indices = SubsampleCheck()
             with _Match(trace=guide_trace):
                 model_trace = poutine.trace(indices(model)).get_trace(*args, **kwargs)
         except RuntimeError as error:
@@ -131,9 +131,9 @@ class Structure:
             raise ValueError(
                 f"the model observes nothing and the guide observes {theirs}: are they swapped?"
             )
-        if fault := indices.fault():
-            raise ValueError(fault)
-        shared = keep_proposal(model_trace, guide_trace)
+        if problem := indices.problem():
+            raise ValueError(problem)
+        shared = drop_observed_sites(model_trace, guide_trace)
         _check_masks(model_trace, guide_trace)
         _check_densities(model_trace)
         unsized = _give_sizes(model_trace, guide_trace)
@@ -174,8 +174,8 @@ class Structure:
                     " it must stand inside on both sides, or outside on both"
                 )
 
-    def local_parameters(self, guide: Callable[..., Any]) -> list[str]:
-        """The latents of single data points for each of which an autoguide has parameters."""
+    def latents_with_own_parameters(self, guide: Callable[..., Any]) -> list[str]:
+        """The latents of single data points for which an autoguide keeps separate parameters."""
         shared = self.plate in getattr(_innermost(guide), "amortized_plates", ())
         if shared or not is_autoguide(guide):
             return []
@@ -183,7 +183,7 @@ class Structure:
 
     def check_amortized(self, guide: Callable[..., Any]) -> None:
         """Raises ValueError if the guide has parameters of its own for single data points."""
-        if local := self.local_parameters(guide):
+        if local := self.latents_with_own_parameters(guide):
             raise ValueError(
                 f"an autoguide has one set of parameters for the latents {local} of its batch,"
                 " so that other data would be scored with these: use an amortized guide"
@@ -278,7 +278,7 @@ class Structure:
         for site_name in self.observed:
             site = self.model_trace.nodes[site_name]
             for name, rows in batch.items():
-                if given_value(site) is not rows:
+                if original_value(site) is not rows:
                     continue
                 support = _support(site["fn"])
                 values = data[name]
@@ -292,11 +292,11 @@ class Structure:
 
 
 def check_observes(structure: Structure, prior_only: bool) -> None:
-    """Raises ValueError unless the model observes something, or nothing where that is wanted."""
+    """Raises ValueError if the model observes nothing, or something though `prior_only` is True."""
     if prior_only and structure.observed:
         raise ValueError(
             f"prior_only=True is for a model that observes nothing, and this one observes"
-            f" {structure.observed}: leave it out"
+            f" {structure.observed}: remove prior_only"
         )
     if not prior_only and not structure.observed:
         raise ValueError(
@@ -369,19 +369,19 @@ def _observed(trace: Trace) -> list[str]:
 
 
 def _check_densities(trace: Trace) -> None:
-    """Raises ValueError where the model has no density for values that it has not drawn itself."""
+    """Raises ValueError if the density of a site can be evaluated only at its own draws."""
     for name in _latents(trace) + _observed(trace):
         site = trace.nodes[name]
         if isinstance(site["value"], Tensor) and (transform := without_inverse(site["fn"])):
             raise ValueError(
-                f"site {name!r} of the model: a density of other values than its own draws was"
-                f" asked for, but {transform} has no inverse. Use a transform that has one (such as"
+                f"site {name!r} of the model: its density is needed at the guide's draw, but"
+                f" {transform} has no inverse. Use a transform that has one (such as"
                 " affine_autoregressive or affine_coupling), or its inverse (transform.inv)"
             )
 
 
 def _give_sizes(model_trace: Trace, guide_trace: Trace) -> dict[str, int]:
-    """Gives plates without a size that of their axis, in all stacks, and returns the sizes.
+    """Fills in the sizes of unsized plates from the axes of their sites, and returns the sizes.
 
     Raises:
         ValueError: a latent site without such an axis, which all elements of the plate would share.
@@ -406,9 +406,9 @@ def _give_sizes(model_trace: Trace, guide_trace: Trace) -> dict[str, int]:
         for frame in site["cond_indep_stack"]:
             if frame.name in sizes and _length_of_axis(site, frame.dim) != sizes[frame.name]:
                 raise ValueError(
-                    f"site {name!r} stands in plate {frame.name!r}, which has no size, and has one"
-                    f" value for all of its {sizes[frame.name]} elements: give the plate its size,"
-                    f" such as pyro.plate({frame.name!r}, len(x)), or take the site out of it"
+                    f"site {name!r} has one value for all {sizes[frame.name]} elements of plate"
+                    f" {frame.name!r}, which was declared without a size: give the plate its size,"
+                    f" such as pyro.plate({frame.name!r}, len(x)), or move the site out of it"
                 )
     for trace in (guide_trace, model_trace):
         for site in trace.nodes.values():
@@ -428,7 +428,7 @@ def _length_of_axis(site: Mapping[str, Any], dim: int) -> int:
 def _check_sizes_for_autoguide(
     guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], reason: Exception
 ) -> None:
-    """Raises ValueError if an autoguide met a plate without a size, which is why it failed."""
+    """Raises ValueError if an autoguide failed because of a plate without a size."""
     if not is_autoguide(guide):
         return
     model: Any = getattr(_innermost(guide), "model", None)
@@ -560,7 +560,7 @@ def _unsampled(site: Mapping[str, Any]) -> str:
     if "noise" in site["infer"]:
         return "; the model's noise is in it alone: give the guide the same noise="
     if not is_discrete(fn):
-        return "; if it is data, give the argument that the model observes there"
+        return "; if it is data, pass the argument that the model observes at this site"
     ways = "; it is discrete: sample it in the guide"
     if not getattr(fn, "has_enumerate_support", False):
         return f"{ways}, or sum it out in the model"

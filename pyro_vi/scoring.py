@@ -43,14 +43,14 @@ from pyro_vi.sites import (
     Layout,
     PlateSizes,
     Unobserved,
+    base_noise,
     draws_terms,
-    given_value,
     is_delta,
     is_deterministic,
     is_discrete,
     is_noise,
     is_partial,
-    noise_of,
+    original_value,
 )
 
 _VALUES = 2**22  # numbers that all sites hold, over the draws evaluated at once
@@ -147,7 +147,7 @@ class Programs:
                     f"the guide draws {inside} of all data points jointly, from {noise}: there is"
                     " no posterior of one of them given the others"
                 )
-            values = {name: noise_of(trace.nodes[name]) for name in shared}
+            values = {name: base_noise(trace.nodes[name]) for name in shared}
             given = {name: v.expand(num_samples, *v.shape) for name, v in values.items()}
             found = self._scores(whole, num_samples, size=_size(structure), given=given)
             return self._posterior(structure, found, local=True)
@@ -219,7 +219,7 @@ class Programs:
             raise ValueError(f"the data cannot be drawn: {_reason(error)}") from error
         return _named(found, "observed ")
 
-    def missing_from(self, complete: Programs) -> list[str]:
+    def unobserved_sites(self, complete: Programs) -> list[str]:
         """The sites that a run on complete data observes, and a run on these data does not.
 
         Raises:
@@ -233,7 +233,7 @@ class Programs:
                     f"the guide runs the model, and needs values of {list(structure.shared)} for"
                     " that: give some of their shape and support, they are drawn anew"
                 )
-            trace = self._proposed()[1]
+            trace = self._guide_and_model_traces()[1]
         missing = [name for name in structure.observed if name in trace]
         return [name for name in missing if not trace.nodes[name]["is_observed"]]
 
@@ -249,11 +249,13 @@ class Programs:
 
         def run(fixed: Draws) -> Draws:
             with At(fixed):
-                drawn, trace = self._proposed(Unobserved()(PlateSizes(sizes)(self.model)))
+                drawn, trace = self._guide_and_model_traces(
+                    Unobserved()(PlateSizes(sizes)(self.model))
+                )
             values: Draws = {}
             for name, site in {**drawn.nodes, **trace.nodes}.items():
                 if is_noise(site):
-                    values[f"{NOISE}{name}"] = noise_of(site)
+                    values[f"{NOISE}{name}"] = base_noise(site)
                 if name in missing or (site["type"] == "sample" and "obs" in site["infer"]):
                     layout = Layout.of(site, plate=self.plate)
                     values[f"observed {name}"] = layout.ordered(site["value"])
@@ -263,17 +265,19 @@ class Programs:
             at_once = max(1, _VALUES // max(_WIDTH, rows or 1))
             return _named(_kept(over_draws(run, num_samples, at_once=at_once)), "observed ")
 
-    def _proposed(self, model: Callable[..., Any] | None = None) -> tuple[Trace, Trace]:
-        """Traces of the guide and of the model against it, which may sample other sites too."""
+    def _guide_and_model_traces(
+        self, model: Callable[..., Any] | None = None
+    ) -> tuple[Trace, Trace]:
+        """Traces of the guide, and of the model replayed against it, which may draw more sites."""
         args, kwargs = self._batches.whole()
         try:
             with reachable():
                 drawn = poutine.trace(self.guide).get_trace(*args, **kwargs)
         except (AttributeError, TypeError, RuntimeError) as error:
             raise ValueError(
-                f"the guide does not run on these data ({_reason(error)}): it reads more than they"
-                " have. Give it what it reads; of a PredictiveVAE, fitted.model.predict(x) draws y"
-                " for new x"
+                f"the guide does not run on these data ({_reason(error)}): it needs arguments that"
+                " are missing. Pass them; of a PredictiveVAE, fitted.model.predict(x) draws y for"
+                " new x"
             ) from error
         replayed = poutine.replay(self.model if model is None else model, trace=drawn)
         return drawn, poutine.trace(replayed).get_trace(*args, **kwargs)
@@ -324,7 +328,7 @@ class Programs:
         with seeded(0, batches.device), torch.no_grad():
             structure = self._structure((args, kwargs))
         sites = {name: structure.model_trace.nodes[name] for name in structure.observed}
-        seen = {id(given_value(site)) for site in sites.values()}
+        seen = {id(original_value(site)) for site in sites.values()}
         named = {**dict(zip(_parameters(self.model, len(args)), args, strict=True)), **kwargs}
         return (
             {
@@ -406,7 +410,7 @@ class Programs:
                 found[f"count {name}"] = layout.ordered(count).double()
         for name in structure.proposed:
             if is_noise(guide.nodes[name]):
-                found[f"{NOISE}{name}"] = noise_of(guide.nodes[name])
+                found[f"{NOISE}{name}"] = base_noise(guide.nodes[name])
         found |= self._values(structure, "latent", structure.latents)
         found |= self._values(structure, "deterministic", structure.deterministic)
         scored = structure.latents + structure.observed
@@ -632,9 +636,9 @@ def check_scores(
     plate: str,
     device: torch.device | None = None,
 ) -> None:
-    """Raises ValueError, before anything is trained, where draws will have no density.
+    """Raises ValueError, before training, if the guide's draws will have no density.
 
-    Programs that draw some of their steps alone have a bound by step instead (`StepBound`).
+    Programs that sample a subset of their steps have a bound by step instead (`StepBound`).
 
     Args:
         model, guide: the programs, which stay as they are.

@@ -13,18 +13,18 @@ __all__ = [
     "Layout",
     "ObservedAsFloats",
     "PlateSizes",
-    "SubsampleIndices",
+    "SubsampleCheck",
     "Unobserved",
+    "base_noise",
     "draws_terms",
-    "given_value",
+    "drop_observed_sites",
     "is_delta",
     "is_deterministic",
     "is_discrete",
     "is_factor",
     "is_noise",
     "is_partial",
-    "keep_proposal",
-    "noise_of",
+    "original_value",
     "sized",
     "without_inverse",
 ]
@@ -101,11 +101,11 @@ def is_observation(site: Site) -> bool:
     )
 
 
-def keep_proposal(model_trace: Trace, guide_trace: Trace) -> list[str]:
-    """Removes the observed sites that guide and model share from the guide's trace; their names.
+def drop_observed_sites(model_trace: Trace, guide_trace: Trace) -> list[str]:
+    """Removes the observed sites that the model has too from a guide's trace; returns their names.
 
     A guide that runs the model (Pyro's `GuideMessenger`s do) meets its observed sites too. Their
-    log probability is the likelihood, and no part of log q. What stays is what the guide samples,
+    log probability is the likelihood, not part of log q. What stays is what the guide samples,
     and its own `pyro.factor` statements.
 
     Raises:
@@ -121,8 +121,8 @@ def keep_proposal(model_trace: Trace, guide_trace: Trace) -> list[str]:
         elif not is_factor(site):
             raise ValueError(
                 f"the guide observes {name!r}, which the model does not: log q is the density of"
-                " what the guide samples, and an observation would be counted in it with the wrong"
-                " sign. Observe it in the model, or remove obs="
+                " what the guide samples, and an observation would be subtracted from the bound."
+                " Observe it in the model, or remove obs="
             )
     return removed
 
@@ -137,12 +137,12 @@ def is_partial(site: Site) -> bool:
     return draws_terms(site) or not bool((torch.as_tensor(site["scale"]) == 1).all())
 
 
-def noise_of(site: Site) -> Tensor:
-    """What `At` needs to repeat the draw at a site of a trace: the value, but for some flows.
+def base_noise(site: Site) -> Tensor:
+    """The tensor from which `At` reproduces the draw at a site of a trace.
 
-    Some flows have no inverse (planar, radial, block autoregressive, ...). Such a flow evaluates
-    its density at its last draw alone, whose base draw its transforms remember. For these flows the
-    noise is the base draw z; `At` applies the flow to z again, and the density is there again.
+    It is the value, or the base draw for a flow without an inverse (planar, radial, block
+    autoregressive, ...). Such a flow can evaluate its density only at its last draw; its transforms
+    cache the base draw. `At` applies the flow to it, which makes the density available again.
     """
     value, fn = site["value"], site["fn"]
     if without_inverse(fn):
@@ -201,7 +201,7 @@ class At(Messenger):
     """Runs a program with some of its latent sites at given values, as if they had been drawn.
 
     Args:
-        values: the noise of each site (`noise_of`): its value, but for flows without an inverse.
+        values: what each site was drawn from (`base_noise`).
     """
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
@@ -218,9 +218,9 @@ class At(Messenger):
 
 
 class ObservedAsFloats(Messenger):
-    """Hands integers and booleans to a Bernoulli likelihood as floats, the only dtype it takes.
+    """Converts integer and boolean observations of a Bernoulli to floats, which alone it accepts.
 
-    Labels come as integers from most files; torch's other discrete distributions take them so.
+    Files mostly hold labels as integers. torch's other discrete distributions accept integers.
     """
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -230,25 +230,25 @@ class ObservedAsFloats(Messenger):
         fn = msg["fn"]
         while inner := getattr(fn, "base_dist", getattr(fn, "component_distribution", None)):
             fn = inner
-        if isinstance(fn, _FLOATS_ALONE):
+        if isinstance(fn, _FLOAT_ONLY):
             msg["infer"]["given"] = value
             msg["value"] = value.to(fn.mean.dtype)
 
 
-_FLOATS_ALONE = (torch.distributions.Bernoulli, torch.distributions.ContinuousBernoulli)
+_FLOAT_ONLY = (torch.distributions.Bernoulli, torch.distributions.ContinuousBernoulli)
 
 
-def given_value(site: Site) -> Any:
-    """The value of an observed site as the data have it."""
+def original_value(site: Site) -> Any:
+    """An observed site's value before its conversion to floats."""
     return site["infer"].get("given", site["value"])
 
 
-class SubsampleIndices(Messenger):
-    """Sees plates whose indices the model gives, and the guide draws anew.
+class SubsampleCheck(Messenger):
+    """Finds plates whose sub-sample indices differ between model and guide.
 
-    It stands around the model, inside of the replay of the guide's trace, which puts the guide's
-    indices in the place of the model's: `pyro.plate("data", 40, subsample=idx)` is then another
-    sub-sample than the rows that the model takes by `idx`.
+    It wraps the model inside the replay of the guide's trace. The replay overwrites the model's
+    indices with the guide's: `pyro.plate("data", 40, subsample=idx)` is then another sub-sample
+    than the rows that the model takes by `idx`.
     """
 
     def __init__(self) -> None:
@@ -272,14 +272,14 @@ class SubsampleIndices(Messenger):
                 if sites is not None and msg["name"] not in sites:
                     sites.append(msg["name"])
 
-    def fault(self) -> str | None:
+    def problem(self) -> str | None:
         """What is wrong, and what to do; None if nothing is."""
         for plate, sites in self._replaced.items():
             if sites:
                 return (
                     f"plate {plate!r}: the model gives the indices of its sub-sample, and the guide"
-                    f" draws others, so that its parameters of {sites} belong to other rows than"
-                    " the model observes. Give the guide the same indices (an autoguide by"
+                    f" draws others, so that its parameters for {sites} do not match the rows"
+                    " that the model observes. Give the guide the same indices (an autoguide by"
                     f" create_plates=lambda ...: pyro.plate({plate!r}, size, subsample=indices)),"
                     " or let the plate draw them (subsample_size=) and observe"
                     " pyro.subsample(y, event_dim=0)"
@@ -288,10 +288,10 @@ class SubsampleIndices(Messenger):
 
 
 class PlateSizes(Messenger):
-    """Gives plates without a size, such as `pyro.plate("data")`, the size that they have.
+    """Sets the size of plates that were declared without one, such as `pyro.plate("data")`.
 
-    Pyro's own stack has the size -1 for such a plate, and lets its sites keep their shapes. Here
-    they get the stack and the shapes that the plate would give them with a size.
+    Pyro records such a plate with the size -1 and does not expand its sites. This handler sets the
+    size and expands them, as a plate with a size does.
 
     Args:
         sizes: sizes by name of the plate; other plates are left alone.
@@ -317,7 +317,7 @@ class PlateSizes(Messenger):
 
 
 def sized(stack: tuple[Any, ...], sizes: Mapping[str, int]) -> tuple[Any, ...]:
-    """A stack of plates with sizes for those that have none; the same object if all have one."""
+    """A stack of plates with its missing sizes filled in; the same object if none is missing."""
     if not any(frame.size == NO_SIZE and frame.name in sizes for frame in stack):
         return stack
     return tuple(

@@ -26,9 +26,9 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 
 from pyro_vi.elbo import Told, told
-from pyro_vi.program import one_thread, own_memory
+from pyro_vi.program import own_memory, process_lock
 from pyro_vi.recorder import Recorder
-from pyro_vi.sites import SubsampleIndices
+from pyro_vi.sites import SubsampleCheck
 
 
 class SVI(pyro.infer.SVI):
@@ -101,7 +101,7 @@ class SVI(pyro.infer.SVI):
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One gradient step; returns the loss. Steps in several threads wait for one another."""
-        with one_thread:
+        with process_lock:
             return self._step(*args, **kwargs)
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +131,7 @@ class SVI(pyro.infer.SVI):
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss without a step; as `pyro.infer.SVI`."""
-        with one_thread:
+        with process_lock:
             if self.told is not None:
                 self.told.forget()
             return super().evaluate_loss(*args, **kwargs)
@@ -140,7 +140,7 @@ class SVI(pyro.infer.SVI):
         """The loss, and the unconstrained parameters that the programs used, with gradients."""
         if self.told is not None:
             self.told.forget()
-        indices = None if self._has_stepped or not self._is_elbo else SubsampleIndices()
+        indices = None if self._has_stepped or not self._is_elbo else SubsampleCheck()
         model = self.model if indices is None else indices(self.model)
         with _Parameters() as seen:
             loss = self.loss_and_grads(model, self.guide, *args, **kwargs)
@@ -153,8 +153,8 @@ class SVI(pyro.infer.SVI):
             own_memory(used)
             for program in (self.model, self.guide):
                 _warn_of_shared_names(program, used)
-            if indices is not None and (fault := indices.fault()):
-                warnings.warn(fault, stacklevel=4)
+            if indices is not None and (problem := indices.problem()):
+                warnings.warn(problem, stacklevel=4)
         return loss, list(used)
 
     def _update(self, parameters: Sequence[Tensor]) -> None:

@@ -97,7 +97,7 @@ def _all(result: Comparison) -> list[Column]:
         Column(
             "status",
             "status",
-            "whether a family failed, or its training was interrupted; the warnings say more",
+            "not fitted, failed or interrupted; see the warnings",
             lambda row: row.status.partition(":")[0].partition(" after ")[0],
         ),
         Column(

@@ -44,7 +44,7 @@ def words(result: Comparison) -> str:
 
 
 def warnings(result: Comparison) -> tuple[str, ...]:
-    """What to beware of: failures, collapsed posteriors, restarts that disagree, no evidence."""
+    """Warnings: failures, collapsed posteriors, restarts that disagree, no evidence."""
     unfinished = tuple(f"{shown(row.family)} {row.status}" for row in result.rows if row.status)
     collapsed = tuple(
         f"{shown(row.family)}: {row.active_units} of {row.latent_units} latent units are active;"

@@ -658,7 +658,7 @@ def removed(entries: dict[Any, Any], name: Any) -> None:
     [
         (("losses",), removed, r"'losses': expected a tensor of floats of shape \(steps\), got no"),
         (("kl",), None, r"'kl': expected a tensor of floats of shape \(steps\), got None$"),
-        (("kl",), torch.zeros(5), r"'kl': expected 4 steps, as of 'losses', got 5$"),
+        (("kl",), torch.zeros(5), r"'kl': expected 4 steps, as in 'losses', got 5$"),
         (
             ("weights",),
             torch.ones(4, 3),
@@ -909,7 +909,7 @@ def test_a_prediction_that_cannot_be_says_what_to_do() -> None:
             pyro.sample("z", dist.Normal(pyro.param("w", torch.tensor(0.1)) * y, 1.0))
 
     fitted = fit(local, reads_y, (x, x), steps=2, progress=False)
-    with pytest.raises(ValueError, match=r"the guide does not run on these data .* reads more"):
+    with pytest.raises(ValueError, match=r"guide does not run on these data .* needs arguments"):
         fitted.predict((x,), 5)
-    with pytest.raises(ValueError, match=r"'y' of the model .* give the argument that the model"):
+    with pytest.raises(ValueError, match=r"'y' of the model .* pass the argument that the model"):
         fit(regression, regression_guide, (x, x), steps=0).log_predictive_density((x,), 5)

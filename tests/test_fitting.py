@@ -629,6 +629,8 @@ def test_on_a_device(device: torch.device) -> None:
 
 @pytest.mark.parametrize("steps", [1.5, -1, True, None])
 def test_impossible_steps(steps: Any) -> None:
-    words = f"at least one step, got {steps!r}" + ("" if steps == -1 else ", which is no whole")
+    words = f"at least one step, got {steps!r}" + (
+        "" if steps == -1 else ", which is not an integer"
+    )
     with pytest.raises(ValueError, match=re.escape(words)):
         fit(normal_mean, normal_mean_guide, torch.ones(3), steps=steps)

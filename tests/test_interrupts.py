@@ -34,7 +34,7 @@ def pythons_own_handler() -> Iterator[None]:
 
 
 def pressing(*calls: int) -> Callable[[Tensor], None]:
-    """A model during whose calls of these numbers Ctrl-C is pressed; the first call is no step."""
+    """A model that raises SIGINT in the calls of these numbers. Call 0 is the inspection."""
     count = 0
 
     def model(x: Tensor) -> None:
@@ -75,7 +75,7 @@ def _pressing_twice(x: Tensor) -> None:
 
 def test_restarts_that_are_done_are_kept() -> None:
     model = pressing(20)  # in the second of four restarts of 10 steps
-    with pytest.warns(UserWarning, match="2 of 10 steps of restart 2 of 4: the best of 1"):
+    with pytest.warns(UserWarning, match=r"\d of 10 steps of restart 2 of 4: the best of 1"):
         fitted = fit(
             model, normal_mean_guide, X, steps=10, restarts=4, compile=False, progress=False
         )
@@ -103,7 +103,7 @@ def test_laplace_that_has_not_reached_the_mode_stays_a_point() -> None:
     assert fitted.interrupted and len(fitted.losses) < 10
 
 
-@pytest.mark.parametrize(("press", "families"), [(30, ["a", "b"]), (12, ["a"])])
+@pytest.mark.parametrize(("press", "families"), [(30, ["a", "b"]), (8, ["a"])])
 def test_a_comparison_keeps_the_families_that_are_done(press: int, families: list[str]) -> None:
     guides = {name: normal_mean_guide for name in "abc"}
     options: dict[str, Any] = {"compile": False, "steps": 10, "num_samples": 30}
@@ -143,7 +143,7 @@ def test_the_command_line_writes_what_there_is(
 
 
 def test_a_signal_to_a_process() -> None:
-    """At any moment of a compiled fit; SIGINT is sent when the first step was taken."""
+    """SIGINT from outside, while the step is being compiled."""
     script = """
 import torch, pyro, pyro.distributions as dist
 from pyro_vi import fit

@@ -279,9 +279,9 @@ def test_indices_that_a_guide_draws_anew() -> None:
         svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), compile=False)
         svi.step(y, torch.arange(10))
 
-    with pytest.warns(UserWarning, match=r"plate 'data': .* parameters of \['z'\]"):
+    with pytest.warns(UserWarning, match=r"plate 'data': .* parameters for \['z'\]"):
         step(AutoNormal(model))
-    with pytest.raises(ValueError, match=r"plate 'data': .* parameters of \['z'\]"):
+    with pytest.raises(ValueError, match=r"plate 'data': .* parameters for \['z'\]"):
         fit(model, AutoNormal(model), (y, torch.arange(10)), steps=1)
     pyro.clear_param_store()
     # What the warning says to do: warnings are errors here.

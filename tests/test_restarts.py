@@ -287,8 +287,8 @@ def test_a_restart_that_is_not_finite_is_left_out_with_a_warning() -> None:
     with pytest.warns(UserWarning) as caught:
         fitted = fit(exploding(0.5), narrow, x, optim=still, steps=5, restarts=4, seed=6)
     assert [str(w.message).partition(" the loss")[0] for w in caught] == [
-        "restart 2 of 4 is left out: step 0:",
-        "restart 4 of 4 is left out: step 0:",
+        "restart 2 of 4 is skipped: step 0:",
+        "restart 4 of 4 is skipped: step 0:",
     ]
     assert {warning.filename for warning in caught} == {__file__}
     first, third = locs(fitted)
