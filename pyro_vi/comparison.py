@@ -202,7 +202,8 @@ def compare(
 
     Raises:
         ValueError: no guides, too few draws, models that do not observe the same thing, a reference
-            of other sites. If all guides fail, the error of the first, such as what `fit` refuses,
+            of other sites; where that is seen after training, the error's attribute `fits` has the
+            fits. If all guides fail, the error of the first, such as what `fit` refuses,
             or a loss that enumerates latents.
 
     Example:
@@ -328,12 +329,13 @@ def judge_each(
         data, **options: as `judge` takes them.
 
     Raises:
-        Exception: no fit can be judged, or they can be judged only separately.
+        Exception: no fit can be judged, or they can be judged only separately. Its attribute `fits`
+            has the fits.
     """
     failures = dict(failures)
     try:
         result = judge(fits, data, **options)
-    except Exception:
+    except Exception as reason:
         sound: dict[str, Fit] = {}
         for name, one in fits.items():
             try:
@@ -343,7 +345,9 @@ def judge_each(
             else:
                 sound[name] = one
         if not sound or len(sound) == len(fits):
-            raise
+            vars(reason)["fits"] = dict(fits)
+            reason.add_note("the fits are not lost: they are the attribute `fits` of this error")
+            raise reason
         result = judge(sound, data, **options)
     if not failures:
         return result

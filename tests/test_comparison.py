@@ -645,3 +645,12 @@ def test_a_transform_is_applied_before_the_check() -> None:
     guides = {"a": AutoNormal(model), "b": AutoNormal(model)}
     result = compare(model, guides, x, transform=lambda x: x.float() / 255, **options)
     assert not result.failures
+
+
+def test_fits_that_cannot_be_judged_are_in_the_error() -> None:
+    guides = {"a": normal_mean_guide, "b": normal_mean_guide}
+    reference = {"other": torch.randn(50)}
+    with pytest.raises(ValueError, match=r"expected reference draws of \['mean'\]") as caught:
+        compare(normal_mean, guides, torch.randn(5), reference=reference, steps=2, progress=False)
+    fits = vars(caught.value)["fits"]
+    assert list(fits) == ["a", "b"] and all(isinstance(one, Fit) for one in fits.values())
