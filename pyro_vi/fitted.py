@@ -302,7 +302,8 @@ class Fit:
         """
         check_count("predictive draw", num_samples)
         source = self._programs(data)
-        if not self.amortized and Batches(data).fingerprint() != self.fingerprint:
+        others = self.fingerprint not in (None, Batches(data).fingerprint())
+        if not self.amortized and others:
             raise ValueError(
                 "expected the data that the guide was fitted to: it has latents for its training"
                 " rows only, so that predict needs all of them. The observed sites are drawn again."

@@ -102,7 +102,9 @@ def fit(
         data: a tensor (`model(data)`), a tuple (`model(*data)`) or a dict (`model(**data)`).
         loss: one of Pyro's ELBOs, not a Jit one; `Trace_ELBO()` by default.
         optim: a Pyro optimizer, or a callable that makes a torch optimizer from parameters;
-            `partial(torch.optim.Adam, lr=1e-3)` by default. A Pyro scheduler is stepped after
+            `partial(torch.optim.Adam, lr=1e-3)` by default. Gradients are in nats per data point,
+            so that options with a scale, such as a weight decay or a norm to clip at, are too: N
+            times smaller than for Pyro's sum over N data points. A Pyro scheduler is stepped after
             every step.
         steps: gradient steps; 0 binds the programs as they are, such as a chain of a fitted
             diffusion, so that they have a posterior.
@@ -579,7 +581,8 @@ def _result(
     trained = sum(tensor.numel() for tensor in structure.parameters)
     trains_model = structure.trains_model  # asked before gradients are turned off
     state.freeze()
-    rows = RowIndependence.of(structure, model, guide, batches.first())
+    with state.undone():  # a guide may keep what it made for some rows
+        rows = RowIndependence.of(structure, model, guide, batches.first())
     split = batches.batch_size is not None and batches.batch_size != batches.total
     if not rows.amortized and (split or history.heldout):
         warnings.warn(

@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
+from pyro.distributions import MaskedDistribution
 from pyro.nn.module import _Context
 from pyro.poutine import unwrap
 from pyro.poutine.messenger import Messenger
@@ -130,6 +131,17 @@ class State:
             self._held = [module.__dict__ for module in self._modules]
             self._install(before)
             self._open = False
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Runs the programs on this state, and forgets the attributes that they set meanwhile."""
+        with self.installed():
+            copied = _Copy({})
+            before = [copied.attributes(module) for module in self._modules]
+            try:
+                yield
+            finally:
+                self._install(before)
 
     def _install(self, held: Iterable[dict[str, Any]]) -> None:
         for module, attributes in zip(self._modules, held, strict=True):
@@ -318,9 +330,10 @@ def _bound(fn: Any, installed: Callable[[], AbstractContextManager[None]]) -> An
     fn.installed = lambda: installed()  # a bound method would be copied with its state
     expand = fn.expand
     fn.expand = lambda *args, **kwargs: _bound(expand(*args, **kwargs), installed)
-    for name in ("sample", "rsample", "log_prob"):
-        setattr(fn, name, within(getattr(fn, name)))
-    if isinstance(fn, torch.distributions.Independent):
+    for name in ("sample", "rsample", "log_prob", "score_parts"):
+        if hasattr(fn, name):
+            setattr(fn, name, within(getattr(fn, name)))
+    if isinstance(fn, (torch.distributions.Independent, MaskedDistribution)):
         fn.base_dist = _bound(fn.base_dist, installed)  # its elements' densities are asked for too
     return fn
 

@@ -49,6 +49,7 @@ from pyro_vi.sites import (
     is_deterministic,
     is_discrete,
     is_noise,
+    is_observation,
     is_partial,
     original_value,
 )
@@ -235,7 +236,7 @@ class Programs:
                 )
             trace = self._guide_and_model_traces()[1]
         missing = [name for name in structure.observed if name in trace]
-        return [name for name in missing if not trace.nodes[name]["is_observed"]]
+        return [name for name in missing if not is_observation(trace.nodes[name])]
 
     def predict(self, num_samples: int, missing: Collection[str], *, seed: int = 0) -> Draws:
         """One draw of every observed site for each draw from the guide.
@@ -351,7 +352,8 @@ class Programs:
                 trace.compute_log_prob()
                 for site in trace.nodes.values():
                     if site["type"] == "sample" and not site_is_subsample(site):
-                        check_site_shape(site, math.inf)
+                        if not is_deterministic(site):  # which has no density
+                            check_site_shape(site, math.inf)
         return structure
 
     def _structure(self, arguments: Arguments) -> Structure:
@@ -371,6 +373,12 @@ class Programs:
             self._scores(batches.rows(part), num, size=size * points)
             for part in index.split(points)
         ]
+        if odd := sorted({key for chunk in chunks for key in chunk.keys() ^ chunks[0].keys()}):
+            sites = sorted({key.partition(" ")[2] for key in odd} - {"inside", "outside"})
+            raise ValueError(
+                f"expected the same sites in all rows, but some rows lack {sites}: give posterior"
+                " rows of one kind, such as sequences of one length"
+            )
         split = {name for name, plates in self._plates(first).items() if self.plate in plates}
         whole = {}
         for key in chunks[0]:

@@ -23,6 +23,7 @@ __all__ = [
     "is_discrete",
     "is_factor",
     "is_noise",
+    "is_observation",
     "is_partial",
     "original_value",
     "sized",

@@ -82,7 +82,8 @@ class SVI(pyro.infer.SVI):
                 f" (model, guide, *args, **kwargs), got {loss!r}"
             )
         evaluated = told(loss) if isinstance(loss, ELBO) else loss
-        self._is_elbo = isinstance(loss, ELBO)
+        # A Jit ELBO keeps what it was given first, and must be given the model itself.
+        self._is_elbo = isinstance(loss, ELBO) and not type(loss).__name__.startswith("Jit")
         self.told: Told | None = evaluated if isinstance(evaluated, Told) else None
         super().__init__(model, guide, optim, evaluated, loss_and_grads, **kwargs)
         self.compiled_steps = 0

@@ -15,12 +15,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 from programs import SCHOOLS_SIGMA, SCHOOLS_Y, eight_schools, normal_mean, normal_mean_guide
+from pyro import poutine
+from pyro.contrib.easyguide import EasyGuide
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_vi import checkpoint, fit
+from pyro_vi import checkpoint, fit, scoring
 from pyro_vi.data import binarize
 from pyro_vi.families import FullCovariance, LowRank, MeanField
 from pyro_vi.fitted import Fit
@@ -913,3 +916,100 @@ def test_a_prediction_that_cannot_be_says_what_to_do() -> None:
         fitted.predict((x,), 5)
     with pytest.raises(ValueError, match=r"'y' of the model .* pass the argument that the model"):
         fit(regression, regression_guide, (x, x), steps=0).log_predictive_density((x,), 5)
+
+
+def test_a_masked_flow_of_a_fitted_guide_has_the_fits_density() -> None:
+    """Under Pyro's ELBO, which asks a masked distribution for its base's score."""
+    flow = dist.transforms.affine_autoregressive(2)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    class Guide(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flow = flow
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                base = dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1)
+                drawn = dist.TransformedDistribution(base, [self.flow]).mask(torch.ones(len(x)) > 0)
+                pyro.sample("z", drawn)
+
+    x = torch.randn(6) + 3
+    adam = partial(torch.optim.Adam, lr=0.05)
+    fitted = fit(model, Guide(), x, optim=adam, steps=60, progress=False)
+    posterior = fitted.posterior(x, 2_000).joint()
+    loss = Trace_ELBO(num_particles=2_000, vectorize_particles=True, max_plate_nesting=1)
+    bound = -loss.loss(fitted.model, fitted.guide, x)
+    estimate = posterior.elbo()
+    assert abs(bound - estimate.value) < 7 * estimate.se
+
+
+def test_a_guide_that_keeps_plates_is_usable_after_its_fit() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    class Guide(EasyGuide):
+        def guide(self, x: Tensor) -> None:
+            with self.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(len(x))), 0.7))
+
+    x = torch.randn(8)
+    fitted = fit(model, Guide(model), x, steps=3, progress=False)
+    assert fitted.posterior(x, 5).draws["z"].shape == (5, 8)
+    assert fitted.predict(x, 5)["x"].shape == (5, 8)
+
+
+@pytest.mark.parametrize("size", [True, False])
+def test_deterministic_sites_in_a_plate(size: bool) -> None:
+    """Pyro's own way to give predictions a name: `y` is deterministic where it is not observed."""
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)) if size else pyro.plate("data"):
+            line = pyro.deterministic("line", w * x)
+            if y is None:
+                pyro.deterministic("y", line)
+            else:
+                pyro.sample("y", dist.Normal(line, 0.5), obs=y)
+
+    x = torch.randn(6)
+    fitted = fit(model, regression_guide, (x, 2 * x), steps=1, progress=False)
+    posterior = fitted.posterior((x, 2 * x), 7)
+    assert torch.equal(posterior.deterministic["line"], posterior.draws["w"][:, None] * x)
+    drawn = fitted.predict((x[:3],), 500)["y"]
+    assert drawn.shape == (500, 3)
+    assert torch.allclose(drawn.mean(0), 2 * x[:3], atol=0.1)
+
+
+def test_sites_that_hang_on_the_rows_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences up to the longest of their batch, of which each row alone has other sites."""
+
+    def model(x: Tensor, length: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            for i in range(int(length.max())):
+                z = pyro.sample(f"z_{i}", dist.Normal(torch.zeros(len(x)), 1.0))
+                seen = poutine.mask(mask=length > i)
+                with seen:
+                    pyro.sample(f"x_{i}", dist.Normal(z, 1.0), obs=x[:, i])
+
+    def guide(x: Tensor, length: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            for i in range(int(length.max())):
+                w = pyro.param("w", torch.tensor(0.5))
+                pyro.sample(f"z_{i}", dist.Normal(w * x[:, i], 0.7))
+
+    x, length = torch.randn(4, 3), torch.tensor([3, 3, 3, 3])
+    fitted = fit(model, guide, (x, length), steps=1, progress=False)
+    programs = fitted._programs((x, torch.tensor([1, 3, 3, 3])))
+    whole, some = (fitted._programs((x, row)) for row in (length, torch.tensor([2, 2, 2, 2])))
+    assert list(whole.posterior(3, local=True).draws) == ["z_0", "z_1", "z_2"]
+    assert list(some.posterior(3, local=True).draws) == ["z_0", "z_1"]
+    monkeypatch.setattr(scoring, "_VALUES", 1)
+    with pytest.raises(ValueError, match=r"some rows lack \['x_1'"):
+        programs.posterior(3, local=True)  # one row at a time
