@@ -745,7 +745,7 @@ def test_damaged_recipes_are_refused(
     [
         ({"shape": [1, 4]}, r"'recipe', 'shape': expected a list of three whole numbers .* a list"),
         ({"levels": "4"}, r"'recipe', 'levels': expected a whole number of at least 0, got '4'"),
-        ({"levels": 1}, r"'recipe': expected options of programs, got some that make none: "),
+        ({"levels": 1}, r"'recipe': the saved options build no program: "),
         ({"family": ["flow"]}, r"'recipe', 'family': expected a string, got a list"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -781,7 +781,7 @@ def test_damaged_tables_are_refused(
 ) -> None:
     (tmp_path / "comparison.csv").write_bytes(table.encode("latin-1"))
     message = refused(["sample", str(tmp_path), "--out", str(tmp_path / "samples.png")], capsys)
-    assert re.search(r"comparison\.csv is damaged: expected a line for each fit", message)
+    assert re.search(r"comparison\.csv is damaged: expected columns family and elbo", message)
 
 
 def test_wrong_options_of_sample_are_refused(
