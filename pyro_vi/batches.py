@@ -10,6 +10,7 @@ __all__ = ["Batches", "Data", "as_tensors", "parts_of", "taken"]
 
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -86,10 +87,10 @@ class Batches:
                     f" {part.numel()} of {_label(key)}; bind a bound that is infinite on"
                     " purpose to the program (functools.partial)"
                 )
-        self.batch_size = batch_size
+        self.batch_size = int(batch_size) if isinstance(batch_size, Integral) else batch_size
         self.total: int | None = None
         if batch_size is not None:
-            if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+            if isinstance(batch_size, bool) or not isinstance(batch_size, Integral):
                 raise TypeError(f"expected a whole number as batch size, got {batch_size!r}")
             self.total = self.count()
             if not 1 <= batch_size <= self.total:
@@ -159,7 +160,7 @@ class Batches:
         Every batch is a uniform draw of `batch_size` rows, and all have one shape. The order comes
         from a generator of its own: whatever the programs draw, one seed gives the same batches.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(seed))
         while True:
             if self.total is None or self.batch_size is None:
                 yield self._arguments(self.parts)

@@ -29,6 +29,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from numbers import Integral
 from os import PathLike
 from typing import Any, Protocol
 
@@ -45,6 +46,7 @@ from pyro_vi.fitting import fit
 from pyro_vi.interrupts import interruptible
 from pyro_vi.labels import csv_text
 from pyro_vi.marginals import MarginalErrors, marginal_errors, noise_floor
+from pyro_vi.nonfinite import NonFiniteError
 from pyro_vi.observed import Observed, check_one_variable
 from pyro_vi.posterior import Posterior
 from pyro_vi.program import check_seed, checked_device, seeded
@@ -368,8 +370,12 @@ def _logged(name: str, error: Exception) -> Exception:
 
 
 def _status(error: Exception) -> str:
-    reason = str(error).partition("\n")[0] or type(error).__name__  # without Pyro's table of shapes
-    return f"{'not fitted' if isinstance(error, NotFittedError) else 'failed'}: {reason}"
+    reason = str(error).partition("\n")[0]  # without Pyro's table of shapes
+    if isinstance(error, NotFittedError):
+        return f"not fitted: {reason}"
+    # Messages of ValueError and NonFiniteError are sentences; others may be a key alone.
+    says_all = isinstance(error, (ValueError, NonFiniteError)) and reason
+    return f"failed: {reason}" if says_all else f"failed: {type(error).__name__}: {reason}"
 
 
 def judge(
@@ -513,7 +519,7 @@ def _check_names(what: str, named: object) -> None:
 
 def check_draws(num_samples: object) -> None:
     """Raises TypeError or ValueError unless so many draws have a k-hat."""
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int):
+    if isinstance(num_samples, bool) or not isinstance(num_samples, Integral):
         raise TypeError(f"expected a whole number of posterior draws, got {num_samples!r}")
     if num_samples < _MIN_DRAWS:
         raise ValueError(

@@ -400,7 +400,9 @@ def _guarded(
     except ScheduleError:
         raise  # it says at which step, and no site is at fault
     except (FloatingPointError, ValueError, RuntimeError) as error:
-        where = where or f"after {engine.last_site}"
+        if where is None:
+            started = engine.last_site != "the start"
+            where = f"after {engine.last_site}" if started else "before the first site"
         good.restore()
         if isinstance(error, FloatingPointError):
             message: str | None = f"step {engine.taken}: {error}"

@@ -284,7 +284,7 @@ class Posterior:
         check_count("posterior draw", num)
         check_seed(seed)
         weights = torch.from_numpy(self.weights())
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(seed))
         index = torch.multinomial(weights.t(), num, replacement=True, generator=generator).t()
         found = {}
         for name, value in self.sites.items():

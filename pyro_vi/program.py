@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy, deepcopy
 from functools import partial, wraps
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import pyro
@@ -523,6 +524,12 @@ def reachable() -> Iterator[None]:
     try:
         yield
     except AttributeError as error:
+        if "has no attribute 'unconstrained'" in str(error):
+            raise ValueError(
+                "the guide has a parameter for each row of a plate that draws a sub-sample, and"
+                " Pyro cannot select its rows here: let fit split the data (batch_size=) with a"
+                " guide that reads the latents of a row from it, or use pyro_vi.SVI"
+            ) from error
         if "param_state" not in str(error):
             raise
         raise ValueError(
@@ -549,7 +556,7 @@ def checked_device(device: str | torch.device | None) -> torch.device | None:
 
 def check_count(what: str, count: Any, *, least: int = 1) -> None:
     """Raises ValueError unless `count` is a whole number, at least `least`."""
-    whole = isinstance(count, int) and not isinstance(count, bool)
+    whole = isinstance(count, Integral) and not isinstance(count, bool)
     if not whole or count < least:
         raise ValueError(
             f"expected at least {'one' if least == 1 else least} {what}, got {count!r}"
@@ -559,9 +566,9 @@ def check_count(what: str, count: Any, *, least: int = 1) -> None:
 
 def check_seed(seed: object) -> None:
     """Raises TypeError or ValueError unless the seed is an integer from 0 to 2^63 - 1."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"expected an integer seed, got {seed!r}")
-    if not 0 <= seed < 2**63:
+    if not 0 <= int(seed) < 2**63:
         raise ValueError(f"expected a seed from 0 to 2^63 - 1, got {seed}")
 
 
@@ -572,5 +579,5 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     on_cuda = torch.cuda.is_initialized() or (device is not None and device.type == "cuda")
     devices = list(range(torch.cuda.device_count())) if on_cuda else []
     with process_lock, torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         yield

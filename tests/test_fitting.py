@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -22,7 +23,7 @@ from programs import (
     normal_mean_guide,
 )
 from pyro.infer import JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, AutoNormalMessenger
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau, StepLR
@@ -634,3 +635,32 @@ def test_impossible_steps(steps: Any) -> None:
     )
     with pytest.raises(ValueError, match=re.escape(words)):
         fit(normal_mean, normal_mean_guide, torch.ones(3), steps=steps)
+
+
+def test_counts_may_be_numpys_integers() -> None:
+    x = torch.randn(8)
+    options: dict[str, Any] = {"progress": False, "restarts": np.int64(1)}
+    fitted = fit(
+        normal_mean,
+        normal_mean_guide,
+        x,
+        steps=np.int64(4),
+        batch_size=np.int32(4),
+        seed=np.int64(3),
+        **options,
+    )
+    expected = fit(normal_mean, normal_mean_guide, x, steps=4, batch_size=4, seed=3, progress=False)
+    assert torch.equal(fitted.losses, expected.losses)
+    posterior = fitted.posterior(x, np.int64(30), seed=np.int64(1))
+    assert posterior.num_draws == 30 and len(fitted.predict(x, np.int64(5))["x"]) == 5
+    assert len(posterior.resampled(np.int64(7), seed=np.int64(2))["mean"]) == 7
+
+
+def test_parameters_of_a_sub_sample_are_refused_in_words() -> None:
+    def model(y: Tensor) -> None:
+        with pyro.plate("data", len(y), subsample_size=2) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y[index])
+
+    with pytest.raises(ValueError, match="a parameter for each row of a plate that draws"):
+        fit(model, AutoNormalMessenger(model), torch.randn(6), steps=2, progress=False)

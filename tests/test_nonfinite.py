@@ -151,7 +151,9 @@ def test_restarts_and_families_that_end_so_are_left_out() -> None:
     failed = result.failures["falls"]
     assert isinstance(failed, NonFiniteError) and list(result.fits) == ["stays"]
     assert result.rows[0].status.startswith("failed: step ") and math.isnan(result.rows[0].elbo)
-    with pytest.warns(UserWarning, match=r"restart \d of 4 is skipped: step 0, after the start"):
+    with pytest.warns(
+        UserWarning, match=r"restart \d of 4 is skipped: step 0, before the first site"
+    ):
         fitted = fit(
             normal_mean,
             guide_of(scale),
