@@ -367,7 +367,7 @@ def test_an_error_before_the_first_site_is_placed_there() -> None:
 
     with pytest.raises(ValueError, match="no more weights") as info:
         fit(*(normal_mean, normal_mean_guide, torch.ones(3)), kl_weight=broken, progress=False)
-    assert info.value.__notes__ == ["at step 2, after the start"]
+    assert info.value.__notes__ == ["at step 2, before the first site"]
 
 
 # ----------------------------------------------------------------------- both sides, and one alone
