@@ -12,7 +12,6 @@ __all__ = ["SVI", "eager_steps"]
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from copy import copy
 from typing import Any, Literal
 
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from pyro_vi.elbo import Told, told
 from pyro_vi.program import own_memory, process_lock
-from pyro_vi.recorder import Recorder
+from pyro_vi.compiling.steps import Compiler
 from pyro_vi.sites import SubsampleCheck
 
 
@@ -88,17 +87,18 @@ class SVI(pyro.infer.SVI):
         super().__init__(model, guide, optim, evaluated, loss_and_grads, **kwargs)
         self.compiled_steps = 0
         self._has_stepped = False
-        self._recorder: Recorder | None = None
+        self._parameters: list[Tensor] = []
+        self._compiler: Compiler | None = None
         after = eager_steps(compile, evaluated)
         if after is not None:
-            self._recorder = Recorder(self, after=after)
+            self._compiler = Compiler(self, after=after)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, whose steps are recorded anew."""
         self.__dict__.update(state)
-        if self._recorder is not None and self._recorder.svi is not self:
-            self._recorder = copy(self._recorder)
-            self._recorder.svi = self
+        if self._compiler is not None and self._compiler.svi is not self:
+            self._compiler = copy(self._compiler)
+            self._compiler.svi = self
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One gradient step; returns the loss. Steps in several threads wait for one another."""
@@ -106,29 +106,40 @@ class SVI(pyro.infer.SVI):
             return self._step(*args, **kwargs)
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
-        recorder = self._recorder
-        if recorder is not None:
-            if (found := recorder.find(args, kwargs)) is not None:
-                recorded, batch = found
-                rewind = recorded.rewinder()
-                loss, *_, sound = recorded(batch).tolist()
+        compiler = self._compiler
+        if compiler is None:
+            loss, parameters = self._evaluated(args, kwargs)
+            self._update(parameters)
+        else:
+            if (found := compiler.find(args, kwargs)) is not None:
+                compiled, batch = found
+                states = compiled.states()
+                try:
+                    loss, *_, sound = compiled.run(batch)
+                except Exception:  # of an operation; an eager step says which
+                    sound = False
                 if sound:
-                    recorded.finish()
+                    compiled.finish()
                     self.compiled_steps += 1
                     return warn_if_nan(loss, "loss") if loss != loss else loss
-                rewind()
-                recorder.was_unsound()
-            recorder.before(args, kwargs)
-        with recorder.seen() if recorder is not None else nullcontext():
-            loss, parameters = self._evaluate(*args, **kwargs)
-        if recorder is not None:
-            recorder.evaluated(loss, parameters)
-        self._update(parameters)
-        if recorder is not None:
-            recorder.after(args, kwargs, parameters)
+                compiled.rewind(states)
+                compiled.revive()
+                compiler.was_unsound()
+            loss = compiler.take(args, kwargs)
         if isinstance(loss, tuple):
             return type(loss)(map(torch_item, loss))
         return torch_item(loss)
+
+    def explain(self) -> str:
+        """Whether steps are compiled, since when, by what; or why not."""
+        if self._compiler is None:
+            return "steps are eager: compile=False, or a loss that is not recorded"
+        return self._compiler.explain()
+
+    def recompile(self) -> None:
+        """Drops the compiled steps, after a change that they do not see; records anew."""
+        if self._compiler is not None:
+            self._compiler.forget()
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss without a step; as `pyro.infer.SVI`."""
@@ -158,9 +169,41 @@ class SVI(pyro.infer.SVI):
                 warnings.warn(problem, stacklevel=4)
         return loss, list(used)
 
+    def _evaluated(self, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]]:
+        """`_evaluate` of an eager step; remembers the parameters."""
+        loss, self._parameters = self._evaluate(*args, **kwargs)
+        return loss, self._parameters
+
     def _update(self, parameters: Sequence[Tensor]) -> None:
         self.optim(parameters)
         zero_grads(parameters)
+
+    # What a recorded step has besides evaluation and update; `pyro_vi.engine` has more.
+
+    _scale = 1.0  # of the gradients
+    _has_fixed_batch = False  # whether all steps have the same batch
+
+    @property
+    def _varying(self) -> Sequence[Tensor]:
+        """Tensors that change between steps, besides parameters, buffers and the batch."""
+        return ()
+
+    def _check(self, loss: float, parameters: Sequence[Tensor]) -> None:
+        """Raises an error instead of the update."""
+
+    def _after_update(self) -> None:
+        """What tensors do after the update."""
+
+    def _advance_schedule(self) -> None:
+        """What Python does after the update."""
+
+    def _copies(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """Tensors, and where their values from before the last step are kept."""
+        return ()
+
+    def _scheduled(self) -> Sequence[Tensor]:
+        """Numbers that are set before each step."""
+        return ()
 
 
 def eager_steps(compile: object, loss: object, steps: int | None = None) -> int | None:

@@ -1,0 +1,503 @@
+"""Records the tensor operations of one real run of a function.
+
+`Tape` is a dispatch mode of torch. While it is active, the function runs as it always does, on real
+tensors, and the tape writes down every operation that reaches torch's dispatcher. Nothing is
+simulated: when the run is over, its results are those of an eager run.
+
+The record describes memory, not Python objects. Each operand is a `Ref`: a storage, an offset, a
+shape, strides and a dtype. So a view is only another `Ref` into the same storage, and two names of
+one tensor are one place in memory.
+
+Each storage has a level, which says what its values depend on:
+
+- `CONSTANT`: on Python values alone, such as `torch.zeros(3)` or `torch.tensor(2.0)`;
+- `HELD`: on tensors that the function reads but was not given, such as data in a closure;
+- `VARYING`: on the inputs, on random draws, or on what these have changed.
+
+The tape does not record operations whose operands are all of a level that it may take as fixed.
+It keeps their results instead.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CONSTANT",
+    "HELD",
+    "UNSET",
+    "VARYING",
+    "Op",
+    "Record",
+    "Ref",
+    "Storage",
+    "Tape",
+    "Unrecordable",
+    "is_recording",
+]
+
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CONSTANT, HELD, VARYING = range(3)
+
+_aten = torch.ops.aten
+_recording: ContextVar[bool] = ContextVar("recording", default=False)
+
+
+def is_recording() -> bool:
+    """Whether a `Tape` is recording in this thread."""
+    return _recording.get()
+
+
+class Unrecordable(Exception):
+    """A function that no record stands for; the message says why, and where."""
+
+
+class Ref(NamedTuple):
+    """A tensor as a place in memory.
+
+    Attributes:
+        storage: the index of its storage in the record.
+        offset: of its first element, counted in elements.
+        shape, stride: as of a tensor.
+        dtype: of its elements.
+    """
+
+    storage: int
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass
+class Storage:
+    """A piece of memory that operations read and write.
+
+    Attributes:
+        size: in elements.
+        tensor: what lies there from outside of the record, as a flat tensor; None for memory that
+            the operations make.
+        level: what its values depend on.
+    """
+
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+    tensor: Tensor | None = None
+    level: int = VARYING
+
+    @property
+    def is_inner(self) -> bool:
+        """Whether the operations of the record make it."""
+        return self.tensor is None
+
+
+@dataclass
+class Op:
+    """One operation.
+
+    Attributes:
+        func: the overload, such as `torch.ops.aten.add.Tensor`.
+        args, kwargs: as it was called, with a `Ref` for each tensor.
+        outs: what it returned.
+        is_view: whether it only makes another view of its first operand.
+        is_random: whether it draws from torch's generator.
+    """
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outs: tuple[Ref, ...]
+    is_view: bool = False
+    is_random: bool = False
+
+    @property
+    def name(self) -> str:
+        """The operation's name without its namespace and overload."""
+        return str(self.func._schema.name).partition("::")[2]
+
+    def reads(self) -> Iterator[Ref]:
+        """Every operand, among them those that are written."""
+        yield from refs_in(self.args)
+        yield from refs_in(tuple(self.kwargs.values()))
+
+    def writes(self) -> Iterator[Ref]:
+        """What it changes in place, or makes."""
+        for i, argument in enumerate(self.func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = self.args[i] if i < len(self.args) else self.kwargs.get(argument.name)
+                yield from refs_in((given,))
+        if not self.is_view:
+            yield from self.outs
+
+
+def refs_in(value: Any) -> Iterator[Ref]:
+    """The operands among the arguments of an operation."""
+    if isinstance(value, Ref):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from refs_in(one)
+
+
+@dataclass
+class Record:
+    """Operations in their order, and the memory that they work on.
+
+    Attributes:
+        inputs: storages of the tensors that the function was given.
+        outputs: what the record returns.
+        conditions: what the run asked of tensors and every run must answer likewise: a truth value
+            as a `Ref`, and the answer.
+    """
+
+    storages: list[Storage] = field(default_factory=list)
+    ops: list[Op] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
+    outputs: list[Ref] = field(default_factory=list)
+    conditions: list[tuple[Ref, bool]] = field(default_factory=list)
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ref:
+        """New inner memory for a contiguous tensor."""
+        stride, size = [], 1
+        for length in reversed(shape):
+            stride.append(size)
+            size *= max(length, 1)
+        self.storages.append(Storage(size, dtype, device))
+        return Ref(len(self.storages) - 1, 0, tuple(shape), tuple(reversed(stride)), dtype)
+
+    def emit(self, func: Any, *args: Any, out: Ref | None = None, **kwargs: Any) -> Ref:
+        """Adds an operation on `Ref`s, by running it on tensors without memory.
+
+        Args:
+            out: where the result goes; by default new memory.
+        """
+        metas = [_meta(one) if isinstance(one, Ref) else one for one in args]
+        found = func(*metas, **kwargs)
+        device = next(self.storages[ref.storage].device for ref in refs_in(args))
+        if out is None:
+            out = self.allocate(tuple(found.shape), found.dtype, device)
+        self.ops.append(Op(func, args, kwargs, (out,)))
+        return out
+
+    def write(self, target: Ref, value: Ref) -> None:
+        """Adds a copy of `value` into `target`."""
+        self.ops.append(Op(_aten.copy_.default, (target, value), {}, (target,)))
+
+
+def _meta(ref: Ref) -> Tensor:
+    return torch.empty_strided(ref.shape, ref.stride, dtype=ref.dtype, device="meta")
+
+
+class Tape(TorchDispatchMode):
+    """Records what runs in its context.
+
+    A function that cannot be recorded still runs to its end; then `finish` raises `Unrecordable`.
+
+    Args:
+        inputs: tensors that may have other values in every run.
+        fixed: the level up to which values never change between runs: `CONSTANT`, or `HELD` if
+            nobody changes the tensors that the function holds.
+
+    Example:
+        >>> x = torch.ones(3)
+        >>> tape = Tape([x])
+        >>> with tape.recording():
+        ...     y = 2 * x.exp().view(3, 1)
+        >>> record = tape.finish([y])
+        >>> [op.name for op in record.ops]
+        ['exp', 'view', 'mul']
+    """
+
+    def __init__(self, inputs: Iterable[Tensor], *, fixed: int = CONSTANT) -> None:
+        super().__init__()
+        self.record = Record()
+        self._fixed = fixed
+        self._places: dict[int, int] = {}  # of storages, by their address
+        self._alive: list[Tensor] = []  # so that no address is used twice
+        self._refused: str | None = None
+        self._is_paused = False
+        for tensor in inputs:
+            index = self._known(tensor)
+            if index is None:
+                index = self._add(tensor, VARYING, is_outer=True)
+                self.record.inputs.append(index)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Records; Pyro's own questions for values are answered (`_Answers`)."""
+        token = _recording.set(True)
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(_Answers())
+                stack.enter_context(self)
+                yield
+        finally:
+            _recording.reset(token)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Records nothing of what runs inside, such as a look at a value."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield
+        finally:
+            self._is_paused = before
+
+    def refuse(self, reason: str) -> None:
+        """Says why there will be no record; the first reason counts."""
+        self._refused = self._refused or reason
+
+    def ref(self, tensor: Tensor) -> Ref:
+        """Where a tensor lies; one that the tape has not met is taken as held."""
+        if tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_conj():
+            self.refuse(f"a tensor that is not dense ({tensor.layout})")
+            tensor = torch.empty(())
+        index = self._known(tensor)
+        if index is None:
+            index = self._add(tensor, HELD, is_outer=True)
+        return _place(tensor, index)
+
+    def finish(self, outputs: Sequence[Tensor | Ref]) -> Record:
+        """The record.
+
+        Raises:
+            Unrecordable: the run did something that a record cannot repeat.
+        """
+        self.record.outputs = [one if isinstance(one, Ref) else self.ref(one) for one in outputs]
+        if self._refused is not None:
+            raise Unrecordable(self._refused)
+        return self.record
+
+    def index(self, tensor: Tensor) -> int | None:
+        """The storage of a tensor in the record; None if the tape has not met it."""
+        return self._known(tensor)
+
+    def _known(self, tensor: Tensor) -> int | None:
+        return self._places.get(_address(tensor))
+
+    def _add(self, tensor: Tensor, level: int, *, is_outer: bool) -> int:
+        size = tensor.untyped_storage().nbytes() // tensor.element_size()
+        flat = torch.as_strided(tensor.detach(), (size,), (1,), 0) if is_outer else None
+        index = len(self.record.storages)
+        self.record.storages.append(Storage(size, tensor.dtype, tensor.device, flat, level))
+        self._places[_address(tensor)] = index
+        self._alive.append(tensor)
+        return index
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._is_paused:
+            return func(*args, **kwargs)
+        if any(issubclass(kind, Tensor) and kind not in _PLAIN for kind in types):
+            self.refuse(f"a tensor of type {types[0].__name__}{_line()}")
+            return func(*args, **kwargs)
+        if func is _aten._local_scalar_dense.default:
+            return self._asked(args[0])
+        args, kwargs = self._with_fixed_masks(func, args, kwargs)
+        refs, named = self._refs(args), {key: self._refs(one) for key, one in kwargs.items()}
+        operands = [*refs_in(refs), *refs_in(tuple(named.values()))]
+        levels = [self.record.storages[ref.storage].level for ref in operands]
+        is_random = torch.Tag.nondeterministic_seeded in func.tags
+        level = VARYING if is_random else max(levels, default=CONSTANT)
+        tags = func.tags
+        if level > self._fixed and (
+            torch.Tag.data_dependent_output in tags
+            or (torch.Tag.dynamic_output_shape in tags and func is not _aten.index.Tensor)
+        ):
+            self.refuse(f"{func} depends on the values of a tensor{_line()}")
+        writes = func._schema.is_mutable
+        if writes:
+            self._will_write(func, args, refs, level)
+            refs, named = self._refs(args), {key: self._refs(one) for key, one in kwargs.items()}
+        out = func(*args, **kwargs)
+        outs = [one for one in (out if isinstance(out, (list, tuple)) else [out])]
+        tensors = [one for one in outs if isinstance(one, Tensor)]
+        is_view = not writes and bool(tensors) and all(map(self._is_known, tensors))
+        if is_view and func is _aten.lift_fresh.default:
+            is_view = False
+        if level <= self._fixed and not writes and not is_view:
+            for tensor in tensors:
+                if not self._is_known(tensor):
+                    is_garbage = func in UNSET
+                    self._add(tensor, VARYING if is_garbage else level, is_outer=not is_garbage)
+            return out
+        for tensor in tensors:
+            if not self._is_known(tensor):
+                self._add(tensor, VARYING, is_outer=False)
+        places = tuple(_place(one, self._known(one) or 0) for one in tensors)
+        self._alive += tensors
+        self.record.ops.append(Op(func, refs, named, places, is_view, is_random))
+        return out
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        return _address(tensor) in self._places
+
+    def _refs(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.ref(value)
+        if isinstance(value, (list, tuple)):
+            return tuple(map(self._refs, value))
+        if isinstance(value, torch.Generator):
+            self.refuse(f"a generator of the programs' own{_line()}")
+        return value
+
+    def _will_write(self, func: Any, args: Any, refs: Any, level: int) -> None:
+        """Before an operation writes: memory whose values were taken as fixed becomes varying."""
+        if func in _RESIZING:
+            self.refuse(f"{func} changes where a tensor lies{_line()}")
+        for ref in Op(func, refs, {}, (), is_view=True).writes():
+            storage = self.record.storages[ref.storage]
+            if storage.level <= self._fixed and storage.tensor is not None:
+                # Reads so far are of the values before the write, and every run begins with them.
+                before = storage.tensor.clone()
+                address = _address(storage.tensor)
+                storage.tensor = before
+                fresh = self.record.allocate((storage.size,), storage.dtype, storage.device)
+                self._places[address] = fresh.storage
+                self.record.write(fresh, fresh._replace(storage=ref.storage))
+            elif storage.level < VARYING:
+                storage.level = VARYING
+
+    def _with_fixed_masks(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """An index by a mask, as an index by the positions at which a fixed mask is true."""
+        if func not in _INDEXED:
+            return args, kwargs
+        found: list[Any] = []
+        for index in args[1]:
+            if not isinstance(index, Tensor) or index.dtype not in (torch.bool, torch.uint8):
+                found.append(index)
+                continue
+            if self.record.storages[self.ref(index).storage].level > self._fixed:
+                self.refuse(f"an index by a mask that is not fixed{_line()}")
+                return args, kwargs
+            with self.paused():
+                places = index.nonzero(as_tuple=True)
+            for place in places:
+                self._add(place, CONSTANT, is_outer=True)
+            found += places
+        return (args[0], found, *args[2:]), kwargs
+
+    def _asked(self, tensor: Tensor) -> Any:
+        """Answers a question for the value of a tensor of one element."""
+        value = _aten._local_scalar_dense.default(tensor)
+        ref = self.ref(tensor)
+        if self.record.storages[ref.storage].level <= self._fixed:
+            return value
+        frame = _asking(sys._getframe(2))
+        module = frame.f_globals.get("__name__", "") if frame is not None else ""
+        if module in _WARNING:
+            return value
+        if isinstance(value, bool) and module.startswith(_CHECKING):
+            self.record.conditions.append((ref, value))
+        else:
+            self.refuse(
+                f"a tensor was asked for its value (item, float, a branch, a shape){_line()}"
+            )
+        return value
+
+
+# torch wraps the method in one that imports its compiler, in 1.2 seconds, when it is first called.
+Tape.__torch_dispatch__ = Tape.__torch_dispatch__.__wrapped__  # type: ignore[attr-defined]
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+# What makes memory without values.
+UNSET = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default} | {
+    _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+}
+_RESIZING = {_aten.resize_.default, *(getattr(_aten.set_, name) for name in _aten.set_.overloads())}
+_INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default} | {
+    _aten._index_put_impl_.default,
+    _aten._unsafe_index.Tensor,
+}
+# Where a truth value is a check that raises an error, and no branch of an algorithm.
+_CHECKING = (
+    "torch.distributions.distribution",
+    "torch.distributions.constraints",
+    "torch.distributions.geometric",
+    "pyro.distributions.von_mises_3d",
+    "pyro_vi.",
+)
+_WARNING = {"pyro.util"}
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's storage lies; tensors without elements lie apart from all others."""
+    return tensor.untyped_storage().data_ptr() or -id(tensor)
+
+
+def _place(tensor: Tensor, storage: int) -> Ref:
+    return Ref(
+        storage,
+        int(tensor.storage_offset()),
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.dtype,
+    )
+
+
+def _asking(frame: FrameType | None) -> FrameType | None:
+    """The Python frame that asked for a value: not one of a function mode."""
+    while frame is not None and frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back
+    return frame
+
+
+class _Answers(TorchFunctionMode):
+    """Lets the losses that Pyro's ELBOs read as numbers stay tensors, so that they are recorded."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.item:
+            asking = sys._getframe(1).f_globals.get("__name__", "")
+            if asking in _ELBOS:
+                return args[0].detach()
+        return func(*args, **(kwargs or {}))
+
+
+_ELBOS = {"pyro.infer.util"} | {
+    f"pyro.infer.{kind}_elbo" for kind in ("trace", "trace_mean_field", "renyi")
+}
+
+
+def _line() -> str:
+    """Where in a user's code the run is: the last line that is not a library's.
+
+    If there is none, the library's function.
+    """
+    place = ""
+    for frame, number in traceback.walk_stack(sys._getframe(1)):
+        name, file = frame.f_globals.get("__name__", ""), frame.f_code.co_filename
+        if not name or file.startswith("<frozen"):  # of imports
+            continue
+        if not f"{name}.".startswith(_LIBRARIES):
+            return f" ({file}:{number})"
+        if not place and name.startswith(("pyro.", "torch.distributions")):
+            place = f" (in {name}.{frame.f_code.co_qualname})"
+    return place
+
+
+_LIBRARIES = ("torch.", "pyro.", "pyro_vi.", "zuko.")

@@ -1,0 +1,261 @@
+"""The steps of torch's optimizers as formulas of tensors.
+
+A compiled step cannot call an optimizer, which is Python. It has the formulas of Adam, AdamW, SGD
+and Pyro's ClippedAdam instead, on the optimizers' own state. What an optimizer computes in Python
+are a few numbers for each step: the learning rate, and Adam's corrections of the bias. They are
+inputs of the record.
+
+Other optimizers stay outside of the record, which then ends with the gradients.
+"""
+
+from __future__ import annotations
+
+__all__ = ["HOOKS_OF_ALL", "Update", "update_of"]
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pyro.optim import PyroOptim
+from pyro.optim.clipped_adam import ClippedAdam
+from pyro.optim.lr_scheduler import PyroLRScheduler
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import optimizer as optimizers
+
+Numbers = Sequence[Any]  # of a step: the rate, 1 / (1 - beta_1^n), the root of 1 - beta_2^n
+
+
+class Update:
+    """The step of torch optimizers on some of their parameters.
+
+    Parameters with the same rate that have taken equally many steps share a row of numbers.
+
+    Args:
+        optimizers: whose formulas and state it has.
+        parameters: those that it moves; their state exists.
+        clips: Pyro's clipping functions, by the identity of a parameter.
+
+    Attributes:
+        groups: the optimizers' parameter groups.
+        state: the tensors of the optimizers' state that a step changes.
+    """
+
+    def __init__(
+        self, optimizers: Sequence[Optimizer], parameters: Sequence[Tensor], clips: dict[int, Any]
+    ) -> None:
+        self.optimizers = list(dict.fromkeys(optimizers))
+        self._clips = clips
+        used = set(map(id, parameters))
+        self.groups = [g for o in self.optimizers for g in o.param_groups]
+        self._moves: list[tuple[Tensor, Any, dict[str, Any], dict[str, Any], int]] = []
+        self._rows: dict[Any, list[dict[str, Any]]] = {}
+        self._counted: list[list[dict[str, Any]]] = []
+        self.state: list[Tensor] = []
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    if id(p) not in used:
+                        continue
+                    state = optimizer.state.setdefault(p, {})
+                    row = self._row(group, state)
+                    self._moves.append((p, _FORMULAS[type(optimizer)], group, state, row))
+                    self.state += [
+                        value
+                        for name, value in state.items()
+                        if isinstance(value, Tensor) and name != "step"
+                    ]
+        every = [state for row in self._counted for state in row]
+        self._steps = [one["step"] for one in every if isinstance(one.get("step"), Tensor)]
+        self._numbered = [one for one in every if isinstance(one.get("step"), int)]
+
+    def _row(self, group: dict[str, Any], state: dict[str, Any]) -> int:
+        count = float(state.get("step", 0))
+        key = (group["lr"], group.get("lrd", 1.0), group.get("betas"), count)
+        if key not in self._rows:
+            self._rows[key] = []
+            self._counted.append([])
+        if not any(group is one for one in self._rows[key][-1:]):
+            self._rows[key].append(group)
+        row = list(self._rows).index(key) if len(self._rows) > 1 else 0
+        self._counted[row].append(state)
+        return row
+
+    @property
+    def rows(self) -> int:
+        """How many rows of numbers a step has."""
+        return len(self._rows)
+
+    def is_apart(self) -> bool:
+        """Whether parameters of one row have other rates or other counts than one another."""
+        for groups, states in zip(self._rows.values(), self._counted, strict=True):
+            if any(group["lr"] != groups[0]["lr"] for group in groups):
+                return True
+            counts = {float(state["step"]) for state in states if "step" in state}
+            if len(counts) > 1:
+                return True
+        return False
+
+    def rates(self) -> list[float]:
+        """The learning rate of the next step, by row."""
+        return [rows[0]["lr"] * rows[0].get("lrd", 1.0) for rows in self._rows.values()]
+
+    def numbers(self, steps: int = 1) -> list[list[Numbers]]:
+        """The numbers of the next steps at the present rates: (steps, rows, 3)."""
+        found: list[list[Numbers]] = [[] for _ in range(steps)]
+        for groups, states in zip(self._rows.values(), self._counted, strict=True):
+            group, taken = groups[0], float(states[0].get("step", 0))
+            rate, decay = group["lr"], group.get("lrd", 1.0)
+            for i in range(steps):
+                rate *= decay
+                if "betas" not in group:
+                    found[i].append((rate, 1.0, 1.0))
+                    continue
+                first, second = group["betas"]
+                n = taken + 1 + i
+                found[i].append((rate, 1 / (1 - first**n), math.sqrt(1 - second**n)))
+        return found
+
+    def apply(self, numbers: Sequence[Numbers] | Tensor) -> None:
+        """Moves the parameters that have a gradient, and their state, in place.
+
+        Args:
+            numbers: (rows, 3), as `numbers` gives them, or as a tensor that is read anew.
+        """
+        with torch.no_grad():
+            for p, formula, group, state, row in self._moves:
+                if p.grad is not None:
+                    if (clip := self._clips.get(id(p))) is not None:
+                        clip(p)
+                    formula(p, p.grad, numbers[row], group, state)
+
+    def advance(self, steps: int) -> None:
+        """Counts steps that have been applied."""
+        if self._steps:
+            torch._foreach_add_(self._steps, steps)
+        for state in self._numbered:
+            state["step"] += steps
+        for group in self.groups:
+            if group.get("lrd", 1.0) != 1.0:
+                group["lr"] *= group["lrd"] ** steps
+
+
+def make_state(optimizer: Optimizer) -> None:
+    """Gives parameters with a gradient the state that their optimizer begins with."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state[p]
+            if p.grad is None or state:
+                continue
+            if isinstance(optimizer, SGD):
+                if group["momentum"] != 0:
+                    state["momentum_buffer"] = None
+                continue
+            state["step"] = 0 if isinstance(optimizer, ClippedAdam) else torch.tensor(0.0)
+            names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group.get("amsgrad") else [])]
+            for name in names:
+                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+
+def _sgd(p: Tensor, g: Tensor, numbers: Numbers, group: Any, state: Any) -> None:
+    gradient = -g if group["maximize"] else g
+    if group["weight_decay"] != 0:
+        gradient = gradient.add(p, alpha=group["weight_decay"])
+    if group["momentum"] != 0:
+        buffer = state["momentum_buffer"]
+        if buffer is None:
+            buffer = state["momentum_buffer"] = gradient.detach().clone()
+        else:
+            buffer.mul_(group["momentum"]).add_(gradient, alpha=1 - group["dampening"])
+        gradient = gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
+    rate = numbers[0]
+    if isinstance(rate, Tensor):
+        p.sub_(rate * gradient)
+    else:
+        p.add_(gradient, alpha=-rate)
+
+
+def _clipped_adam(p: Tensor, g: Tensor, numbers: Numbers, group: Any, state: Any) -> None:
+    gradient = g.clamp(-group["clip_norm"], group["clip_norm"])
+    first, second = group["betas"]
+    if group["weight_decay"] != 0:
+        gradient = gradient + group["weight_decay"] * p
+    mean, square = state["exp_avg"], state["exp_avg_sq"]
+    mean.mul_(first).add_(gradient, alpha=1 - first)
+    centred = gradient - mean if group["centered_variance"] else gradient
+    square.mul_(second).addcmul_(centred, centred, value=1 - second)
+    rate, size, root = numbers[0], numbers[1], numbers[2]
+    p.sub_(rate * root * size * mean / (square.sqrt() + group["eps"]))
+
+
+def _adam(p: Tensor, g: Tensor, numbers: Numbers, group: Any, state: Any) -> None:
+    gradient = -g if group["maximize"] else g
+    first, second = group["betas"]
+    rate, size, root = numbers[0], numbers[1], numbers[2]
+    if group["weight_decay"] != 0 and group["decoupled_weight_decay"]:
+        p.mul_(1 - rate * group["weight_decay"])
+    elif group["weight_decay"] != 0:
+        gradient = gradient.add(p, alpha=group["weight_decay"])
+    mean, square = state["exp_avg"], state["exp_avg_sq"]
+    mean.lerp_(gradient, 1 - first)
+    square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+    if group["amsgrad"]:
+        largest = state["max_exp_avg_sq"]
+        torch.maximum(largest, square, out=largest)
+        square = largest
+    below = (square.sqrt() / root).add_(group["eps"])
+    if isinstance(rate, Tensor):
+        p.sub_(rate * size * mean / below)
+    else:
+        p.addcdiv_(mean, below, value=-rate * size)
+
+
+HOOKS_OF_ALL = (optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks)
+_FORMULAS: dict[type, Callable[..., None]] = {
+    Adam: _adam,
+    AdamW: _adam,
+    SGD: _sgd,
+    ClippedAdam: _clipped_adam,
+}
+
+
+def has_formula(optimizer: Any) -> bool:
+    """Whether an optimizer's step is known as a formula, and nothing hooks into it."""
+    if type(optimizer) not in _FORMULAS:
+        return False
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return False
+    groups = optimizer.param_groups
+    odd = any(g.get("differentiable") or isinstance(g["lr"], Tensor) for g in groups)
+    fused = any(g.get("fused") or g.get("capturable") for g in groups)
+    return not (odd or fused or any(HOOKS_OF_ALL))
+
+
+def update_of(optim: PyroOptim, parameters: Sequence[Tensor]) -> Update | None:
+    """The step of the parameters' optimizers; None if one is not known as a formula."""
+    clips: dict[int, Any] = {}
+    if (one := getattr(optim, "torch_optimizer", None)) is not None:
+        found: list[Any] = [one]
+    elif type(optim).__call__ in (PyroOptim.__call__, PyroLRScheduler.__call__):
+        objects = [optim.optim_objs.get(p) for p in parameters]
+        found = [getattr(one, "optimizer", one) for one in objects]  # behind a scheduler
+        clips = {id(p): clip for p, clip in optim.grad_clip.items() if clip is not None}
+        if type(optim)._get_grad_clip is not PyroOptim._get_grad_clip:  # anybody's code
+            return None
+    else:
+        return None
+    if not all(map(has_formula, found)):
+        return None
+    # A parameter that never had a gradient has no state.
+    moved = {id(p) for p in parameters}
+    for optimizer in dict.fromkeys(found):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                state = optimizer.state.get(p, {})
+                lacks = isinstance(optimizer, SGD) and group["momentum"] != 0 and (
+                    state.get("momentum_buffer") is None
+                )
+                if id(p) in moved and (lacks or not (state or isinstance(optimizer, SGD))):
+                    moved.discard(id(p))
+    return Update(found, [p for p in parameters if id(p) in moved], clips)
