@@ -17,6 +17,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from pyro_vi.compiling.tape import is_recording
+
 
 class Average:
     """The average of some tensors over the steps of a fit.
@@ -24,6 +26,9 @@ class Average:
     Args:
         tensors: parameters by name, which an optimizer changes in place.
         decay: from 0 (no average) to below 1.
+
+    Attributes:
+        weight: of the tensors in the next average, 1 - d_k.
 
     Example:
         >>> weight = torch.zeros(())
@@ -40,15 +45,30 @@ class Average:
     def __init__(self, tensors: Mapping[str, Tensor], *, decay: float) -> None:
         self._tensors = dict(tensors)
         self._averages = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self._decay, self._steps = decay, 0
+        self._decay = decay
+        device = next(iter(self._averages.values())).device if self._averages else None
+        self.weight = torch.zeros((), dtype=torch.float64, device=device)
+        self.at(0)
+
+    def at(self, step: int) -> None:
+        """Sets the weight to that after a step, from 0 on."""
+        self._number = 1 - min(self._decay, (1 + step) / (10 + step))
+        self.weight.fill_(self._number)
 
     def update(self) -> None:
         """Takes the tensors' present values into the average."""
-        decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
-        self._steps += 1
         with torch.no_grad():
             for name, tensor in self._tensors.items():
-                self._averages[name].lerp_(tensor, 1 - decay)
+                average = self._averages[name]
+                if is_recording():  # which reads the tensor anew in every step
+                    average.add_(self.weight * (tensor - average))
+                else:
+                    average.lerp_(tensor, self._number)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The averages."""
+        return list(self._averages.values())
 
     @contextmanager
     def installed(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ pandas' frames and Series become tensors: floats of torch's default dtype, integ
 
 from __future__ import annotations
 
-__all__ = ["Batches", "Data", "as_tensors", "parts_of", "taken"]
+__all__ = ["Arguments", "Batches", "Data", "Shuffled", "as_tensors", "parts_of", "taken"]
 
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -154,20 +154,13 @@ class Batches:
             raise ValueError(f"expected parts of one length, got {lengths}")
         return next(iter(lengths.values()))
 
-    def shuffled(self, seed: int = 0) -> Iterator[Arguments]:
+    def shuffled(self, seed: int = 0) -> Shuffled:
         """Batches without end: each epoch in a new random order, its last partial batch left out.
 
         Every batch is a uniform draw of `batch_size` rows, and all have one shape. The order comes
         from a generator of its own: whatever the programs draw, one seed gives the same batches.
         """
-        generator = torch.Generator().manual_seed(int(seed))
-        while True:
-            if self.total is None or self.batch_size is None:
-                yield self._arguments(self.parts)
-                continue
-            order = torch.randperm(self.total, generator=generator).to(self.device)
-            for start in range(0, self.total - self.batch_size + 1, self.batch_size):
-                yield self.rows(order[start : start + self.batch_size])
+        return Shuffled(self, seed)
 
     def rows(self, index: Tensor) -> Arguments:
         """The arguments made of some rows."""
@@ -203,6 +196,42 @@ class Batches:
         if isinstance(self._kind, Tensor):
             return parts[0]
         return tuple(parts.values()) if isinstance(self._kind, tuple) else dict(parts)
+
+
+class Shuffled:
+    """Batches in random order; see `Batches.shuffled`.
+
+    Attributes:
+        is_fixed: whether every batch is the same, and nothing transforms it.
+    """
+
+    def __init__(self, batches: Batches, seed: int) -> None:
+        self._batches = batches
+        self._generator = torch.Generator().manual_seed(int(seed))
+        self._order: Tensor | None = None
+        self._start = 0
+        self.is_fixed = batches.total is None and batches.transform is None
+
+    def __iter__(self) -> Iterator[Arguments]:
+        return self
+
+    def __next__(self) -> Arguments:
+        return self.make(self.next_rows())
+
+    def next_rows(self) -> Tensor | None:
+        """The rows of the next batch; None for all data as they are."""
+        total, size = self._batches.total, self._batches.batch_size
+        if total is None or size is None:
+            return None
+        if self._order is None or self._start + size > total:
+            order = torch.randperm(total, generator=self._generator)
+            self._order, self._start = order.to(self._batches.device), 0
+        self._start += size
+        return self._order[self._start - size : self._start]
+
+    def make(self, rows: Tensor | None) -> Arguments:
+        """The arguments made of some rows, transformed."""
+        return self._batches.whole() if rows is None else self._batches.rows(rows)
 
 
 def as_tensors(data: Any) -> Any:

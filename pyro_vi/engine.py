@@ -10,9 +10,8 @@ from __future__ import annotations
 __all__ = ["Engine", "Scaling", "Terms"]
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyro
@@ -22,13 +21,20 @@ from pyro.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils import _pytree as tree
 
-from pyro_vi.compiled import Recorded
-from pyro_vi.recorder import Recorder
+from pyro_vi.averaging import Average
+from pyro_vi.batches import Arguments, Shuffled
+from pyro_vi.compiling.steps import Compiled, Compiler
+from pyro_vi.nonfinite import LastGood
 from pyro_vi.scaling import PerDataPoint, Structure
 from pyro_vi.sites import PlateSizes
 from pyro_vi.svi import SVI
 from pyro_vi.weighting import TermWeights
+
+
+BLOCK = 50  # compiled steps of a call, after which losses are looked at
 
 
 class Scaling:
@@ -91,33 +97,23 @@ class Terms(NamedTuple):
     weights: tuple[float, float]
 
 
-@dataclass(frozen=True)
-class _Unread:
-    """A compiled step whose results nobody waited for, and what it takes to take it again."""
-
-    recorded: Recorded
-    status: Tensor
-    weights: tuple[float, float]
-    batch: tuple[tuple[Any, ...], dict[str, Any]]
-    rewind: Callable[[], None]
-
-
 class Engine(SVI):
     """SVI that refuses to step on a loss or a gradient that is not finite.
 
-    `take` takes a step, and `read` says what the steps since the last call found.
+    `take` takes one or several steps, and `read` says what the steps since the last call found.
 
     Args:
         scaling: the programs.
         optim, loss: as of an SVI.
-        compile_after: eager steps before a compiled one; None for none.
-        announce: called before a step is compiled.
-        late: whether a compiled step does not wait for its results, so that a GPU never stands
-            still. One that is not finite updates nothing then, and no step after it does, until it
-            is read and taken again eagerly.
+        source: gives the batches.
+        compile_after: eager steps before compiled ones; None for none.
+        is_slow: whether a step may be compiled by a compiler that takes seconds.
+        tensors: every parameter and buffer of the programs.
+        average: an average of the parameters, which every step updates.
+        good: keeps the parameters of the last finite loss.
+        announce: called before seconds of compilation.
 
     Attributes:
-        is_late: as given.
         taken: how many steps were good; when an error is raised, the number of the bad one.
     """
 
@@ -126,23 +122,33 @@ class Engine(SVI):
         scaling: Scaling,
         optim: PyroOptim,
         loss: ELBO,
+        source: Shuffled,
         *,
+        good: LastGood,
+        tensors: Sequence[Tensor],
         compile_after: int | None = None,
+        is_slow: bool = True,
+        average: Average | None = None,
         announce: Callable[[], object] | None = None,
-        late: bool = False,
     ) -> None:
         super().__init__(scaling.model, scaling.guide, optim, loss, compile=False)
-        self._outside, self._weights, self.is_late = scaling.outside, scaling.weights, late
+        self._scale, self._weights = scaling.outside, scaling.weights
+        self._source, self._average, self._good = source, average, good
+        self._tensors = list(tensors)
+        self._has_fixed_batch = source.is_fixed
         self._last = _LastSite()
         self._found: list[Terms] = []
-        self._unread: list[_Unread] = []
+        self._waiting: deque[Any] = deque()  # batches that were begun with and not used
         self.taken = 0
-        if compile_after is not None:
-            self._recorder = Recorder(
+        self.batch: Arguments = ((), {})
+        if compile_after is not None and self.told is not None:
+            self._compiler = Compiler(
                 self,
                 after=compile_after,
-                scale=self._outside,
-                guard=True,
+                is_owner=True,
+                is_guarded=True,
+                is_slow=is_slow,
+                steps=BLOCK,
                 announce=announce,
             )
 
@@ -151,83 +157,172 @@ class Engine(SVI):
         """The site that the last eager step reached."""
         return self._last.name
 
-    def take(self, *args: Any, **kwargs: Any) -> None:
-        """Takes a step on a batch.
-
-        Raises:
-            FloatingPointError: a loss or a gradient that is not finite, of this step or of one that
-                was not read.
-        """
-        found = self._recorder.find(args, kwargs) if self._recorder is not None else None
-        if found is None:
-            self._settle()
-            self._take_eagerly(*args, **kwargs)
-            return
-        recorded, batch = found
-        weights = self._weigh(self.taken + len(self._unread))
-        rewind = recorded.rewinder()
-        self._unread.append(_Unread(recorded, recorded(batch), weights, (args, kwargs), rewind))
-        if self._waits_for(recorded):
-            self._settle()
-        else:
-            recorded.finish()
-
     def read(self) -> list[Terms]:
-        """What the steps since the last call found, in their order; raises as `take` does."""
-        self._settle()
+        """What the steps since the last call found, in their order."""
         found, self._found = self._found, []
         return found
 
-    def _waits_for(self, recorded: Recorded) -> bool:
-        return not (self.is_late and recorded.may_be_late)
+    def take(self, limit: int) -> int:
+        """Takes at least one step, at most `limit`; returns how many.
 
-    def _settle(self) -> None:
-        """Reads the compiled steps; from one that updated nothing on, they are taken again."""
-        while unread := self._unread:
-            self._unread = []
-            rows = torch.stack([step.status for step in unread]).tolist()
-            for i, (step, row) in enumerate(zip(unread, rows, strict=True)):
-                loss, reconstruction, kl, finite, sound = row
-                if not (finite and sound):
-                    if not sound and self._recorder is not None:
-                        self._recorder.was_unsound()
-                    self._take_again(unread[i:])
-                    break
-                if self._waits_for(step.recorded):
-                    step.recorded.finish()
-                self.compiled_steps += 1
-                self._add(loss, reconstruction, kl, step.weights)
+        Raises:
+            FloatingPointError: a loss or a gradient that is not finite.
+        """
+        compiler, taken = self._compiler, self.taken
+        states = compiler.states() if compiler is not None else []
+        first = self._next()
+        args, kwargs = self._make(first)
+        found = compiler.find(args, kwargs) if compiler is not None else None
+        if found is None:
+            self._take_eagerly(args, kwargs)
+        else:
+            self._take_block(found[0], states, first, limit)
+        return self.taken - taken
 
-    def _take_again(self, steps: Sequence[_Unread]) -> None:
-        """The first eagerly, which names the site if it is bad."""
-        first, *others = steps
-        first.rewind()
-        args, kwargs = first.batch
-        self._take_eagerly(*args, **kwargs)
-        for step in others:
-            args, kwargs = step.batch
-            self.take(*args, **kwargs)
+    def _next(self) -> Any:
+        return self._waiting.popleft() if self._waiting else self._source.next_rows()
+
+    def _make(self, rows: Any) -> Arguments:
+        self.batch = self._source.make(rows)
+        return self.batch
+
+    def _take_block(
+        self, compiled: Compiled, states: Sequence[Tensor], first: Any, limit: int
+    ) -> None:
+        """Takes compiled steps. One that cannot stand is taken again, eagerly.
+
+        Args:
+            states: of the generators before the first batch was made.
+            first: the rows of the first batch.
+            limit: the most steps.
+        """
+        steps = min(limit, compiled.function.steps)
+        schedule = self._schedule_state()
+        compiled.set_numbers(steps)
+        begun, weights, is_broken = [first], [], False
+        for i in range(steps):
+            if i:
+                begun.append(self._next())
+                self._make(begun[i])
+            weights.append(self._weigh(self.taken + i))
+            self._fill(compiled, i)
+            try:
+                compiled.function.step(i)
+            except Exception:  # of an operation; the eager step says which
+                is_broken = True
+                break
+            if i + 1 < steps:
+                self._advance_schedule()
+        rows: list[list[float]] = []
+        if not is_broken:
+            try:
+                compiled.function.finish(steps)
+                rows = compiled.status[:steps].tolist()
+            except Exception:
+                is_broken = True
+        good = next((i for i, row in enumerate(rows) if not (row[3] and row[4])), len(rows))
+        if good == steps:
+            self._advance_schedule()
+        compiled.finish(good)
+        self.compiled_steps += good
+        for row, weight in zip(rows[:good], weights, strict=False):
+            self._add(*row[:3], weight)
+        if good < steps:
+            self._return_to(compiled, states, schedule, begun, good)
+            if is_broken or not rows[good][4]:
+                assert self._compiler is not None
+                self._compiler.was_unsound()
+            self._take_eagerly(*self._make(begun[good]))
+
+    def _fill(self, compiled: Compiled, step: int) -> None:
+        """Gives a compiled step its batch and its numbers."""
+        leaves = [] if self._has_fixed_batch else tree.tree_leaves(self.batch)
+        compiled.fill(step, [one for one in leaves if isinstance(one, Tensor)])
+        if self._scheduler is not None:
+            compiled.set_rates(step)
+
+    def _return_to(
+        self,
+        compiled: Compiled,
+        states: Sequence[Tensor],
+        schedule: Any,
+        begun: list[Any],
+        step: int,
+    ) -> None:
+        """Takes everything back to the beginning of a step of a block, but what was updated."""
+        self._waiting.extendleft(reversed(begun[step + 1 :]))
+        compiled.rewind(states)
+        self._load_schedule(schedule)
+        compiled.suspend()
+        for i in range(step):  # draws again what these steps drew
+            self._make(begun[i])
+            self._fill(compiled, i)
+            compiled.function.step(i)
+            self._advance_schedule()
+        compiled.revive()
+
+    @property
+    def _scheduler(self) -> LRScheduler | None:
+        return getattr(self.optim, "scheduler", None)
+
+    def _advance_schedule(self) -> None:
+        if (scheduler := self._scheduler) is not None:
+            scheduler.step()
+
+    def _schedule_state(self) -> Any:
+        if (scheduler := self._scheduler) is None:
+            return None
+        rates = [group["lr"] for group in scheduler.optimizer.param_groups]
+        return dict(scheduler.state_dict()), rates
+
+    def _load_schedule(self, state: Any) -> None:
+        if (scheduler := self._scheduler) is not None:
+            scheduler.load_state_dict(state[0])
+            for group, rate in zip(scheduler.optimizer.param_groups, state[1], strict=True):
+                group["lr"] = rate
 
     def _weigh(self, step: int) -> tuple[float, float]:
         """Begins a step: sets the weights of reconstruction and KL, and says what they are."""
         self._last.name = "the start"
         self._weights.at(step)
+        if self._average is not None:
+            self._average.at(step)
         return self._weights.reconstruction, self._weights.kl
 
     def _add(
         self, loss: float, reconstruction: float, kl: float, weights: tuple[float, float]
     ) -> None:
         self.taken += 1
-        outside = self._outside
-        found = Terms(loss * outside, reconstruction * outside, kl * outside, weights)
-        self._found.append(found)
+        scale = self._scale
+        self._found.append(Terms(loss * scale, reconstruction * scale, kl * scale, weights))
 
-    def _take_eagerly(self, *args: Any, **kwargs: Any) -> None:
+    def _take_eagerly(self, args: Any, kwargs: Any) -> None:
         weights = self._weigh(self.taken)
-        if self._recorder is not None:
-            self._recorder.before(args, kwargs)
-        with self._last, self._recorder.seen() if self._recorder is not None else nullcontext():
-            loss, parameters = self._evaluate(*args, **kwargs)
+        self._good.mark()
+        if self._compiler is not None:
+            loss = self._compiler.take(args, kwargs)
+        else:
+            loss, parameters = self._evaluated(args, kwargs)
+            self._update(parameters)
+        self._good.accept()
+        if self.told is None:
+            self._add(loss, math.nan, math.nan, weights)
+        else:
+            reconstruction, kl = map(float, self.told.terms(loss))
+            self._add(float(loss), reconstruction, kl, weights)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
+        with self._last:
+            return super()._evaluate(*args, **kwargs)
+
+    def _evaluated(self, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]]:
+        loss, parameters = super()._evaluated(args, kwargs)
+        self._check(loss, parameters)
+        if self._scale != 1.0:
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], self._scale)
+        return loss, parameters
+
+    def _check(self, loss: float, parameters: Sequence[Tensor]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             raise TypeError(
@@ -240,18 +335,26 @@ class Engine(SVI):
             raise FloatingPointError(f"the loss is {loss}; {named or 'every site is finite'}")
         if not math.isfinite(float(torch.nn.utils.get_total_norm(gradients))):
             raise FloatingPointError(f"the loss is {loss:g}, but {_first_bad(parameters)}")
-        if self._outside != 1.0:
-            torch._foreach_mul_(gradients, self._outside)
-        if self._recorder is not None:
-            self._recorder.evaluated(loss, parameters)
-        self._update(parameters)
-        if self._recorder is not None:
-            self._recorder.after(args, kwargs, parameters)
-        if self.told is None:
-            self._add(loss, math.nan, math.nan, weights)
-        else:
-            reconstruction, kl = map(float, self.told.terms(loss))
-            self._add(loss, reconstruction, kl, weights)
+
+    def _update(self, parameters: Sequence[Tensor]) -> None:
+        super()._update(parameters)
+        self._after_update()
+
+    def _after_update(self) -> None:
+        if self._average is not None:
+            self._average.update()
+
+    @property
+    def _varying(self) -> Sequence[Tensor]:
+        averages = self._average.tensors if self._average is not None else []
+        return [*self._tensors, *averages, *self._scheduled()]
+
+    def _scheduled(self) -> Sequence[Tensor]:
+        weight = [self._average.weight] if self._average is not None else []
+        return [*self._weights.tensors, *weight]
+
+    def _copies(self) -> Sequence[tuple[Tensor, Tensor]]:
+        return self._good.pairs()
 
 
 def _first_bad(parameters: Iterable[Tensor]) -> str:

@@ -57,12 +57,10 @@ from pyro_vi.program import (
 from pyro_vi.restarts import best_of, disagreement, move
 from pyro_vi.scaling import PerDataPoint, Structure, check_observes
 from pyro_vi.sites import PlateSizes
-from pyro_vi.svi import SVI, eager_steps
+from pyro_vi.svi import SVI, WORTH, eager_steps
 from pyro_vi.weighting import ScheduleError, TermWeights
 
 log = logging.getLogger(__name__)
-
-_READ = 50  # steps on a GPU between two looks at what they found
 
 
 def fit(
@@ -285,7 +283,6 @@ def _fit_once(
         warnings.filterwarnings("ignore", message="Encountered")
         # Pyro also warns of observed sites in the guide; they are left out of log q here.
         warnings.filterwarnings("ignore", message="Found non-auxiliary vars in guide")
-        stream = batches.shuffled(seed + restart)
         structure = _inspect(model, guide, batches, loss, state, plate, prior_only)
         check_mode(guide, structure, weights)
         if loss.vectorize_particles and math.isinf(loss.max_plate_nesting):
@@ -301,63 +298,59 @@ def _fit_once(
             disable=not progress,
             unit="step",
         )
+        mean = Average(state.parameters(), decay=average) if average is not None else None
+        history = _History()
+        good = LastGood(state.tensors().values())
         engine = Engine(
             scaling,
             optimizer,
             loss,
+            batches.shuffled(seed + restart),
+            good=good,
+            tensors=list(state.tensors().values()),
             compile_after=after,
+            is_slow=compile is True or steps >= WORTH,
+            average=mean,
             announce=lambda: bar.set_postfix_str("compiling the step"),
-            late=average is None and batches.device is not None and batches.device.type == "cuda",
         )
-        mean = Average(state.parameters(), decay=average) if average is not None else None
-        history = _History()
-        good = LastGood(state.tensors().values())
         result = partial(_result, model, guide, state, history, structure, batches)
-        guard = partial(_guarded, model, guide, plate, engine, good, result)
+        guard = partial(_guarded, model, guide, plate, engine, good, history, result)
         best, waited = math.inf, 0
         kept: dict[str, Tensor] | None = None
-        is_read = True
         with bar:
-            for step in range(steps):
-                if interruption.requested and is_read:
-                    break
-                args, kwargs = next(stream)
-                judged = evaluate.wanted and ((step + 1) % heldout_every == 0 or step + 1 == steps)
+            while engine.taken < steps and not interruption.requested:
+                step = engine.taken
+                limit = steps - step
+                if evaluate.wanted:
+                    limit = min(limit, heldout_every - step % heldout_every)
                 started = time.perf_counter()
-                if is_read:
-                    good.mark()
-                is_last = step + 1 == steps or interruption.requested
-                is_read = not engine.is_late or judged or (step + 1) % _READ == 0 or is_last
-                with guard((args, kwargs)):
-                    engine.take(*args, **kwargs)
-                    if mean is not None:
-                        mean.update()
-                    if is_read:
-                        history.add(engine.read())
-                        good.accept()
+                with guard():
+                    taken = engine.take(limit)
+                    history.add(engine.read())
                 history.seconds += time.perf_counter() - started
-                bar.update()
+                bar.update(taken)
                 bar.set_postfix_str(f"bound {history.recent:.2f} nats", refresh=False)
-                if judged:
+                step = engine.taken
+                if evaluate.wanted and (step % heldout_every == 0 or step == steps):
                     averaged = mean.installed() if mean is not None else nullcontext()
-                    with guard((args, kwargs), "in the held-out bound"), averaged:
+                    with guard("in the held-out bound"), averaged:
                         bound = evaluate()
-                        history.heldout.append((step + 1, bound))
+                        history.heldout.append((step, bound))
                         if -bound < best:
                             best, waited = -bound, 0
                             kept = state.snapshot() if patience is not None else None
                         else:
                             waited += 1
                     if patience is not None and waited >= patience:
-                        log.info("stopped at step %d: no better held-out bound", step + 1)
+                        log.info("stopped at step %d: no better held-out bound", step)
                         break
         if kept is not None:
             state.restore(kept)
         elif mean is not None:
             mean.install()
         if history.losses:
-            args, kwargs = batches.first()
-            with guard((args, kwargs), "with the last parameters"), torch.no_grad():
+            engine.batch = args, kwargs = batches.first()
+            with guard("with the last parameters"), torch.no_grad():
                 last = Structure.of(model, guide, args, kwargs, plate=plate)
                 last.guide_trace.compute_log_prob()
                 last.model_trace.compute_log_prob()
@@ -380,14 +373,13 @@ def _guarded(
     plate: str,
     engine: Engine,
     good: LastGood,
+    history: _History,
     result: Callable[[], Fit],
-    batch: Arguments,
     where: str | None = None,
 ) -> Iterator[None]:
     """Turns what breaks training off into a NonFiniteError with the last good parameters.
 
     Args:
-        batch: the arguments of the last step.
         where: what the programs ran for, in words; by default a step, and the last site it reached.
 
     Raises:
@@ -404,6 +396,8 @@ def _guarded(
             started = engine.last_site != "the start"
             where = f"after {engine.last_site}" if started else "before the first site"
         good.restore()
+        history.add(engine.read())
+        batch = engine.batch
         if isinstance(error, FloatingPointError):
             message: str | None = f"step {engine.taken}: {error}"
         elif is_support_error(error) and _data_outside_support(model, guide, batch, plate):

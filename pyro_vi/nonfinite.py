@@ -43,8 +43,8 @@ class LastGood:
     """The values that some tensors had in the last step whose loss was finite.
 
     The loss is known only after the update has changed the tensors. So `mark` copies the values
-    before a step, and `accept` keeps that copy once the loss is known to be finite. On a GPU, where
-    `fit` reads losses after every 50 steps, the copy may be 100 steps old.
+    before a step, and `accept` keeps that copy once the loss is known to be finite. Compiled steps do
+    the same by themselves.
 
     Args:
         tensors: parameters and buffers; they must be changed only in place.
@@ -64,7 +64,15 @@ class LastGood:
 
     def accept(self) -> None:
         """Keeps the values of the last `mark`."""
-        self._marked, self._good = self._good, self._marked
+        assert self._marked is not None
+        if self._good is None:
+            self._good = [tensor.clone() for tensor in self._marked]
+        elif self._good:
+            torch._foreach_copy_(self._good, self._marked)
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Every tensor, and the tensor with its last good value; compiled steps update that."""
+        return list(zip(self._tensors, self._good or (), strict=False))
 
     def restore(self) -> None:
         """Puts the last good values back; without a good copy, nothing changes."""

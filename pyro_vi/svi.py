@@ -8,7 +8,7 @@ then update (`_update`); `pyro_vi.compiled` records both as one graph.
 
 from __future__ import annotations
 
-__all__ = ["SVI", "eager_steps"]
+__all__ = ["WORTH", "SVI", "eager_steps"]
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -228,8 +228,8 @@ def eager_steps(compile: object, loss: object, steps: int | None = None) -> int 
     if compile is True:
         return _SETTLED
     if steps is None:
-        return _WORTH
-    return _SETTLED if steps >= _WORTH else None
+        return WORTH
+    return _SETTLED if steps >= _FEW else None
 
 
 def _warn_of_shared_names(program: object, used: Mapping[Tensor, str]) -> None:
@@ -250,8 +250,9 @@ def _warn_of_shared_names(program: object, used: Mapping[Tensor, str]) -> None:
         )
 
 
-_SETTLED = 2  # the first step makes what is lazy
-_WORTH = 5_000  # so many steps pay for the compilation
+_SETTLED = 2  # eager steps: the first makes what is lazy
+_FEW = 300  # so many steps pay for a compiler that takes half a second
+WORTH = 5_000  # and so many for one that takes many
 
 
 class _Parameters(Messenger):

@@ -48,6 +48,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vi.compiling.tape import is_recording
 from pyro_vi.diffusion import Diffusion
 from pyro_vi.sites import is_deterministic
 
@@ -107,6 +108,12 @@ class TermWeights:
         self.model: Messenger = _Terms("model", self._reconstruction, self._kl)
         self.guide: Messenger = _Terms("guide", self._kl, self._kl)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The weights that follow a schedule, as a recorded step reads them."""
+        every = (self._reconstruction, self._kl)
+        return [weight.tensor for weight in every if weight.is_scheduled]
+
     def at(self, step: int) -> None:
         """Sets the weights to those of a step, from 0 on."""
         self._reconstruction.at(step)
@@ -135,16 +142,17 @@ class _Weight:
         self.name = name
         self._schedule = given if callable(given) else None
         self.value = self._scheduled(0) if callable(given) else check_weight(given, name)
+        self.is_scheduled = self._schedule is not None
         self.weighs = self._schedule is not None or self.value != 1.0
         # A recorded step reads the tensor; a number would stay in it as it was.
-        self._tensor = torch.tensor(self.value, dtype=torch.float64, device=device)
+        self.tensor = torch.tensor(self.value, dtype=torch.float64, device=device)
 
     def at(self, step: int) -> None:
         if self._schedule is not None:
             value = self._scheduled(step)
             if value != self.value:
                 self.value = value
-                self._tensor.fill_(value)
+                self.tensor.fill_(value)
 
     def _scheduled(self, step: int) -> float:
         assert self._schedule is not None
@@ -155,8 +163,7 @@ class _Weight:
             raise ScheduleError(f"the schedule's weight at step {step}: {error}") from None
 
     def factor(self) -> float | Tensor:
-        scheduled = self._schedule is not None
-        return self._tensor if scheduled and torch.compiler.is_compiling() else self.value
+        return self.tensor if self.is_scheduled and is_recording() else self.value
 
 
 class _Terms(Messenger):

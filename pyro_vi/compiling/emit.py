@@ -125,6 +125,8 @@ class Emitter:
         self.calls: list[Op] = []
         self.cost = 0
         self.helpers: set[str] = set()
+        self.read = {ref.storage for op in record.ops if not op.is_view for ref in op.reads()}
+        self.read |= {ref.storage for ref in record.outputs}
         self._outer = set(outer) | {
             i for i, storage in enumerate(record.storages) if not storage.is_inner
         }

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 __all__ = ["Guards", "Strange", "batch_key"]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -53,66 +53,66 @@ class Guards:
         update: Update | None,
     ) -> None:
         self._svi, self._modules, self._tensors = svi, list(modules), list(tensors)
-        self._update = update
-        self._parts = [vars(m)[name] for m in modules for name in _PARTS]
-        self._looks: dict[str, Callable[[], list[Any]]] = {
-            "the parts of a module, or a hook": self._held_by_modules,
-            "which modules are in training mode": lambda: list(map(_TRAINING, self._modules)),
-            "which parameters have a gradient": lambda: list(map(_REQUIRES, self._tensors)),
-            "where a parameter, a buffer or the optimizer's state lies": self._addresses,
-            "the parameters in Pyro's store": _stored,
-            "the model, the guide, the loss or the optimizer": self._programs,
-            "the options of the loss": self._loss_options,
-            "the options or the state of the optimizer": self._optimizer_options,
+        optimizers = update.optimizers if update is not None else []
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._dicts: dict[str, list[dict[Any, Any]]] = {
+            "the parts of a module, or a hook": [vars(m)[name] for m in modules for name in _PARTS],
+            "the options of the loss": [vars(svi.told._given)] if svi.told is not None else [],
+            "the options of the optimizer": [
+                {k: v for k, v in vars(o).items() if k in ("state", "param_groups")}
+                for o in optimizers
+            ],
         }
-        self._known = {name: look() for name, look in self._looks.items()}
+        self._dicts["the parameters in Pyro's store"] = [pyro.get_param_store()._params]
+        self._options = [itemgetter(*sorted(g.keys() - {"params", "lr"})) for g in groups]
+        self._groups = groups
+        self._every = [d for dicts in self._dicts.values() for d in dicts]
+        self._known = self._look()
+        self._flags, self._chosen = self._flags_now(), self._chosen_now()
+        self._lie = list(map(_ADDRESS, self._tensors))
 
     def changed(self) -> str | None:
         """What is something else than it was, in words; None while all is the same."""
-        for name, look in self._looks.items():
-            now, before = look(), self._known[name]
-            if len(now) != len(before) or not all(map(is_, now, before)):
-                if name not in _BY_VALUE or now != before:
-                    return name
+        now = self._look()
+        if len(now) != len(self._known) or not all(map(is_, now, self._known)):
+            return self._which(now)
+        if self._flags_now() != self._flags:
+            return "which modules are in training mode, or which parameters have a gradient,"
+        if list(map(_ADDRESS, self._tensors)) != self._lie:
+            return "where a parameter, a buffer or another tensor of the programs lies"
+        if self._chosen_now() != self._chosen:
+            return "an option of the optimizer"
         return None
 
-    def _held_by_modules(self) -> list[Any]:
-        return list(chain.from_iterable(chain(d, d.values()) for d in self._parts))
-
-    def _addresses(self) -> list[Any]:
-        return list(map(Tensor.data_ptr, self._tensors))
-
-    def _programs(self) -> list[Any]:
+    def _look(self) -> list[Any]:
+        """Everything that is compared by identity."""
         svi = self._svi
-        return [svi.model, svi.guide, svi.optim, svi.loss, svi.loss_and_grads]
+        store = pyro.get_param_store()._params
+        own = (svi.model, svi.guide, svi.optim, svi.loss, svi.loss_and_grads, store)
+        return [*own, *chain.from_iterable(map(dict.values, self._every))]
 
-    def _loss_options(self) -> list[Any]:
-        told = self._svi.told
-        return list(vars(told._given).values()) if told is not None else []
+    def _flags_now(self) -> list[bool]:
+        return [*map(_TRAINING, self._modules), *map(_REQUIRES, self._tensors)]
 
-    def _optimizer_options(self) -> list[Any]:
-        if self._update is None:
-            return []
-        found: list[Any] = []
-        for optimizer in self._update.optimizers:
-            found += [optimizer.state, optimizer.param_groups]
-            for group in optimizer.param_groups:
-                found += [value for name, value in group.items() if name != "lr"]
-        return found
+    def _chosen_now(self) -> list[Any]:
+        return [get(group) for get, group in zip(self._options, self._groups, strict=True)]
+
+    def _which(self, now: list[Any]) -> str:
+        if not all(map(is_, now[:6], self._known)):
+            return "the model, the guide, the loss, the optimizer or Pyro's store"
+        place = 6
+        for name, dicts in self._dicts.items():
+            size = sum(map(len, dicts))
+            part, before = now[place : place + size], self._known[place : place + size]
+            if len(part) != len(before) or not all(map(is_, part, before)):
+                return name
+            place += size
+        return "the number of parameters in Pyro's store, or of parts of a module,"
 
 
 _PARTS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-_BY_VALUE = {
-    "where a parameter, a buffer or the optimizer's state lies",
-    "the options of the loss",
-    "the options or the state of the optimizer",
-}
+_ADDRESS = Tensor.data_ptr
 _TRAINING, _REQUIRES = attrgetter("training"), attrgetter("requires_grad")
-
-
-def _stored() -> list[Any]:
-    params = pyro.get_param_store()._params
-    return [*params, *params.values()]
 
 
 class Strange(str):

@@ -73,12 +73,14 @@ class Function:
             index: torch.zeros(steps, record.storages[index].size, dtype=record.storages[index].dtype)
             for index in self._per_step
         }
+        self._batch: dict[int, Tensor] = {}  # what was given by address
         tensors = [self._flat(index) for index in self._source.outer]
         strides = [self._stride(index) for index in self._source.outer]
         size = max(1, len(tensors))
         self._addresses = (ctypes.c_void_p * size)(*[t.data_ptr() for t in tensors])
         self._strides = (ctypes.c_long * size)(*strides)
         self._tensors = tensors
+        self._order = {storage: i for i, storage in enumerate(self._source.outer)}
         self._work = torch.zeros(self._source.work + 64, dtype=torch.uint8)
         start = -self._work.data_ptr() % 64
         self._scratch = self._work[start:]
@@ -93,7 +95,11 @@ class Function:
 
     def give(self, index: int, step: int, value: Tensor) -> None:
         """Gives a repetition the values of a storage."""
-        self.buffers[index][step].view(value.shape).copy_(value)
+        if self.steps == 1 and value.is_contiguous():
+            self._addresses[self._order[index]] = value.data_ptr()
+            self._batch[index] = value
+        else:
+            self.buffers[index][step].view(value.shape).copy_(value)
 
     def step(self, step: int) -> None:
         """Draws the random numbers of a repetition, or runs it where they depend on the run."""
@@ -124,6 +130,8 @@ class Function:
         return self._tensor(ref, step)
 
     def _flat(self, index: int) -> Tensor:
+        if index in self._batch:
+            return self._batch[index].view(-1)
         if index in self.buffers:
             return self.buffers[index]
         tensor = self.record.storages[index].tensor
@@ -139,7 +147,7 @@ class Function:
         if place is not None:
             size = self.record.storages[ref.storage].size * _width(ref.dtype)
             flat = self._scratch[place : place + size].view(ref.dtype)
-        elif ref.storage in self.buffers:
+        elif ref.storage in self.buffers and ref.storage not in self._batch:
             flat = self.buffers[ref.storage][step]
         else:
             flat = self._flat(ref.storage)

@@ -364,7 +364,8 @@ def _dims(op: Op, name: str = "dim") -> list[int]:
 @_form("sum", "mean", "prod", "any", "all", "amax", "amin", "max", "min", "nansum")
 def _reduction(e: Emitter, op: Op, out: Ref) -> None:
     source = op.args[0]
-    if op.name in ("max", "min") and (len(op.args) > 1 or len(op.outs) > 1):
+    takes_dim = len(op.outs) == 2 and op.outs[1].storage not in e.read  # indices of no use
+    if op.name in ("max", "min") and (len(op.args) > 1 or len(op.outs) > 1) and not takes_dim:
         if not (len(op.args) == 2 and isinstance(op.args[1], Ref)):
             raise _Unknown
         FORMS["maximum" if op.name == "max" else "minimum"](e, op, out)

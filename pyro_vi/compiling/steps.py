@@ -82,16 +82,17 @@ class Compiled:
 
     def fill(self, step: int, batch: Sequence[Tensor]) -> None:
         """Gives a step its batch, and the weights that are scheduled."""
-        for index, value in zip(self._places.batch, batch, strict=True):
-            self.function.give(index, step, value)
+        if self._places.batch:  # else every step has the same
+            for index, value in zip(self._places.batch, batch, strict=True):
+                self.function.give(index, step, value)
         for view, tensor in self._scheduled:
             view[step] = tensor.item()
 
     def set_numbers(self, steps: int = 1) -> None:
         """Sets the optimizers' numbers of the next steps."""
         if self._numbers is not None and self.update is not None:
-            numbers = self.update.numbers(steps)
-            self._numbers[:steps] = np.asarray(numbers, dtype=np.float64).reshape(steps, -1)
+            for i, rows in enumerate(self.update.numbers(steps)):
+                self._numbers[i] = rows[0] if len(rows) == 1 else [x for row in rows for x in row]
 
     def set_rates(self, step: int) -> None:
         """Sets the learning rates of a step to the present ones."""
@@ -114,11 +115,15 @@ class Compiled:
         """After steps that updated: counts them; lets an optimizer step that is not recorded."""
         if self.update is not None:
             self.update.advance(steps)
+        if self.update is not None or not steps:
             return
         for parameter, gradient in self._places.gradients:
             parameter.grad = gradient.clone()
-        self.svi.optim(self._places.parameters)
-        zero_grads(self._places.parameters)
+        self.svi._update(self._places.parameters)
+
+    def suspend(self) -> None:
+        """Lets steps update nothing until `revive`."""
+        self._places.alive.fill_(False)
 
     def revive(self) -> None:
         """Lets steps update again after one that did not."""
@@ -286,6 +291,13 @@ class Compiler:
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, or on disk: nothing is recorded yet."""
         return {**vars(self), "_kinds": {}, "_announce": None}
+
+    def states(self) -> list[Tensor]:
+        """Where the random generators of the compiled steps are."""
+        for kind in self._kinds.values():
+            if kind.compiled is not None:
+                return kind.compiled.states()
+        return []
 
     def explain(self) -> str:
         """What was compiled and what was not, and why, a line each."""

@@ -49,6 +49,7 @@ class Update:
         self._clips = clips
         used = set(map(id, parameters))
         self.groups = [g for o in self.optimizers for g in o.param_groups]
+        self._decaying = [g for g in self.groups if g.get("lrd", 1.0) != 1.0]
         self._moves: list[tuple[Tensor, Any, dict[str, Any], dict[str, Any], int]] = []
         self._rows: dict[Any, list[dict[str, Any]]] = {}
         self._counted: list[list[dict[str, Any]]] = []
@@ -66,9 +67,12 @@ class Update:
                         for name, value in state.items()
                         if isinstance(value, Tensor) and name != "step"
                     ]
-        every = [state for row in self._counted for state in row]
-        self._steps = [one["step"] for one in every if isinstance(one.get("step"), Tensor)]
-        self._numbered = [one for one in every if isinstance(one.get("step"), int)]
+        device = parameters[0].device if parameters else torch.device("cpu")
+        counts = [state for row in self._counted for state in row if "step" in state]
+        tensors = [one["step"] for one in counts if isinstance(one["step"], Tensor)]
+        self._steps = [one for one in tensors if one.device == device]
+        self.state += self._steps
+        self._outside = [one for one in counts if not any(one["step"] is t for t in self._steps)]
 
     def _row(self, group: dict[str, Any], state: dict[str, Any]) -> int:
         count = float(state.get("step", 0))
@@ -124,6 +128,11 @@ class Update:
             numbers: (rows, 3), as `numbers` gives them, or as a tensor that is read anew.
         """
         with torch.no_grad():
+            if not isinstance(numbers, Tensor) and len(self._steps) > 1:
+                torch._foreach_add_(self._steps, 1)
+            else:
+                for step in self._steps:
+                    step.add_(1)
             for p, formula, group, state, row in self._moves:
                 if p.grad is not None:
                     if (clip := self._clips.get(id(p))) is not None:
@@ -131,14 +140,11 @@ class Update:
                     formula(p, p.grad, numbers[row], group, state)
 
     def advance(self, steps: int) -> None:
-        """Counts steps that have been applied."""
-        if self._steps:
-            torch._foreach_add_(self._steps, steps)
-        for state in self._numbered:
+        """Counts steps that have been applied where no tensor does: see `apply`."""
+        for state in self._outside:
             state["step"] += steps
-        for group in self.groups:
-            if group.get("lrd", 1.0) != 1.0:
-                group["lr"] *= group["lrd"] ** steps
+        for group in self._decaying:
+            group["lr"] *= group["lrd"] ** steps
 
 
 def make_state(optimizer: Optimizer) -> None:
