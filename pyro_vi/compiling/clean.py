@@ -68,10 +68,10 @@ def commit(record: Record, keep: Ref, copies: Mapping[int, int]) -> None:
     keep = _move(keep, own)
     for index in copies:
         place, outer = _whole(record, copies[index]), _whole(record, index)
-        record.write(place, record.emit(_aten.where.self, keep, outer, place))
+        record.write(place, _selected(record, keep, outer, place))
     for index, (inner_index, _) in own.items():
         outer, inner = _whole(record, index), _whole(record, inner_index)
-        record.write(outer, record.emit(_aten.where.self, keep, inner, outer))
+        record.write(outer, _selected(record, keep, inner, outer))
 
 
 def clean(record: Record) -> Record:
@@ -197,6 +197,12 @@ def _move(value: Any, moved: Mapping[int, tuple[int, int]]) -> Any:
     return value
 
 
+def _selected(record: Record, condition: Ref, one: Ref, other: Ref) -> Ref:
+    return record.emit(
+        _aten.where.self, condition, one, other, shape=one.shape, dtype=one.dtype
+    )
+
+
 def _whole(record: Record, index: int) -> Ref:
     storage = record.storages[index]
     return Ref(index, 0, (storage.size,), (1,), storage.dtype)
@@ -211,8 +217,9 @@ def _indices_within_bounds(record: Record) -> list[Ref]:
     return [
         record.emit(
             _aten.logical_and.default,
-            record.emit(_aten.ge.Scalar, index, -size),
-            record.emit(_aten.lt.Scalar, index, size),
+            record.emit(_aten.ge.Scalar, index, -size, shape=index.shape),
+            record.emit(_aten.lt.Scalar, index, size, shape=index.shape),
+            shape=index.shape,
         )
         for index, size in found
     ]

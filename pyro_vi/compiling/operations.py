@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from pyro_vi.compiling.emit import Access, Emitter, Unemittable, ctype, number
@@ -619,7 +620,7 @@ def _index_put(e: Emitter, op: Op, out: Ref) -> None:
     if out is not target and out.storage != target.storage:
         e.assign(out, "{0}", target)
     used = [i for i, one in enumerate(indices) if one is not None]
-    between = torch.broadcast_shapes(*[indices[i].shape for i in used])
+    between = np.broadcast_shapes(*[indices[i].shape for i in used])
     shape = (*out.shape[: used[0]], *between, *out.shape[used[-1] + 1 :])
     access = _gathered(e, out, indices, shape)
     e.scatter(access, values, shape, adds=bool(argument(op, "accumulate")))

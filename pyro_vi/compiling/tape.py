@@ -185,27 +185,18 @@ class Record:
         self.storages.append(Storage(size, dtype, device))
         return Ref(len(self.storages) - 1, 0, tuple(shape), tuple(reversed(stride)), dtype)
 
-    def emit(self, func: Any, *args: Any, out: Ref | None = None, **kwargs: Any) -> Ref:
-        """Adds an operation on `Ref`s, by running it on tensors without memory.
-
-        Args:
-            out: where the result goes; by default new memory.
-        """
-        metas = [_meta(one) if isinstance(one, Ref) else one for one in args]
-        found = func(*metas, **kwargs)
+    def emit(
+        self, func: Any, *args: Any, shape: Sequence[int] = (), dtype: torch.dtype = torch.bool
+    ) -> Ref:
+        """Adds an operation whose result has a shape and a dtype."""
         device = next(self.storages[ref.storage].device for ref in refs_in(args))
-        if out is None:
-            out = self.allocate(tuple(found.shape), found.dtype, device)
-        self.ops.append(Op(func, args, kwargs, (out,)))
+        out = self.allocate(shape, dtype, device)
+        self.ops.append(Op(func, args, {}, (out,)))
         return out
 
     def write(self, target: Ref, value: Ref) -> None:
         """Adds a copy of `value` into `target`."""
         self.ops.append(Op(_aten.copy_.default, (target, value), {}, (target,)))
-
-
-def _meta(ref: Ref) -> Tensor:
-    return torch.empty_strided(ref.shape, ref.stride, dtype=ref.dtype, device="meta")
 
 
 class Tape(TorchDispatchMode):
