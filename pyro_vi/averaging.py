@@ -52,6 +52,7 @@ class Average:
 
     def at(self, step: int) -> None:
         """Sets the weight to that after a step, from 0 on."""
+        self._step = step
         self._number = 1 - min(self._decay, (1 + step) / (10 + step))
         self.weight.fill_(self._number)
 
@@ -64,6 +65,8 @@ class Average:
                     average.add_(self.weight * (tensor - average))
                 else:
                     average.lerp_(tensor, self._number)
+        if not is_recording():
+            self.at(self._step + 1)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -1,17 +1,27 @@
-"""Which compiler a record gets: the system's C compiler, TorchInductor, or TorchScript."""
+"""Which compiler a record gets.
+
+Small steps on a CPU become C, which the system's compiler compiles in half a second. Steps whose
+products of matrices are large, and steps on a GPU, go to TorchInductor, which takes seconds to
+minutes. Where the system has no compiler, TorchScript takes a record without one.
+"""
 
 from __future__ import annotations
 
 __all__ = ["compile_step"]
 
+import logging
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from pyro_vi.compiling.emit import Unemittable
+from pyro_vi.compiling.graph import Graph, GraphError, inductor, torchscript
 from pyro_vi.compiling.native import CannotCompile, Function
 from pyro_vi.compiling.tape import Record
 
-_LARGE = 2_000_000  # multiplications and additions of a step; above, Inductor's code is faster
+_log = logging.getLogger(__name__)
+
+LARGE = 2_000_000  # multiplications and additions of a step; above, Inductor's code is faster
 
 
 def compile_step(
@@ -22,8 +32,32 @@ def compile_step(
     is_slow: bool,
     announce: Callable[[], object] | None,
 ) -> tuple[Any, str]:
-    """Compiles a record; None and the reason if it is not compiled."""
+    """Compiles a record.
+
+    Args:
+        per_step, steps: see `Function`.
+        is_slow: whether a compiler may be used that takes seconds to minutes.
+        announce: called before that.
+
+    Returns:
+        A `Function` or a `Graph`; None and the reason if it is not compiled.
+    """
     try:
-        return Function(record, steps=steps, per_step=per_step), ""
-    except (Unemittable, CannotCompile) as error:
+        return Function(record, steps=steps, per_step=per_step, largest=LARGE), ""
+    except Unemittable as error:
+        reason = str(error)
+    except CannotCompile as error:
+        warnings.warn(f"a step is compiled by TorchScript, which is slower: {error}", stacklevel=8)
+        try:
+            return Graph(record, torchscript, steps=steps, per_step=per_step), ""
+        except GraphError as failed:
+            return None, str(failed)
+    if not is_slow:
+        return None, f"{reason}; a fit of so few steps does not pay for TorchInductor"
+    _log.info("compiling a step by TorchInductor, which takes seconds")
+    if announce is not None:
+        announce()
+    try:
+        return Graph(record, inductor, steps=steps, per_step=per_step), ""
+    except GraphError as error:
         return None, str(error)

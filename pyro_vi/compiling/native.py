@@ -11,6 +11,7 @@ __all__ = ["CannotCompile", "Function"]
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vi.compiling.emit import Source
+from pyro_vi.compiling.emit import Unemittable
 from pyro_vi.compiling.operations import emit
 from pyro_vi.compiling.tape import UNSET, Op, Record, Ref, refs_in
 
@@ -49,6 +50,7 @@ class Function:
         record: a clean record.
         steps: the most repetitions of a call.
         per_step: storages that have other values in each repetition.
+        largest: the most multiplications and additions of a repetition.
 
     Attributes:
         buffers: a tensor (steps, ...) for each storage in `per_step`, to be filled before a call.
@@ -61,13 +63,22 @@ class Function:
 
     by = "the C compiler"
 
-    def __init__(self, record: Record, *, steps: int = 1, per_step: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        record: Record,
+        *,
+        steps: int = 1,
+        per_step: Sequence[int] = (),
+        largest: float = math.inf,
+    ) -> None:
         self.record, self.steps = record, steps
         self._draws, self._are_ahead = _draws(record)
         drawn = [op.outs[0].storage for op in self._draws] if self._are_ahead else []
         self._per_step = [*per_step, *drawn]
         self._source = emit(record, self._per_step).source()
         self.cost = self._source.cost
+        if self.cost > largest:
+            raise Unemittable(f"a step of about {self.cost:,} multiplications and additions")
         self._run = _compiled(self._source.text)
         self.buffers = {
             index: torch.zeros(steps, record.storages[index].size, dtype=record.storages[index].dtype)
@@ -161,11 +172,12 @@ class Function:
                 args = self._filled(op.args, step)
                 kwargs = {name: self._filled(value, step) for name, value in op.kwargs.items()}
                 found = op.func(*args, **kwargs)
-                if not op.func._schema.is_mutable:
-                    results = found if isinstance(found, (tuple, list)) else [found]
-                    tensors = [one for one in results if isinstance(one, Tensor)]
-                    for ref, result in zip(op.outs, tensors, strict=True):
-                        self._tensor(ref, step).copy_(result)
+                results = found if isinstance(found, (tuple, list)) else [found]
+                tensors = [one for one in results if isinstance(one, Tensor)]
+                for ref, result in zip(op.outs, tensors, strict=True):
+                    place = self._tensor(ref, step)
+                    if result.data_ptr() != place.data_ptr():
+                        place.copy_(result)
         except BaseException as error:
             self._error = error
             return 1

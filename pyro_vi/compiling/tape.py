@@ -306,6 +306,10 @@ class Tape(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is _aten._local_scalar_dense.default:
             return self._asked(args[0])
+        if func is _aten.native_batch_norm.default and args[3] is not None:
+            func = _aten._native_batch_norm_legit.default  # which says what it changes
+        elif func in _SECRETIVE:
+            self.refuse(f"{func} changes its arguments{_line()}")
         args, kwargs = self._with_fixed_masks(func, args, kwargs)
         refs, named = self._refs(args), {key: self._refs(one) for key, one in kwargs.items()}
         operands = [*refs_in(refs), *refs_in(tuple(named.values()))]
@@ -418,6 +422,8 @@ UNSET = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_lik
     _aten.new_empty.default,
     _aten.new_empty_strided.default,
 }
+# What changes running statistics, and does not say so in its schema.
+_SECRETIVE = {_aten.cudnn_batch_norm.default, _aten.miopen_batch_norm.default}
 _RESIZING = {_aten.resize_.default, *(getattr(_aten.set_, name) for name in _aten.set_.overloads())}
 _INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default} | {
     _aten._index_put_impl_.default,
