@@ -19,11 +19,8 @@ The mathematics stay Pyro's; changed is
 
 from __future__ import annotations
 
-__all__ = ["Told", "assumptions", "kl_rows", "told"]
+__all__ = ["Told", "kl_rows", "told"]
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import pyro.distributions as dist
@@ -36,7 +33,6 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vi.sites import draws_terms, drop_observed_sites, is_delta
-from pyro_vi.validity import Checks
 from pyro_vi.weighting import check_sides, unweighted
 
 
@@ -282,38 +278,8 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, float) and isinstance(b, float):
         return a == b
     a, b = (torch.as_tensor(True if x is None else x) for x in (a, b))
-    return _holds((a == b).all())
+    return bool((a == b).all())
 
 
 def _is_one(scale: Any) -> bool:
-    return _holds((torch.as_tensor(scale) == 1).all())
-
-
-_assumed: ContextVar[list[Tensor] | None] = ContextVar("assumed", default=None)
-
-
-@contextmanager
-def assumptions(*, validate: bool) -> Iterator[list[Tensor]]:
-    """Collects the conditions that an evaluation depends on, and takes all of them to hold.
-
-    So that it can be recorded from tensors without values; the record checks them at every replay.
-
-    Args:
-        validate: whether distributions check parameters and values where they do not say
-            themselves.
-    """
-    found: list[Tensor] = []
-    token = _assumed.set(found)
-    try:
-        with dist.validation_enabled(validate), Checks(found):
-            yield found
-    finally:
-        _assumed.reset(token)
-
-
-def _holds(condition: Tensor) -> bool:
-    assumed = _assumed.get()
-    if assumed is None:
-        return bool(condition)
-    assumed.append(condition)
-    return True
+    return bool((torch.as_tensor(scale) == 1).all())

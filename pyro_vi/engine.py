@@ -33,7 +33,6 @@ from pyro_vi.sites import PlateSizes
 from pyro_vi.svi import SVI
 from pyro_vi.weighting import TermWeights
 
-
 BLOCK = 50  # compiled steps of a call, after which losses are looked at
 
 

@@ -43,8 +43,8 @@ class LastGood:
     """The values that some tensors had in the last step whose loss was finite.
 
     The loss is known only after the update has changed the tensors. So `mark` copies the values
-    before a step, and `accept` keeps that copy once the loss is known to be finite. Compiled steps do
-    the same by themselves.
+    before a step, and `accept` keeps that copy once the loss is known to be finite. Compiled steps
+    do the same by themselves.
 
     Args:
         tensors: parameters and buffers; they must be changed only in place.

@@ -32,7 +32,7 @@ from contextlib import AbstractContextManager, contextmanager
 from copy import copy, deepcopy
 from functools import partial, wraps
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
@@ -446,66 +446,6 @@ def modules_of(*programs: Callable[..., Any]) -> list[nn.Module]:
     for program in programs:
         found |= _all_modules(reach(program, "", seen=found, closed=Program).values())
     return list(found.values())
-
-
-class Rebound(NamedTuple):
-    """An attribute of an object, or an item of one, that is another than it was.
-
-    Attributes:
-        attribute: the name of the attribute.
-        item: the key of the item, None for the attribute itself.
-    """
-
-    holder: Any
-    attribute: str
-    item: Any
-    before: Any
-    after: Any
-
-
-def _held(holder: Any) -> Iterator[tuple[tuple[str, Any], Any]]:
-    """What an object keeps, in containers of its own too, by its place."""
-    for name, value in holder.__dict__.items():
-        yield (name, None), value
-        if type(value) in (dict, OrderedDict):
-            yield from (((name, key), item) for key, item in value.items())
-        elif type(value) in (list, tuple):
-            yield from (((name, i), item) for i, item in enumerate(value))
-
-
-@contextmanager
-def substituted(
-    holders: Iterable[Any], memo: Mapping[int, Tensor]
-) -> Iterator[Callable[[], list[Rebound]]]:
-    """Runs programs with other tensors in the place of their own, and forgets what they change.
-
-    Gives a function that tells what they have bound to a holder so far.
-
-    Args:
-        holders: the modules and other objects that they reach.
-        memo: what stands for a parameter or a buffer, of a module or of the store (unconstrained),
-            by its identity.
-    """
-    holders, copied = list(holders), _Copy(memo)
-    before = [holder.__dict__ for holder in holders]
-    store = pyro.get_param_store()
-    state, names = store.get_state(), dict(store._param_to_name)
-    params = {name: memo.get(id(tensor), tensor) for name, tensor in state["params"].items()}
-    try:
-        for holder, attributes in zip(holders, map(copied.attributes, holders), strict=True):
-            object.__setattr__(holder, "__dict__", attributes)
-        kept = [dict(_held(holder)) for holder in holders]
-        with store.scope({**state, "params": params, "constraints": {**state["constraints"]}}):
-            yield lambda: [
-                Rebound(holder, *place, old.get(place), value)
-                for holder, old in zip(holders, kept, strict=True)
-                for place, value in _held(holder)
-                if value is not old.get(place)
-            ]
-    finally:
-        store._param_to_name.update(names)  # of parameters that the store does not hold, too
-        for holder, attributes in zip(holders, before, strict=True):
-            object.__setattr__(holder, "__dict__", attributes)
 
 
 @contextmanager

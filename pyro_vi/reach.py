@@ -9,25 +9,19 @@ from __future__ import annotations
 
 __all__ = [
     "CONTAINERS",
-    "codes",
-    "content",
+    "held_by",
     "is_library",
-    "is_namespace",
-    "loaded",
     "may_ask_modules",
-    "namespaces",
-    "objects",
     "reach",
-    "reached",
 ]
 
 import dis
 import sys
 import sysconfig
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache, partial
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,45 +66,13 @@ def reach(
                 path += "'"
             found[path] = value
             known.update(id(module) for module in value.modules())
-        for inner, held in _held_by(value):
+        for inner, held in held_by(value):
             visit(held, f"{path}.{inner}" if inner else path, depth + 1)
 
     visit(program, name)
     # A root found early may sit inside one found later: name each tree once, by its topmost root.
     below = {id(m) for root in found.values() for m in root.modules() if m is not root}
     return {path: module for path, module in found.items() if id(module) not in below}
-
-
-def objects(*programs: Any) -> list[Any]:
-    """The instances of a user's own classes that programs reach, modules left out."""
-    return [
-        value
-        for value in reached(programs)
-        if _is_users(value)
-        and not isinstance(value, SimpleNamespace)  # whose dictionary cannot be exchanged
-    ]
-
-
-def _is_users(value: Any) -> bool:
-    """Whether it is an object of a user's own class, and no module."""
-    return (
-        type(getattr(value, "__dict__", None)) is dict
-        and not isinstance(value, (nn.Module, FunctionType, MethodType, partial))
-        and not is_library(type(value).__module__, "pyro_vi")
-    )
-
-
-def reached(programs: Iterable[Any]) -> Iterator[Any]:
-    """What programs lead to, each once."""
-    visited: set[int] = set()
-    waiting = deque(programs)
-    while waiting:
-        value = waiting.popleft()
-        if id(value) in visited or isinstance(value, (Tensor, ModuleType, type)):
-            continue
-        visited.add(id(value))
-        yield value
-        waiting.extend(held for _, held in _held_by(value))
 
 
 def may_ask_modules(value: Any) -> bool:
@@ -143,7 +105,7 @@ def may_ask_modules(value: Any) -> bool:
         if isinstance(value, MethodType):
             found += [value.__self__, value.__func__]
         elif isinstance(value, FunctionType):
-            found += map(content, value.__closure__ or ())
+            found += map(_content, value.__closure__ or ())
         elif isinstance(value, partial):
             found += [value.func, *value.args, *value.keywords.values()]
         elif isinstance(value, dict):
@@ -159,7 +121,7 @@ def _is_own(kind: type) -> bool:
     return kind.__module__.partition(".")[0] not in ("torch", "pyro")
 
 
-def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
+def held_by(value: Any) -> Iterator[tuple[str, Any]]:
     """What `value` holds that may be or lead to a module, with the name of each."""
     if isinstance(value, nn.Module):
         for module in value.modules():  # beside submodules: the model that an autoguide holds
@@ -174,8 +136,8 @@ def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
         if is_library(value.__module__):
             return
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            yield name, content(cell)
-        for _, space, names in namespaces(value):
+            yield name, _content(cell)
+        for _, space, names in _namespaces(value):
             for name in names:
                 yield name, space.get(name)
         for held in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
@@ -197,20 +159,20 @@ def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
             yield "", vars(type(value)).get("__call__")
 
 
-def namespaces(function: FunctionType) -> list[tuple[str, dict[str, Any], list[str]]]:
+def _namespaces(function: FunctionType) -> list[tuple[str, dict[str, Any], list[str]]]:
     """Where a function finds what it names outside of itself: its file, and others that it imports.
 
     Returns:
         Each with what it is called there ("" for its own file), and the names that are looked up.
     """
     code, space = function.__code__, function.__globals__
-    named = {name for one in codes(code) for name in one.co_names}
-    found = {id(space): ("", space, sorted(loaded(code)))}
-    waiting = [(name, space.get(name)) for name in loaded(code)]
-    waiting += [(name, sys.modules.get(name)) for name in loaded(code, "IMPORT_NAME")]
+    named = {name for one in _codes(code) for name in one.co_names}
+    found = {id(space): ("", space, sorted(_loaded(code)))}
+    waiting = [(name, space.get(name)) for name in _loaded(code)]
+    waiting += [(name, sys.modules.get(name)) for name in _loaded(code, "IMPORT_NAME")]
     while waiting:
         path, module = waiting.pop()
-        if isinstance(module, ModuleType) and is_namespace(module.__name__):
+        if isinstance(module, ModuleType) and _is_users(module.__name__):
             space = vars(module)
             if id(space) not in found:
                 found[id(space)] = (path, space, sorted(named & space.keys()))
@@ -218,25 +180,25 @@ def namespaces(function: FunctionType) -> list[tuple[str, dict[str, Any], list[s
     return list(found.values())
 
 
-def loaded(code: CodeType, *kinds: str) -> set[str]:
+def _loaded(code: CodeType, *kinds: str) -> set[str]:
     """The globals that a function loads or sets, or what it imports, and those inside it."""
     return {
         instruction.argval
-        for one in codes(code)
+        for one in _codes(code)
         for instruction in dis.get_instructions(one)
         if instruction.opname in (kinds or ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL"))
     }
 
 
-def codes(code: CodeType) -> Iterator[CodeType]:
+def _codes(code: CodeType) -> Iterator[CodeType]:
     """A function's code, and that of the functions inside it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from codes(constant)
+            yield from _codes(constant)
 
 
-def content(cell: CellType) -> Any:
+def _content(cell: CellType) -> Any:
     """What a closure's cell holds; None if it is not filled yet."""
     try:
         return cell.cell_contents
@@ -244,7 +206,7 @@ def content(cell: CellType) -> Any:
         return None
 
 
-def is_namespace(module: str | None) -> bool:
+def _is_users(module: str | None) -> bool:
     """Whether a module is a user's, in which functions may name anything."""
     top = (module or "").partition(".")[0]
     return not (top.startswith("namedtuple_") or _is_standard(top) or is_library(top, "pyro_vi"))

@@ -8,7 +8,7 @@ then update (`_update`); `pyro_vi.compiled` records both as one graph.
 
 from __future__ import annotations
 
-__all__ = ["WORTH", "SVI", "eager_steps"]
+__all__ = ["SVI", "WORTH", "eager_steps"]
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +24,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.util import warn_if_nan
 from torch import Tensor
 
+from pyro_vi.compiling.steps import Compiler
 from pyro_vi.elbo import Told, told
 from pyro_vi.program import own_memory, process_lock
-from pyro_vi.compiling.steps import Compiler
 from pyro_vi.sites import SubsampleCheck
 
 

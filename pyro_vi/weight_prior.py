@@ -120,7 +120,7 @@ class WeightPrior:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         installed = partial(_in_place, self._places, self._draw())
         # Once: it costs a microsecond for each operation of torch.
-        checks = not (self._is_checked or torch.compiler.is_compiling())
+        checks = not self._is_checked
         watched = (
             _Unread(self.originals(), "the model", _ELSEWHERE, _FORMS) if checks else nullcontext()
         )

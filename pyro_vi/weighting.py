@@ -343,7 +343,7 @@ class StepWeight(Messenger):
                     " before any site 't'"
                 )
             weight = torch.as_tensor(self._weight(self._t))
-            if not torch.compiler.is_compiling() and not bool((weight >= 0).all()):
+            if not bool((weight >= 0).all()):
                 raise ValueError(f"expected weights of at least 0, got {float(weight.min()):g}")
             msg["scale"] = msg["scale"] * weight
             msg["weighted"] = weight
@@ -357,15 +357,12 @@ class StepWeight(Messenger):
                 raise ValueError(
                     "the model's steps are weighted and the guide's are not: StepWeight both"
                 )
-            if torch.compiler.is_compiling():  # values cannot be compared there
-                return
             if theirs is not msg["weighted"] and not torch.allclose(theirs, msg["weighted"]):
                 raise ValueError("model and guide weigh the same steps differently")
         if msg["name"] == "t":
             self._t = msg["value"]
             theirs = msg["infer"].get("diffusion")
-            unchecked = theirs is None or torch.compiler.is_compiling()
-            if isinstance(self._weight, Simple) and not unchecked:
+            if isinstance(self._weight, Simple) and theirs is not None:
                 self._weight.check(theirs)
 
     def __exit__(self, *exception: Any) -> None:

@@ -6,8 +6,6 @@ import pyro
 import pytest
 import torch
 
-from pyro_vi.capture import Graph
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -46,9 +44,3 @@ def double() -> Iterator[None]:
     yield
     pyro.clear_param_store()
     torch.set_default_dtype(before)
-
-
-@pytest.fixture
-def recorded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records, and leaves Inductor out, which takes seconds a program."""
-    monkeypatch.setattr(Graph, "compile", lambda self, batch: None)

@@ -58,9 +58,7 @@ def commit(record: Record, keep: Ref, copies: Mapping[int, int]) -> None:
     ops, record.ops = record.ops, []
     for index in sorted(written):
         outer = _whole(record, index)
-        inner = record.allocate(
-            outer.shape, outer.dtype, record.storages[index].device
-        )
+        inner = record.allocate(outer.shape, outer.dtype, record.storages[index].device)
         own[index] = (inner.storage, 0)
         record.write(inner, outer)
     record.ops += [_moved(op, own) for op in ops]
@@ -198,9 +196,7 @@ def _move(value: Any, moved: Mapping[int, tuple[int, int]]) -> Any:
 
 
 def _selected(record: Record, condition: Ref, one: Ref, other: Ref) -> Ref:
-    return record.emit(
-        _aten.where.self, condition, one, other, shape=one.shape, dtype=one.dtype
-    )
+    return record.emit(_aten.where.self, condition, one, other, shape=one.shape, dtype=one.dtype)
 
 
 def _whole(record: Record, index: int) -> Ref:
@@ -236,4 +232,3 @@ def _indexed(op: Op) -> list[tuple[Ref, int]]:
     if op.name == "embedding":
         return [(op.args[1], op.args[0].shape[0])]
     return list[tuple[Ref, int]]()
-

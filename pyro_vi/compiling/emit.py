@@ -138,18 +138,31 @@ class Emitter:
 
     # What operations are made of.
 
-    def assign(self, out: Ref, text: str, *operands: Any, compute: torch.dtype | None = None) -> None:
+    def assign(
+        self, out: Ref, text: str, *operands: Any, compute: torch.dtype | None = None
+    ) -> None:
         """out[i] = text for every index i; operands are broadcast, and numbers are written out.
 
         Args:
             compute: the dtype that operands are cast to; that of `out` by default.
         """
         kind = ctype(out.dtype if compute is None else compute)
-        self._add(out.shape, _Statement(self.access(out, out.shape), *self._filled(text, operands, out.shape, kind)))
+        self._add(
+            out.shape,
+            _Statement(self.access(out, out.shape), *self._filled(text, operands, out.shape, kind)),
+        )
 
     def reduce(
-        self, out: Ref, source: Any, dims: Sequence[int], combine: str | None, start: str | None,
-        *, shape: Sequence[int] = (), text: str = "{0}", compute: torch.dtype | None = None,
+        self,
+        out: Ref,
+        source: Any,
+        dims: Sequence[int],
+        combine: str | None,
+        start: str | None,
+        *,
+        shape: Sequence[int] = (),
+        text: str = "{0}",
+        compute: torch.dtype | None = None,
     ) -> None:
         """Joins the elements of a source along some dimensions.
 
@@ -182,7 +195,9 @@ class Emitter:
         found = self._filled("{0}", (value,), shape, ctype(out.dtype))
         self._add(shape, _Statement(out, *found, "{0} + {1}" if adds else None))
 
-    def code(self, lines: Sequence[str], reads: Iterable[Ref], writes: Iterable[Ref], cost: int) -> None:
+    def code(
+        self, lines: Sequence[str], reads: Iterable[Ref], writes: Iterable[Ref], cost: int
+    ) -> None:
         """Lines of C, in which `m3` is the address of storage 3; see `at`."""
         self.cost += cost
         reads, writes = list(reads), list(writes)
@@ -211,7 +226,9 @@ class Emitter:
 
     def at(self, ref: Ref, *index: str) -> str:
         """An element of a tensor, as an expression."""
-        terms = [f"{i} * {step}" for i, step in zip(index, ref.stride, strict=True) if step and i != "0"]
+        terms = [
+            f"{i} * {step}" for i, step in zip(index, ref.stride, strict=True) if step and i != "0"
+        ]
         return f"m{ref.storage}[{' + '.join([str(ref.offset), *terms])}]"
 
     def _filled(
@@ -245,7 +262,7 @@ class Emitter:
                 first = max(first, place if is_same else place + 1)
         out = statement.out
         is_plain = statement.combine is None and not out.gathered
-        for held, is_write in ((self._writers, True), (self._readers, False)):
+        for held in (self._writers, self._readers):
             for key, place in held.get(out.storage, {}).items():
                 is_same = is_plain and key == _key(shape, out)
                 first = max(first, place if is_same else place + 1)
@@ -307,7 +324,7 @@ class Emitter:
             text += [f"  {line}" for line in lines]
             text += ["  return 0;", "}"]
         text += [
-            f"long run(char **start, const long *stride, char *work, long count,"
+            "long run(char **start, const long *stride, char *work, long count,"
             " long (*call)(long, long)) {",
             f"  char *in[{max(1, len(outer))}];",
             "  for (long step = 0; step < count; step++) {",
@@ -361,9 +378,7 @@ def _key(shape: tuple[int, ...], access: Access) -> Any:
     return (shape, access.storage, access.offset, access.stride, access.dtype)
 
 
-def _collapsed(
-    shape: tuple[int, ...], statement: _Statement
-) -> tuple[tuple[int, ...], _Statement]:
+def _collapsed(shape: tuple[int, ...], statement: _Statement) -> tuple[tuple[int, ...], _Statement]:
     """The same statement in as few loops as possible."""
     every = [statement.out, *statement.operands]
     every += [g[0] for one in every for g in one.gathered]

@@ -170,7 +170,11 @@ def module_of(record: Record) -> tuple[fx.GraphModule, list[int]]:
             if op.args[0] not in nodes and op.args[0].storage not in bases:
                 continue
         first = op.args[0] if op.args else None
-        if op.func is _aten.copy_.default and isinstance(first, Ref) and _makes(record, first, bases):
+        if (
+            op.func is _aten.copy_.default
+            and isinstance(first, Ref)
+            and _makes(record, first, bases)
+        ):
             made = graph.call_function(_aten.clone.default, (filled(op.args[1]),))
             bases[first.storage] = nodes[first] = made
             continue
@@ -310,4 +314,3 @@ class _Launched:
         self._graph.replay()
         for own, given in moved:
             given.copy_(own)
-

@@ -135,7 +135,9 @@ def batch_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[
         return Strange("a mode of torch's around a step, which sees every operation"), []
     if _PYRO_STACK and any(type(one).__hash__ is None for one in _PYRO_STACK):
         return Strange("a handler around a step that cannot be told from others (no hash)"), []
-    modes = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+    modes = [
+        torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())
+    ]
     modes = [one.device if isinstance(one, DeviceContext) else one for one in modes]
     settings = (torch.get_default_dtype(), Distribution._validate_args, *modes, *_PYRO_STACK)
     leaves, spec = (args, None) if not kwargs else tree.tree_flatten((args, kwargs))

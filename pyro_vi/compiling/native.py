@@ -81,7 +81,9 @@ class Function:
             raise Unemittable(f"a step of about {self.cost:,} multiplications and additions")
         self._run = _compiled(self._source.text)
         self.buffers = {
-            index: torch.zeros(steps, record.storages[index].size, dtype=record.storages[index].dtype)
+            index: torch.zeros(
+                steps, record.storages[index].size, dtype=record.storages[index].dtype
+            )
             for index in self._per_step
         }
         self._batch: dict[int, Tensor] = {}  # what was given by address
@@ -98,7 +100,10 @@ class Function:
         self._error: BaseException | None = None
         self._first = 0
         self._call = _CALL(self._torch_runs)
-        self._fills = [[self._filler(op, step) for op in self._draws] for step in range(steps if self._are_ahead else 0)]
+        self._fills = [
+            [self._filler(op, step) for op in self._draws]
+            for step in range(steps if self._are_ahead else 0)
+        ]
 
     def view(self, index: int) -> Any:
         """The values of a storage in each repetition, as an array (steps, elements)."""
@@ -266,7 +271,9 @@ def _build(compiler: str, source: str, path: Path) -> None:
         except OSError as error:
             raise CannotCompile(f"{compiler}: {error}") from error
         if done.returncode != 0:
-            said = next((one for one in done.stderr.splitlines() if "error" in one), done.stderr[:200])
+            said = next(
+                (one for one in done.stderr.splitlines() if "error" in one), done.stderr[:200]
+            )
             raise CannotCompile(f"{compiler} failed: {said.strip()}")
         try:
             handle, name = tempfile.mkstemp(dir=path.parent)

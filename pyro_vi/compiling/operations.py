@@ -41,7 +41,11 @@ def emit(record: Record, outer: Sequence[int] = ()) -> Emitter:
         for ref in (*op.reads(), *op.outs):
             if ref.dtype is not record.storages[ref.storage].dtype:
                 raise Unemittable("memory of two dtypes")
-        if op.is_view or op.func in UNSET or op.outs and op.outs[0].storage in outer and op.is_random:
+        if (
+            op.is_view
+            or op.func in UNSET
+            or (op.outs and op.outs[0].storage in outer and op.is_random)
+        ):
             continue
         name = op.name
         target = op.outs[0] if op.outs else None
@@ -182,7 +186,9 @@ def _div(e: Emitter, op: Op, out: Ref) -> None:
 def _remainder(e: Emitter, op: Op, out: Ref) -> None:
     if not out.dtype.is_floating_point:
         raise _Unknown
-    text = "fmod{f}({0}, {1})" if op.name.startswith("fmod") else "({0} - floor{f}({0} / {1}) * {1})"
+    text = (
+        "fmod{f}({0}, {1})" if op.name.startswith("fmod") else "({0} - floor{f}({0} / {1}) * {1})"
+    )
     e.assign(out, text, *op.args[:2])
 
 
@@ -235,7 +241,9 @@ def _polygamma(e: Emitter, op: Op, out: Ref) -> None:
 
 @_form("lerp")
 def _lerp(e: Emitter, op: Op, out: Ref) -> None:
-    e.assign(out, "({2} < 0.5 ? {0} + {2} * ({1} - {0}) : {1} - ({1} - {0}) * (1 - {2}))", *op.args[:3])
+    e.assign(
+        out, "({2} < 0.5 ? {0} + {2} * ({1} - {0}) : {1} - ({1} - {0}) * (1 - {2}))", *op.args[:3]
+    )
 
 
 @_form("addcmul", "addcdiv")
@@ -279,7 +287,13 @@ def _fill(e: Emitter, op: Op, out: Ref) -> None:
     kind = op.name.rstrip("_").removeprefix("new_").removesuffix("_like")
     value: Any = {"zero": 0, "zeros": 0, "ones": 1}.get(kind)
     if value is None:
-        value = op.args[0] if kind == "scalar_tensor" else op.args[2] if op.name == "new_full" else op.args[1]
+        value = (
+            op.args[0]
+            if kind == "scalar_tensor"
+            else op.args[2]
+            if op.name == "new_full"
+            else op.args[1]
+        )
     e.assign(out, "{0}", value)
 
 
@@ -471,11 +485,14 @@ def _cumulative(e: Emitter, op: Op, out: Ref) -> None:
     dim = op.args[1] % len(source.shape)
     sign, start = ("+", 0) if op.name == "cumsum" else ("*", 1)
     index = [f"i{d}" for d in range(len(out.shape))]
-    lines = [f"for (long i{d} = 0; i{d} < {n}; i{d}++)" for d, n in enumerate(out.shape) if d != dim]
+    lines = [
+        f"for (long i{d} = 0; i{d} < {n}; i{d}++)" for d, n in enumerate(out.shape) if d != dim
+    ]
     kind = ctype(out.dtype)
     lines += [
         f"{{ {kind} total = {start}; for (long i{dim} = 0; i{dim} < {out.shape[dim]}; i{dim}++) {{",
-        f"  total = total {sign} ({kind}){e.at(source, *index)}; {e.at(out, *index)} = total; }} }}",
+        f"  total = total {sign} ({kind}){e.at(source, *index)};",
+        f"  {e.at(out, *index)} = total; }} }}",
     ]
     e.code(lines, [source], [out], out.numel)
 
@@ -566,7 +583,9 @@ def _pad(e: Emitter, op: Op, out: Ref) -> None:
         shape[d] += min(low, 0) + min(high, 0)
     if min(shape, default=1) > 0:
         e.assign(
-            _part(out, shape, out.stride, offset), "{0}", _part(source, shape, source.stride, origin)
+            _part(out, shape, out.stride, offset),
+            "{0}",
+            _part(source, shape, source.stride, origin),
         )
 
 
@@ -757,9 +776,14 @@ def _solve_triangular(e: Emitter, op: Op, out: Ref) -> None:
     index = [f"i{d}" for d in range(lead)]
     if len({len(matrix.shape), len(right.shape), len(out.shape)}) > 1:
         raise _Unknown
-    held = [["0" if n == 1 else i for n, i in zip(m.shape, index, strict=False)] for m in (matrix, right)]
+    held = [
+        ["0" if n == 1 else i for n, i in zip(m.shape, index, strict=False)]
+        for m in (matrix, right)
+    ]
     loops = "".join(f"for (long i{d} = 0; i{d} < {out.shape[d]}; i{d}++) " for d in range(lead))
-    rows = f"for (long r = {size - 1}; r >= 0; r--)" if upper else f"for (long r = 0; r < {size}; r++)"
+    rows = (
+        f"for (long r = {size - 1}; r >= 0; r--)" if upper else f"for (long r = 0; r < {size}; r++)"
+    )
     others = f"for (long k = r + 1; k < {size}; k++)" if upper else "for (long k = 0; k < r; k++)"
     last = "" if argument(op, "unitriangular") else f" / {e.at(matrix, *held[0], 'r', 'r')}"
     kind = ctype(out.dtype)

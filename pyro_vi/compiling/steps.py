@@ -16,7 +16,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +29,8 @@ from torch.utils import _pytree as tree
 from pyro_vi.compiling.backends import compile_step
 from pyro_vi.compiling.clean import clean, commit, conditions_hold
 from pyro_vi.compiling.guards import Guards, Strange, batch_key
-from pyro_vi.compiling.tape import CONSTANT, HELD, Record, Ref, Storage, Tape, Unrecordable
+from pyro_vi.compiling.leftovers import difference, held_values
+from pyro_vi.compiling.tape import CONSTANT, HELD, Op, Record, Ref, Storage, Tape, Unrecordable
 from pyro_vi.compiling.update import Update, update_of
 from pyro_vi.program import modules_of
 
@@ -285,6 +286,7 @@ class Compiler:
         self._announce = announce
         self._kinds: dict[Any, _Kind] = {}
         self._log: list[str] = []
+        self._held: dict[str, Any] = {}
         self._unsound = 0
         self._is_crowded = False
 
@@ -367,7 +369,23 @@ class Compiler:
             return self._recorded(kind, args, kwargs)
         loss, parameters = self.svi._evaluated(args, kwargs)
         self.svi._update(parameters)
+        if self._is_owner and kind.refused is None:
+            self._compare_leftovers(kind)
         return loss
+
+    def _compare_leftovers(self, kind: _Kind) -> None:
+        """Refuses a record if a step leaves something behind."""
+        if kind.seen == self.after - 1:
+            self._held = held_values(self.svi.model, self.svi.guide)
+        elif kind.seen == self.after and self._held:
+            path = difference(self._held, held_values(self.svi.model, self.svi.guide))
+            if path is not None:
+                self._refuse(
+                    kind,
+                    f"a step changes {path}, and a compiled one would not: what is counted or kept"
+                    " in Python has to be a tensor, changed in place",
+                )
+            self._held = {}
 
     def _kind(self, key: Any) -> _Kind | None:
         if key is not None and key not in self._kinds:
@@ -461,8 +479,11 @@ class Compiler:
                 return loss
             kind.compiled = Compiled(svi, record, function, places)
             if not self._is_owner:
-                held = [s.tensor for i, s in enumerate(record.storages)
-                        if s.tensor is not None and i not in places.own and i not in places.per_step]
+                held = [
+                    s.tensor
+                    for i, s in enumerate(record.storages)
+                    if s.tensor is not None and i not in places.own and i not in places.per_step
+                ]
                 tensors = [*places.parameters, *(one for one in held if one is not None)]
                 kind.guards = Guards(svi, step.modules, tensors, places.update)
         except Unrecordable as error:
@@ -605,7 +626,8 @@ class _Recording:
         for i, part in enumerate(parts):
             record.write(Ref(status_at, i, (), (), torch.float64), part)
         if sound is None:
-            record.ops.append(_one(Ref(status_at, 4, (), (), torch.float64)))
+            one = Ref(status_at, 4, (), (), torch.float64)
+            record.ops.append(Op(_aten.fill_.Scalar, (one, 1.0), {}, (one,)))
         record.write(alive_at, keep)
         gradients = []
         for p, ref in zip(self._gradients, record.outputs[4:], strict=False):
@@ -629,14 +651,5 @@ class _Recording:
         return clean(record), places
 
 
-def _one(place: Ref) -> Any:
-    from pyro_vi.compiling.tape import Op
-
-    return Op(_aten.fill_.Scalar, (place, 1.0), {}, (place,))
-
-
 def _written(record: Record) -> set[int]:
     return {ref.storage for op in record.ops for ref in op.writes()}
-
-
-assert field

@@ -310,6 +310,8 @@ class Tape(TorchDispatchMode):
             func = _aten._native_batch_norm_legit.default  # which says what it changes
         elif func in _SECRETIVE:
             self.refuse(f"{func} changes its arguments{_line()}")
+        if func is _aten.equal.default and self._compared(args[0], args[1]):
+            return func(*args)
         args, kwargs = self._with_fixed_masks(func, args, kwargs)
         refs, named = self._refs(args), {key: self._refs(one) for key, one in kwargs.items()}
         operands = [*refs_in(refs), *refs_in(tuple(named.values()))]
@@ -393,6 +395,19 @@ class Tape(TorchDispatchMode):
                 self._add(place, CONSTANT, is_outer=True)
             found += places
         return (args[0], found, *args[2:]), kwargs
+
+    def _compared(self, one: Tensor, other: Tensor) -> bool:
+        """Whether a comparison of all elements is a check; then every run has to answer it so."""
+        frame = _asking(sys._getframe(2))
+        module = frame.f_globals.get("__name__", "") if frame is not None else ""
+        if not module.startswith(_CHECKING):
+            return False
+        if one.shape == other.shape:
+            shape = tuple(one.shape)
+            same = self.record.emit(_aten.eq.Tensor, self.ref(one), self.ref(other), shape=shape)
+            every = self.record.emit(_aten.all.default, same)
+            self.record.conditions.append((every, torch.equal(one, other)))
+        return True
 
     def _asked(self, tensor: Tensor) -> Any:
         """Answers a question for the value of a tensor of one element."""

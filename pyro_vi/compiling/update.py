@@ -259,8 +259,10 @@ def update_of(optim: PyroOptim, parameters: Sequence[Tensor]) -> Update | None:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 state = optimizer.state.get(p, {})
-                lacks = isinstance(optimizer, SGD) and group["momentum"] != 0 and (
-                    state.get("momentum_buffer") is None
+                lacks = (
+                    isinstance(optimizer, SGD)
+                    and group["momentum"] != 0
+                    and (state.get("momentum_buffer") is None)
                 )
                 if id(p) in moved and (lacks or not (state or isinstance(optimizer, SGD))):
                     moved.discard(id(p))
