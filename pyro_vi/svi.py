@@ -197,6 +197,12 @@ class SVI(pyro.infer.SVI):
     def _advance_schedule(self) -> None:
         """What Python does after the update."""
 
+    def _schedule_state(self) -> Any:
+        """What `_advance_schedule` changes."""
+
+    def _load_schedule(self, state: Any) -> None:
+        """Takes back what `_advance_schedule` changed."""
+
     def _copies(self) -> Sequence[tuple[Tensor, Tensor]]:
         """Tensors, and where their values from before the last step are kept."""
         return ()

@@ -139,20 +139,34 @@ class Compiled:
         for generator, state in zip(self.generators, states, strict=True):
             generator.set_state(state)
 
+    def restorer(self) -> Callable[[], None]:
+        """Takes everything that a step changes back to where it is now."""
+        states = self.states()
+        tensors = [t for i in self._changed if (t := self.record.storages[i].tensor) is not None]
+        before = [tensor.clone() for tensor in tensors]
+        schedule = self.svi._schedule_state()
+        count = self.update.counts() if self.update is not None else None
+
+        def restore() -> None:
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+            self.rewind(states)
+            self.svi._load_schedule(schedule)
+            if self.update is not None and count is not None:
+                self.update.set_counts(count)
+
+        return restore
+
     def predict(self, batch: Sequence[Tensor]) -> Proof:
         """What the compiled function makes of a step that is about to be taken; changes nothing."""
-        states = self.states()
-        flat = [self.record.storages[i].tensor for i in self._changed]
-        tensors = [one for one in flat if one is not None]
+        restore = self.restorer()
+        tensors = [t for i in self._changed if (t := self.record.storages[i].tensor) is not None]
         before = [one.clone() for one in tensors]
         try:
             row = self.run(batch)
             after, drawn = [one.clone() for one in tensors], self.states()
         finally:
-            for one, value in zip(tensors, before, strict=True):
-                one.copy_(value)
-            self.rewind(states)
-            self.revive()
+            restore()
         gradients = [gradient.clone() for _, gradient in self._places.gradients]
         compared = [i not in self._places.own for i in self._changed]
         return Proof(self, row, tensors, before, after, drawn, gradients, compared)
@@ -326,10 +340,9 @@ class Compiler:
             self.drop(f"{changed} changed")
             return None
         kind.uses += 1
-        if kind.uses.bit_count() == 1 and kind.uses > 1:
-            self._unsound = 0
-            return None
-        return kind.compiled, batch
+        if kind.uses > 1 and kind.uses.bit_count() == 1:
+            self._audit(kind, kind.compiled, args, kwargs, batch)
+        return None if kind.refused else (kind.compiled, batch)
 
     def was_unsound(self) -> None:
         """Counts a compiled step whose conditions did not hold."""
@@ -363,9 +376,9 @@ class Compiler:
         kind.seen += 1
         if isinstance(key, Strange):
             self._refuse(kind, str(key))
-        if kind.compiled is not None:
-            return self._proven(kind, args, kwargs, batch)
-        if kind.refused is None and kind.seen > self._due():
+        if kind.compiled is not None and not kind.is_proven:
+            return self._prove(kind, args, kwargs, batch)
+        if kind.refused is None and kind.compiled is None and kind.seen > self._due():
             return self._recorded(kind, args, kwargs)
         loss, parameters = self.svi._evaluated(args, kwargs)
         self.svi._update(parameters)
@@ -411,49 +424,78 @@ class Compiler:
             return math.inf
         return max(self.after, _OTHER) if others else self.after
 
-    def _refuse(self, kind: _Kind, why: str, *, warns: bool = True) -> None:
+    def _refuse(self, kind: _Kind, why: str) -> None:
         if kind.refused is None:
             kind.refused, kind.compiled, kind.is_proven = why, None, False
             self.note(f"steps stay eager: {why}")
-            if warns:
+            if self._is_slow:  # else nobody waits for compiled steps
                 warnings.warn(f"steps stay eager: {why}", stacklevel=6)
 
-    def _proven(
+    def _prove(
         self, kind: _Kind, args: tuple[Any, ...], kwargs: dict[str, Any], batch: list[Tensor]
     ) -> Any:
-        """Takes a step both ways."""
+        """Takes the step after the recorded one both ways."""
         assert kind.compiled is not None
         if kind.guards is not None and (changed := kind.guards.changed()) is not None:
             self.drop(f"{changed} changed")
             return self.take(args, kwargs)
-        proof, failed = None, None
+        loss, differs = self._both_ways(kind.compiled, args, kwargs, batch)
+        if differs:
+            self._refuse(kind, f"the step after the recorded one {differs}")
+        elif kind.refused is None:
+            kind.is_proven = True
+            self.note(f"steps are compiled after {kind.seen} eager ones, by {kind.compiled.by}")
+        return loss
+
+    def _audit(
+        self,
+        kind: _Kind,
+        compiled: Compiled,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        batch: list[Tensor],
+    ) -> None:
+        """Takes a step both ways, and takes it back: so audits change no run."""
+        self._unsound = 0
+        if compiled.update is None:  # what its optimizer keeps cannot be taken back
+            return
+        restore = compiled.restorer()
         try:
-            proof = kind.compiled.predict(batch)
+            _, differs = self._both_ways(compiled, args, kwargs, batch)
+        except (FloatingPointError, ValueError, RuntimeError):  # the step itself says it again
+            differs = ""
+        finally:
+            restore()
+        if differs:
+            self._refuse(
+                kind,
+                f"after {kind.uses - 1} uses of the compiled step, one {differs}, and those before"
+                " may be wrong too",
+            )
+
+    def _both_ways(
+        self,
+        compiled: Compiled,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        batch: list[Tensor],
+    ) -> tuple[Any, str]:
+        """An eager step; its loss, and in what the compiled one is another, in words."""
+        proof, failed = None, ""
+        try:
+            proof = compiled.predict(batch)
         except Exception as error:  # the eager step says more, if it fails too
-            failed = f"{type(error).__name__}: {error}"
+            failed = f"ended with {type(error).__name__}: {error}"
         loss, parameters = self.svi._evaluated(args, kwargs)
         if proof is not None:
             proof.compare(loss, parameters)
         self.svi._update(parameters)
-        if proof is None:
-            self._refuse(kind, f"the compiled step ended with {failed}")
-        elif kind.is_proven and not proof.is_sound:  # which an eager step may well be
-            pass
-        elif (differs := proof.differs()) is not None:
-            one = "the step after the recorded one"
-            tail = ""
-            if kind.is_proven:
-                one = f"after {kind.uses} uses of the compiled step, one"
-                tail = ", and those before may be wrong too"
-            self._refuse(
-                kind,
-                f"{one} has another {differs} than its compiled form: the programs read something"
-                f" that changes unseen{tail}",
-            )
-        elif not kind.is_proven:
-            kind.is_proven = True
-            self.note(f"steps are compiled after {kind.seen} eager ones, by {kind.compiled.by}")
-        return loss
+        if proof is None or (differs := proof.differs()) is None:
+            return loss, failed
+        return loss, (
+            f"has another {differs} than its compiled form: the programs read something that"
+            " changes unseen"
+        )
 
     def _recorded(self, kind: _Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Takes a step while it is recorded."""
@@ -475,7 +517,7 @@ class Compiler:
                 is_slow=self._is_slow, announce=self._announce,
             )  # fmt: skip
             if function is None:
-                self._refuse(kind, why, warns=self._is_slow)
+                self._refuse(kind, why)
                 return loss
             kind.compiled = Compiled(svi, record, function, places)
             if not self._is_owner:

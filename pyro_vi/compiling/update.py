@@ -139,12 +139,31 @@ class Update:
                         clip(p)
                     formula(p, p.grad, numbers[row], group, state)
 
+    def counts(self) -> list[Any]:
+        """What `advance` changes."""
+        return [*(_copied(s["step"]) for s in self._outside), *(g["lr"] for g in self._decaying)]
+
+    def set_counts(self, counts: Sequence[Any]) -> None:
+        """Takes back what `advance` changed."""
+        values = iter(counts)
+        for state in self._outside:
+            if isinstance(state["step"], Tensor):
+                state["step"].copy_(next(values))
+            else:
+                state["step"] = next(values)
+        for group in self._decaying:
+            group["lr"] = next(values)
+
     def advance(self, steps: int) -> None:
         """Counts steps that have been applied where no tensor does: see `apply`."""
         for state in self._outside:
             state["step"] += steps
         for group in self._decaying:
             group["lr"] *= group["lrd"] ** steps
+
+
+def _copied(count: Any) -> Any:
+    return count.clone() if isinstance(count, Tensor) else count
 
 
 def make_state(optimizer: Optimizer) -> None:
