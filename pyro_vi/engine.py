@@ -26,7 +26,8 @@ from torch.utils import _pytree as tree
 
 from pyro_vi.averaging import Average
 from pyro_vi.batches import Arguments, Shuffled
-from pyro_vi.compiling.steps import Compiled, Compiler
+from pyro_vi.compiling.compiled import Compiled
+from pyro_vi.compiling.steps import Compiler
 from pyro_vi.nonfinite import LastGood
 from pyro_vi.scaling import PerDataPoint, Structure
 from pyro_vi.sites import PlateSizes
@@ -105,8 +106,8 @@ class Engine(SVI):
         scaling: the programs.
         optim, loss: as of an SVI.
         source: gives the batches.
-        compile_after: eager steps before compiled ones; None for none.
-        is_slow: whether a step may be compiled by a compiler that takes seconds.
+        compiles: whether steps are compiled.
+        waits: whether also by a compiler that takes many seconds.
         tensors: every parameter and buffer of the programs.
         average: an average of the parameters, which every step updates.
         good: keeps the parameters of the last finite loss.
@@ -125,8 +126,8 @@ class Engine(SVI):
         *,
         good: LastGood,
         tensors: Sequence[Tensor],
-        compile_after: int | None = None,
-        is_slow: bool = True,
+        compiles: bool = False,
+        waits: bool = True,
         average: Average | None = None,
         announce: Callable[[], object] | None = None,
     ) -> None:
@@ -140,15 +141,9 @@ class Engine(SVI):
         self._waiting: deque[Any] = deque()  # batches that were begun with and not used
         self.taken = 0
         self.batch: Arguments = ((), {})
-        if compile_after is not None and self.told is not None:
+        if compiles and self.told is not None:
             self._compiler = Compiler(
-                self,
-                after=compile_after,
-                is_owner=True,
-                is_guarded=True,
-                is_slow=is_slow,
-                steps=BLOCK,
-                announce=announce,
+                self, is_owner=True, waits=waits, steps=BLOCK, announce=announce
             )
 
     @property

@@ -164,6 +164,7 @@ ENTRIES: dict[str, Spec] = {
         )
     ),
     "interrupted": Maybe(_FLAG),
+    "compiled": Maybe(TEXT),
     "losses": _curve("steps"),
     "reconstruction": _curve("steps"),
     "kl": _curve("steps"),

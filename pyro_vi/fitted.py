@@ -88,6 +88,7 @@ class Fit:
         restarts: all fits of `fit(..., restarts=R)`, this one among them, in the order of their
             seeds; empty without restarts, and in a loaded fit.
         interrupted: whether Ctrl-C stopped training before all steps were taken.
+        compiled: which steps were compiled and by what, or why none was, in words.
     """
 
     model: Program
@@ -109,6 +110,7 @@ class Fit:
     template: Data
     restarts: tuple[Fit, ...] = ()
     interrupted: bool = False
+    compiled: str = ""
 
     def __repr__(self) -> str:
         return (
@@ -437,6 +439,7 @@ class Fit:
             "densities": self._densities(self._drawn()),
             "noises": _noises(self.model.state),
             "interrupted": self.interrupted,
+            "compiled": self.compiled,
             **{name: getattr(self, name) for name in _PLAIN},
         }
         checkpoint.save(path, content)
@@ -518,6 +521,7 @@ class Fit:
                 model=Program(model, state, "model"),
                 guide=Program(guide, state, "guide"),
                 interrupted=content.get("interrupted", False),  # not in older files
+                compiled=content.get("compiled", ""),
                 **{**{name: content[name] for name in _PLAIN}, "template": template},
             )
             loaded._check_densities(content["densities"])

@@ -57,10 +57,13 @@ from pyro_vi.program import (
 from pyro_vi.restarts import best_of, disagreement, move
 from pyro_vi.scaling import PerDataPoint, Structure, check_observes
 from pyro_vi.sites import PlateSizes
-from pyro_vi.svi import SVI, WORTH, eager_steps
+from pyro_vi.svi import SVI, is_recordable
 from pyro_vi.weighting import ScheduleError, TermWeights
 
 log = logging.getLogger(__name__)
+
+_FEW = 300  # steps that pay for half a second of compilation
+_MANY = 5_000  # and for many seconds
 
 
 def fit(
@@ -135,9 +138,11 @@ def fit(
         prior_only: allows a model that observes nothing, whose posterior is its prior. Otherwise
             such a model raises an error, because usually its data were not passed.
         device: where to compute; by default where the data are.
-        compile: whether steps are recorded as one graph and compiled (`pyro_vi.compiled`), after
-            the first three; "auto" if there are 5,000 or more, which pay for the seconds it takes.
-            A step that cannot be recorded stays eager, with a warning that says why.
+        compile: whether steps are compiled (`pyro_vi.compiling`): False, True, or "auto". Both
+            begin after four eager steps. "auto" compiles small steps, which takes half a second,
+            if there are 300 or more; and steps that need TorchInductor, which takes seconds to
+            minutes, if there are 5,000 or more. A step that cannot be compiled stays eager; it is
+            warned of with True, and with "auto" from 5,000 steps on. `Fit.compiled` says why.
         progress: whether to show a progress bar with the current bound; a string labels it.
 
     Ctrl-C stops training after the current step, and the fit so far is returned. A second Ctrl-C
@@ -265,7 +270,10 @@ def _fit_once(
             raise TypeError(f"expected a callable as {name}, got {program!r}")
     check_decay(average)
     _check_arguments(loss, steps, heldout, heldout_every, patience, clip_norm, seed)
-    after = eager_steps(compile, told(loss), steps)
+    if compile is not True and compile is not False and compile != "auto":
+        raise ValueError(f"expected compile to be True, False or 'auto', got {compile!r}")
+    compiles = compile is True and is_recordable(told(loss))
+    compiles = compiles or (compile == "auto" and steps >= _FEW)
     where = checked_device(device)
     batches = Batches(data, batch_size=batch_size, transform=transform, device=where)
     optimizer = _optimizer(optim, schedule, clip_norm)
@@ -308,12 +316,12 @@ def _fit_once(
             batches.shuffled(seed + restart),
             good=good,
             tensors=list(state.tensors().values()),
-            compile_after=after,
-            is_slow=compile is True or steps >= WORTH,
+            compiles=compiles,
+            waits=compile is True or steps >= _MANY,
             average=mean,
             announce=lambda: bar.set_postfix_str("compiling the step"),
         )
-        result = partial(_result, model, guide, state, history, structure, batches)
+        result = partial(_result, model, guide, state, history, structure, batches, engine)
         guard = partial(_guarded, model, guide, plate, engine, good, history, result)
         best, waited = math.inf, 0
         kept: dict[str, Tensor] | None = None
@@ -573,6 +581,7 @@ def _result(
     history: _History,
     structure: Structure,
     batches: Batches,
+    engine: Engine,
 ) -> Fit:
     trained = sum(tensor.numel() for tensor in structure.parameters)
     trains_model = structure.trains_model  # asked before gradients are turned off
@@ -608,6 +617,7 @@ def _result(
         rows=rows.rows,
         fingerprint=None if rows.local or batches.transform else batches.fingerprint(),
         template=batches.head(2),
+        compiled=engine.explain(),
     )
 
 

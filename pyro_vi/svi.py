@@ -8,12 +8,12 @@ then update (`_update`); `pyro_vi.compiled` records both as one graph.
 
 from __future__ import annotations
 
-__all__ = ["SVI", "WORTH", "eager_steps"]
+__all__ = ["SVI", "is_recordable"]
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from typing import Any, Literal
+from typing import Any
 
 import pyro
 from pyro.infer import ELBO
@@ -41,10 +41,15 @@ class SVI(pyro.infer.SVI):
         optim: a Pyro optimizer.
         loss: one of Pyro's ELBOs, or a loss function of (model, guide, *args, **kwargs).
         loss_and_grads: for a loss function, what computes its gradients too.
-        compile: whether steps are recorded as a graph and compiled (`pyro_vi.compiled`): True for
-            after the first three, "auto" for after 5,000, when as many to come would pay for the
-            seconds it takes, False for never. A step that cannot be recorded stays eager, with a
-            warning that says why.
+        compile: whether steps are compiled (`pyro_vi.compiling`), after four eager ones. A step
+            that cannot be compiled stays eager, with a warning that says why. The contract:
+
+                A compiled step reads tensors anew: parameters, buffers, the batch, and every
+                tensor that the programs hold. Python values are constants of the record, and what
+                Python does besides computing happens while it is recorded.
+
+            A change of modules, the parameter store, the loss or the optimizer drops the compiled
+            step, with a warning; after a change of anything else call `recompile`.
 
     Attributes:
         compiled_steps: how many steps so far were compiled ones.
@@ -72,7 +77,7 @@ class SVI(pyro.infer.SVI):
         loss: ELBO | Callable[..., Any],
         loss_and_grads: Callable[..., Any] | None = None,
         *,
-        compile: bool | Literal["auto"] = "auto",
+        compile: bool = False,
         **kwargs: Any,
     ) -> None:
         if not callable(loss) or isinstance(loss, type):
@@ -89,9 +94,10 @@ class SVI(pyro.infer.SVI):
         self._has_stepped = False
         self._parameters: list[Tensor] = []
         self._compiler: Compiler | None = None
-        after = eager_steps(compile, evaluated)
-        if after is not None:
-            self._compiler = Compiler(self, after=after)
+        if not isinstance(compile, bool):
+            raise ValueError(f"expected compile to be True or False, got {compile!r}")
+        if compile and is_recordable(evaluated):
+            self._compiler = Compiler(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, whose steps are recorded anew."""
@@ -212,30 +218,12 @@ class SVI(pyro.infer.SVI):
         return ()
 
 
-def eager_steps(compile: object, loss: object, steps: int | None = None) -> int | None:
-    """How many eager steps come before the first compiled one; None if none is compiled.
-
-    Args:
-        compile: True, False, or "auto": then by the number of steps alone, never by the clock, so
-            that the same seed gives the same run.
-        loss: what is evaluated; of `told`'s ELBOs alone a step can be recorded.
-        steps: how many there will be; if that is not known, as many as there have been.
-
-    Raises:
-        ValueError: something else as `compile`.
-    """
-    if not isinstance(compile, bool) and not (isinstance(compile, str) and compile == "auto"):
-        raise ValueError(f"expected compile to be True, False or 'auto', got {compile!r}")
-    if compile is True and not isinstance(loss, Told):
+def is_recordable(loss: object) -> bool:
+    """Whether the steps of a loss can be compiled; warns if not."""
+    if not isinstance(loss, Told):
         name = getattr(loss, "__name__", type(loss).__name__)
         warnings.warn(f"steps stay eager: those of {name} are not recorded", stacklevel=3)
-    if compile is False or not isinstance(loss, Told):
-        return None
-    if compile is True:
-        return _SETTLED
-    if steps is None:
-        return WORTH
-    return _SETTLED if steps >= _FEW else None
+    return isinstance(loss, Told)
 
 
 def _warn_of_shared_names(program: object, used: Mapping[Tensor, str]) -> None:
@@ -254,11 +242,6 @@ def _warn_of_shared_names(program: object, used: Mapping[Tensor, str]) -> None:
             " the modules are made, as pyro_vi.fit does",
             stacklevel=5,
         )
-
-
-_SETTLED = 2  # eager steps: the first makes what is lazy
-_FEW = 300  # so many steps pay for a compiler that takes half a second
-WORTH = 5_000  # and so many for one that takes many
 
 
 class _Parameters(Messenger):

@@ -12,12 +12,11 @@ __all__ = ["compile_step"]
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from pyro_vi.compiling.emit import Unemittable
 from pyro_vi.compiling.graph import Graph, GraphError, inductor, torchscript
 from pyro_vi.compiling.native import CannotCompile, Function
-from pyro_vi.compiling.tape import Record
+from pyro_vi.compiling.tape import Record, Unrecordable
 
 _log = logging.getLogger(__name__)
 
@@ -29,35 +28,32 @@ def compile_step(
     per_step: Sequence[int],
     steps: int,
     *,
-    is_slow: bool,
+    waits: bool,
     announce: Callable[[], object] | None,
-) -> tuple[Any, str]:
+) -> Function | Graph:
     """Compiles a record.
 
     Args:
         per_step, steps: see `Function`.
-        is_slow: whether a compiler may be used that takes seconds to minutes.
+        waits: whether a compiler may be used that takes seconds to minutes.
         announce: called before that.
 
-    Returns:
-        A `Function` or a `Graph`; None and the reason if it is not compiled.
+    Raises:
+        Unrecordable: no compiler takes it.
     """
     try:
-        return Function(record, steps=steps, per_step=per_step, largest=LARGE), ""
-    except Unemittable as error:
-        reason = str(error)
+        return Function(record, steps=steps, per_step=per_step, largest=LARGE)
     except CannotCompile as error:
         warnings.warn(f"a step is compiled by TorchScript, which is slower: {error}", stacklevel=8)
-        try:
-            return Graph(record, torchscript, steps=steps, per_step=per_step), ""
-        except GraphError as failed:
-            return None, str(failed)
-    if not is_slow:
-        return None, f"{reason}; a fit of so few steps does not pay for TorchInductor"
-    _log.info("compiling a step by TorchInductor, which takes seconds")
-    if announce is not None:
-        announce()
+        compiler = torchscript
+    except Unemittable as error:
+        if not waits:
+            raise Unrecordable(f"{error}; fewer than 5,000 do not pay for TorchInductor") from error
+        _log.info("compiling a step by TorchInductor, which takes seconds")
+        if announce is not None:
+            announce()
+        compiler = inductor
     try:
-        return Graph(record, inductor, steps=steps, per_step=per_step), ""
+        return Graph(record, compiler, steps=steps, per_step=per_step)
     except GraphError as error:
-        return None, str(error)
+        raise Unrecordable(str(error)) from error

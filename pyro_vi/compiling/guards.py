@@ -31,7 +31,7 @@ from torch.utils import _pytree as tree
 from torch.utils._device import DeviceContext
 
 if TYPE_CHECKING:
-    from pyro_vi.compiling.update import Update
+    from pyro_vi.compiling.recording import StepRecord
     from pyro_vi.svi import SVI
 
 
@@ -41,18 +41,12 @@ class Guards:
     Args:
         svi: whose step it is.
         modules: those that the programs reach.
-        tensors: those that the record reads or changes, but for the batch.
-        update: the optimizers' step, if the record has it.
+        step: its record.
     """
 
-    def __init__(
-        self,
-        svi: SVI,
-        modules: Sequence[nn.Module],
-        tensors: Sequence[Tensor],
-        update: Update | None,
-    ) -> None:
-        self._svi, self._modules, self._tensors = svi, list(modules), list(tensors)
+    def __init__(self, svi: SVI, modules: Sequence[nn.Module], step: StepRecord) -> None:
+        self._svi, self._modules, update = svi, list(modules), step.update
+        self._tensors = [*step.parameters, *step.held()]
         optimizers = update.optimizers if update is not None else []
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         self._dicts: dict[str, list[dict[Any, Any]]] = {

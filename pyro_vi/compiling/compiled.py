@@ -1,0 +1,198 @@
+"""A compiled step: takes steps, and predicts a step that is about to be taken eagerly."""
+
+from __future__ import annotations
+
+__all__ = ["Compiled", "Prediction"]
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_vi.compiling.recording import StepRecord
+
+if TYPE_CHECKING:
+    from pyro_vi.svi import SVI
+
+
+class Compiled:
+    """A recorded step as a compiled function.
+
+    To take steps, call `fill` and `function.step` for each, then `function.finish`, read `status`,
+    and call `finish` with the number of those that stand. `run` takes one.
+
+    Args:
+        svi: whose step it is.
+        step: the record.
+        function: the record, compiled: a `Function` or a `Graph`.
+
+    Attributes:
+        status: the numbers of each step, (steps, 5); see `StepRecord.status`.
+        update: the optimizers' step; None if the record ends with the gradients.
+    """
+
+    def __init__(self, svi: SVI, step: StepRecord, function: Any) -> None:
+        self._svi, self._step, self.function = svi, step, function
+        self.update = step.update
+        self.status = function.view(step.status)
+        self._numbers = None if step.numbers is None else function.view(step.numbers)
+        self._scheduled = [(function.view(i), tensor) for i, tensor in step.scheduled]
+        device = step.alive.device
+        self._generators = [torch.default_generator]
+        if device.type == "cuda":
+            self._generators.append(torch.cuda.default_generators[device.index or 0])
+        record = step.record
+        written = {ref.storage for op in record.ops for ref in op.writes()}
+        changed = sorted(written - set(step.per_step))
+        outer = [(i, t) for i in changed if (t := record.storages[i].tensor) is not None]
+        self._changed = [tensor for _, tensor in outer]
+        self._is_shared = [i not in step.private for i, _ in outer]  # with eager steps
+
+    def set_numbers(self, steps: int = 1) -> None:
+        """Sets the optimizers' numbers of the next steps."""
+        if self._numbers is not None and self.update is not None:
+            for i, rows in enumerate(self.update.numbers(steps)):
+                self._numbers[i] = rows[0] if len(rows) == 1 else [x for row in rows for x in row]
+
+    def fill(self, step: int, batch: Sequence[Tensor]) -> None:
+        """Gives a step its batch, and the numbers that are set before it."""
+        if self._step.batch:  # else every step has the same
+            for index, value in zip(self._step.batch, batch, strict=True):
+                self.function.give(index, step, value)
+        for view, tensor in self._scheduled:
+            view[step] = tensor.item()
+
+    def set_rates(self, step: int) -> None:
+        """Sets the learning rates of a step to the present ones."""
+        if self._numbers is not None and self.update is not None:
+            self._numbers[step, ::3] = self.update.rates()
+
+    def run(self, batch: Sequence[Tensor]) -> list[float]:
+        """One step; its row of `status`."""
+        self.set_numbers()
+        self.fill(0, batch)
+        self.function.step(0)
+        self.function.finish(1)
+        row: list[float] = self.status[0].tolist()
+        return row
+
+    def finish(self, steps: int = 1) -> None:
+        """Does in Python what steps do besides the record."""
+        if self.update is not None:
+            self.update.advance(steps)
+        elif steps:
+            for parameter, gradient in self._step.gradients:
+                parameter.grad = gradient.clone()
+            self._svi._update(self._step.parameters)
+
+    def suspend(self) -> None:
+        """Lets steps update nothing until `revive`."""
+        self._step.alive.fill_(False)
+
+    def revive(self) -> None:
+        """Lets steps update again, after one that did not hold."""
+        self._step.alive.fill_(True)
+
+    def states(self) -> list[Tensor]:
+        """Where the random generators are."""
+        return [generator.get_state() for generator in self._generators]
+
+    def rewind(self, states: Sequence[Tensor]) -> None:
+        """Takes the generators back."""
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)
+
+    def restorer(self) -> Callable[[], None]:
+        """Takes everything that a step changes back to what it is now."""
+        states, schedule = self.states(), self._svi._schedule_state()
+        before = [tensor.clone() for tensor in self._changed]
+        counts = self.update.counts() if self.update is not None else []
+
+        def restore() -> None:
+            for tensor, value in zip(self._changed, before, strict=True):
+                tensor.copy_(value)
+            self.rewind(states)
+            self._svi._load_schedule(schedule)
+            if self.update is not None:
+                self.update.set_counts(counts)
+
+        return restore
+
+    def predict(self, batch: Sequence[Tensor]) -> Prediction:
+        """What a step that is about to be taken comes to; changes nothing."""
+        before, restore = [tensor.clone() for tensor in self._changed], self.restorer()
+        try:
+            row = self.run(batch)
+            after = [tensor.clone() for tensor in self._changed]
+            drawn = self.states()
+        finally:
+            restore()
+        changes = [
+            change
+            for change, shared in zip(
+                zip(self._changed, before, after, strict=True), self._is_shared, strict=True
+            )
+            if shared
+        ]
+        gradients = [gradient.clone() for _, gradient in self._step.gradients]
+        return Prediction(self, self._step, row, changes, drawn, gradients)
+
+
+class Prediction:
+    """A step as its compiled form predicts it, to be compared with the eager one.
+
+    Args:
+        row: of its status.
+        changes: tensors that a step changes, before it and after it.
+        drawn: where the generators are then.
+        gradients: those that the record ends with.
+    """
+
+    def __init__(
+        self,
+        compiled: Compiled,
+        step: StepRecord,
+        row: list[float],
+        changes: Sequence[tuple[Tensor, Tensor, Tensor]],
+        drawn: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+    ) -> None:
+        self._compiled, self._step, self._row = compiled, step, row
+        self._changes, self._drawn, self._gradients = changes, drawn, gradients
+        self._differs: str | None = None
+
+    def compare(self, loss: Any, parameters: Sequence[Tensor]) -> None:
+        """Looks at the evaluated step: its loss, and its gradients if the record ends with them."""
+        found, loss = self._row[0], float(loss)
+        eps = torch.finfo(self._step.parameters[0].dtype).eps
+        rounding = 1000 * eps * sum(abs(one) for one in self._row[:3] if math.isfinite(one))
+        if list(map(id, parameters)) != list(map(id, self._step.parameters)):
+            self._differs = "parameters"
+        elif not (found == loss or abs(found - loss) <= rounding or loss != loss):
+            self._differs = f"loss, {loss:g} and {found:g},"
+        for (parameter, _), gradient in zip(self._step.gradients, self._gradients, strict=True):
+            if parameter.grad is None or not _is_alike(gradient, parameter.grad):
+                self._differs = self._differs or "gradient"
+
+    def differs(self) -> str | None:
+        """After the step: in what it is another one than was predicted; None if in nothing."""
+        if not self._row[4]:
+            return "mask, scale, constraint or support, or a NaN for a loss,"
+        if self._row[3] and not all(_is_alike(a, t, b) for t, b, a in self._changes):
+            self._differs = self._differs or "update"
+        if not all(map(torch.equal, self._compiled.states(), self._drawn)):
+            self._differs = self._differs or "number of draws"
+        return self._differs
+
+
+def _is_alike(found: Tensor, expected: Tensor, before: Tensor | None = None) -> bool:
+    """Whether two tensors, or their changes, are equal but for rounding."""
+    if not expected.dtype.is_floating_point:
+        return torch.equal(found, expected)
+    eps = torch.finfo(expected.dtype).eps
+    found, expected = found.detach().double(), expected.detach().double()
+    change = expected if before is None else expected - before.double()
+    bound = 10 * eps**0.5 * change.norm() + 100 * eps * expected.norm()
+    return bool((found - expected).norm() <= bound) or bool(expected.isnan().any())

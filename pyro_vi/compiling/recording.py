@@ -1,0 +1,246 @@
+"""Records one step of an SVI while it is taken.
+
+The step is a real one: evaluation of the loss, gradients, and the update by the optimizers'
+formulas. Recorded, it becomes a transaction: it updates nothing unless every condition holds that
+the run took for granted and, in `fit`, loss and gradients are finite.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Recording", "StepRecord"]
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pyro.infer.util import zero_grads
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.utils import _pytree as tree
+
+from pyro_vi.compiling.clean import clean, commit, conditions_hold
+from pyro_vi.compiling.tape import CONSTANT, HELD, Op, Record, Ref, Storage, Tape, Unrecordable
+from pyro_vi.compiling.update import Update, update_of
+from pyro_vi.program import modules_of
+
+if TYPE_CHECKING:
+    from pyro_vi.svi import SVI
+
+_aten = torch.ops.aten
+
+
+@dataclass
+class StepRecord:
+    """A recorded step, and where its parts lie.
+
+    Attributes:
+        record: the operations, clean.
+        parameters: those that have gradients.
+        update: the optimizers' step; None if the record ends with the gradients.
+        gradients: then, parameters and the tensors that their gradients are written to.
+        alive: whether steps update anything. A step that does not hold makes it False.
+        status: the storage of five float64 numbers: the loss, reconstruction and KL as `Told.terms`
+            has them, whether the step was finite, and whether its conditions held.
+        batch: the storages of the batch's tensors; none if every step has the same batch.
+        numbers: the storage of the optimizers' numbers, if they are recorded.
+        scheduled: numbers that are set before each step: their storages and tensors.
+        private: storages that eager steps do not change.
+    """
+
+    record: Record
+    parameters: list[Tensor]
+    update: Update | None
+    gradients: list[tuple[Tensor, Tensor]]
+    alive: Tensor
+    status: int
+    batch: list[int]
+    numbers: int | None
+    scheduled: list[tuple[int, Tensor]]
+    private: set[int]
+
+    @property
+    def per_step(self) -> list[int]:
+        """The storages that have other values in every step."""
+        numbers = [] if self.numbers is None else [self.numbers]
+        return [self.status, *self.batch, *numbers, *(index for index, _ in self.scheduled)]
+
+    def held(self) -> list[Tensor]:
+        """The tensors from outside that the record reads or changes."""
+        own = {*self.private, *self.per_step}
+        outer = enumerate(self.record.storages)
+        return [s.tensor for i, s in outer if s.tensor is not None and i not in own]
+
+
+class Recording:
+    """A step that is taken and recorded at once.
+
+    Args:
+        svi: whose step it is; it has taken eager steps before.
+        args, kwargs: the batch.
+        is_owner: whether nobody but the SVI runs between two steps, as in `fit`. Then the tensors
+            that the programs hold are fixed, and steps that are not finite update nothing.
+
+    Attributes:
+        modules: those that the programs reach.
+    """
+
+    def __init__(
+        self, svi: SVI, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_owner: bool
+    ) -> None:
+        self._svi, self._is_owner = svi, is_owner
+        leaves, spec = tree.tree_flatten((args, kwargs))
+        self.modules: list[nn.Module] = modules_of(svi.model, svi.guide, *leaves)
+        self._batch: list[Tensor] = []
+        if not (is_owner and svi._has_fixed_batch):
+            for i, leaf in enumerate(leaves):
+                if isinstance(leaf, Tensor):  # in memory of its own
+                    leaves[i] = leaf.detach().clone(memory_format=torch.contiguous_format)
+                    self._batch.append(leaves[i])
+        self._args, self._kwargs = tree.tree_unflatten(leaves, spec)
+        self._parameters = parameters = list(svi._parameters)
+        self._had = [p.grad is not None for p in parameters]
+        self._update = update_of(svi.optim, parameters)
+        self._device = parameters[0].device if parameters else torch.device("cpu")
+        self._numbers = torch.empty(0, 3)
+        inputs = [*parameters, *svi._varying, *self._batch]
+        inputs += [buffer for module in self.modules for buffer in module.buffers(recurse=False)]
+        if self._update is not None:
+            numbers = torch.tensor(self._update.numbers()[0], dtype=torch.float64)
+            self._numbers = numbers.reshape(-1, 3).to(self._device)
+            inputs += [*self._update.state, self._numbers]
+        self._tape = Tape(inputs, fixed=HELD if is_owner else CONSTANT)
+        self._parts: list[Tensor] = []
+        self._graded: list[Tensor] = []
+        if not parameters:
+            self._tape.refuse("the programs have no parameters")
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
+            self._tape.refuse("hooks on parameters, which a record would not call")
+        if any(p.is_complex() for p in parameters):
+            self._tape.refuse("parameters that are complex")
+
+    def take(self) -> Any:
+        """Takes the step; its loss."""
+        svi, tape, update = self._svi, self._tape, self._update
+        python, arrays = random.getstate(), np.random.get_state()[1:3]
+        for p in self._parameters:
+            p.grad = None
+        with tape.recording():
+            loss, parameters = svi._evaluate(*self._args, **self._kwargs)
+            if not isinstance(loss, Tensor):
+                tape.refuse("a loss that is a number, not a tensor")
+            with tape.paused():
+                value = float(loss)
+                svi._check(value, parameters)
+            if list(map(id, parameters)) != list(map(id, self._parameters)):
+                tape.refuse("the parameters of two steps are not the same")
+            with torch.no_grad():
+                self._prepare_gradients(parameters)
+                self._parts = self._outcome(torch.as_tensor(loss).detach(), parameters)
+                if update is not None:
+                    if (clip := getattr(svi.optim, "clip_norm", None)) is not None:
+                        torch.nn.utils.clip_grad_norm_(parameters, clip)
+                    update.apply(self._numbers)
+                    svi._after_update()
+        if update is None:
+            svi._update(parameters)
+        else:
+            update.advance(1)
+            svi._advance_schedule()
+            zero_grads(parameters)
+        later = np.random.get_state()[1:3]
+        if random.getstate() != python or not all(map(np.array_equal, arrays, later)):
+            tape.refuse(
+                "random numbers of Python or NumPy, which a record would repeat: draw torch's"
+            )
+        return value
+
+    def _prepare_gradients(self, parameters: list[Tensor]) -> None:
+        """Gives parameters the gradients that the optimizer gets."""
+        for p, had in zip(self._parameters, self._had, strict=True):
+            if p.grad is None and had:  # by momentum, zeros are a step too
+                p.grad = torch.zeros_like(p)
+        if self._svi._scale != 1.0:
+            for p in parameters:
+                p.grad = None if p.grad is None else p.grad * self._svi._scale
+
+    def _outcome(self, loss: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+        """What the record computes besides the update: four numbers, and gradients if need be."""
+        told = self._svi.told
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        finite = loss.isfinite()
+        if self._is_owner:
+            for gradient in gradients:
+                finite = finite & torch.linalg.vector_norm(gradient).isfinite()
+        terms = told.terms(loss) if told is not None else (loss, loss)
+        if self._update is not None:
+            return [loss, *terms, finite]
+        self._graded = [p for p in parameters if p.grad is not None]
+        return [loss, *terms, finite, *gradients]
+
+    def finish(self) -> StepRecord:
+        """The record of the step, as a transaction.
+
+        Raises:
+            Unrecordable: the step did what a record cannot repeat.
+        """
+        tape, record = self._tape, self._tape.finish(self._parts)
+        finite = record.outputs[3]
+        private: set[int] = set()
+
+        def outer(tensor: Tensor) -> Ref:
+            flat = tensor.view(-1)
+            record.storages.append(Storage(flat.numel(), flat.dtype, flat.device, flat))
+            private.add(index := len(record.storages) - 1)
+            return Ref(index, 0, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+        if any(tape.index(one) in _written(record) for one in self._batch):
+            raise Unrecordable("a step changes its argument in place")
+        sound = conditions_hold(record)
+        if Distribution._validate_args and not self._is_owner:
+            is_nan = record.emit(_aten.isnan.default, record.outputs[0])
+            sound = _both(record, sound, record.emit(_aten.logical_not.default, is_nan))
+        alive = torch.ones((), dtype=torch.bool, device=self._device)
+        alive_at = outer(alive)
+        keep = _both(record, alive_at, sound)
+        keep = _both(record, keep, finite if self._is_owner else None)
+        assert keep is not None
+        copies = [(tape.index(tensor), copy) for tensor, copy in self._svi._copies()]
+        commit(record, keep, {i: outer(copy).storage for i, copy in copies if i is not None})
+        status = outer(torch.zeros(5, dtype=torch.float64, device=self._device))
+        for i, part in enumerate([*record.outputs[:4], 1.0 if sound is None else sound]):
+            place = Ref(status.storage, i, (), (), torch.float64)
+            if isinstance(part, Ref):
+                record.write(place, part)
+            else:
+                record.ops.append(Op(_aten.fill_.Scalar, (place, part), {}, (place,)))
+        record.write(alive_at, keep)
+        gradients = []
+        for p, ref in zip(self._graded, record.outputs[4:], strict=True):
+            gradients.append((p, torch.zeros(p.shape, dtype=p.dtype, device=p.device)))
+            record.write(outer(gradients[-1][1]), ref)
+        record.outputs = []
+        return StepRecord(
+            record=clean(record),
+            parameters=self._parameters,
+            update=self._update,
+            gradients=gradients,
+            alive=alive,
+            status=status.storage,
+            batch=[i for i in map(tape.index, self._batch) if i is not None],
+            numbers=None if self._update is None else tape.index(self._numbers),
+            scheduled=[(i, t) for t in self._svi._scheduled() if (i := tape.index(t)) is not None],
+            private=private,
+        )
+
+
+def _both(record: Record, one: Ref | None, other: Ref | None) -> Ref | None:
+    """Adds the conjunction of two truth values; None holds."""
+    if one is None or other is None:
+        return one or other
+    return record.emit(_aten.logical_and.default, one, other)
+
+
+def _written(record: Record) -> set[int]:
+    return {ref.storage for op in record.ops for ref in op.writes()}
