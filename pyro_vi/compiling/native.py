@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vi.compiling.clean import merge_draws
 from pyro_vi.compiling.emit import Unemittable
 from pyro_vi.compiling.operations import emit
 from pyro_vi.compiling.tape import UNSET, Op, Record, Ref, refs_in
@@ -71,7 +72,8 @@ class Function:
         per_step: Sequence[int] = (),
         largest: float = math.inf,
     ) -> None:
-        self.record, self.steps = record, steps
+        self.record, self.steps = merge_draws(record), steps
+        record = self.record
         self._draws, self._are_ahead = _draws(record)
         drawn = [op.outs[0].storage for op in self._draws] if self._are_ahead else []
         self._per_step = [*per_step, *drawn]
@@ -198,11 +200,11 @@ class Function:
     def _filler(self, op: Op, step: int) -> Callable[[], Any]:
         """What draws an operation's random numbers into their place."""
         out = self._tensor(op.outs[0], step)
-        kwargs = {k: v for k, v in op.kwargs.items() if k not in ("pin_memory", "layout")}
+        kwargs = {name: value for name, value in op.kwargs.items() if value is not None}
         if op.func._schema.is_mutable:
             args = [out, *self._filled(op.args[1:], step)]
-            if op.func is torch.ops.aten.normal_.default:
-                return lambda: out.normal_(*args[1:], **kwargs)
+            if op.func is torch.ops.aten.normal_.default and not (args[1:] or kwargs):
+                return out.normal_
             return lambda: op.func(*args, **kwargs)
         args = self._filled(op.args, step)
         if op.func is torch.ops.aten.randperm.default:
