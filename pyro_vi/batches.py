@@ -208,6 +208,7 @@ class Shuffled:
     def __init__(self, batches: Batches, seed: int) -> None:
         self._batches = batches
         self._generator = torch.Generator().manual_seed(int(seed))
+        self._whole: Arguments | None = None
         self._order: Tensor | None = None
         self._start = 0
         self.is_fixed = batches.total is None and batches.transform is None
@@ -231,6 +232,9 @@ class Shuffled:
 
     def make(self, rows: Tensor | None) -> Arguments:
         """The arguments made of some rows, transformed."""
+        if self.is_fixed:
+            self._whole = self._whole or self._batches.whole()
+            return self._whole
         return self._batches.whole() if rows is None else self._batches.rows(rows)
 
 

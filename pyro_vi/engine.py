@@ -190,43 +190,50 @@ class Engine(SVI):
             first: the rows of the first batch.
             limit: the most steps.
         """
-        steps = min(limit, compiled.function.steps)
-        schedule = self._schedule_state()
+        function = compiled.function
+        steps, schedule = min(limit, function.steps), self._schedule_state()
         compiled.set_numbers(steps)
-        begun, weights, is_broken = [first], [], False
-        for i in range(steps):
-            if i:
-                begun.append(self._next())
-                self._make(begun[i])
-            weights.append(self._weigh(self.taken + i))
-            self._fill(compiled, i)
-            try:
-                compiled.function.step(i)
-            except Exception:  # of an operation; the eager step says which
-                is_broken = True
-                break
-            if i + 1 < steps:
-                self._advance_schedule()
         rows: list[list[float]] = []
-        if not is_broken:
-            try:
-                compiled.function.finish(steps)
-                rows = compiled.status[:steps].tolist()
-            except Exception:
-                is_broken = True
+        try:
+            if self._is_still and function.can_draw_all:
+                begun, weights = [first] * steps, [self._weigh(self.taken)] * steps
+                function.draw_all(steps)
+            else:
+                begun, weights = [], []
+                for i in range(steps):
+                    begun.append(first if i == 0 else self._next())
+                    if i:
+                        self._make(begun[i])
+                        self._advance_schedule()
+                    weights.append(self._weigh(self.taken + i))
+                    self._fill(compiled, i)
+                    function.step(i)
+            function.finish(steps)
+            rows = compiled.status[:steps].tolist()
+        except Exception:  # of an operation; the eager step says which
+            is_broken = True
+        else:
+            is_broken = False
         good = next((i for i, row in enumerate(rows) if not (row[3] and row[4])), len(rows))
         if good == steps:
             self._advance_schedule()
         compiled.finish(good)
         self.compiled_steps += good
-        for row, weight in zip(rows[:good], weights, strict=False):
-            self._add(*row[:3], weight)
+        self._found += [
+            self._terms(*row[:3], weight) for row, weight in zip(rows[:good], weights, strict=False)
+        ]
+        self.taken += good
         if good < steps:
             self._return_to(compiled, states, schedule, begun, good)
             if is_broken or not rows[good][4]:
                 assert self._compiler is not None
                 self._compiler.was_unsound()
             self._take_eagerly(*self._make(begun[good]))
+
+    @property
+    def _is_still(self) -> bool:
+        """Whether nothing but the noise and the optimizer's numbers differs between steps."""
+        return self._has_fixed_batch and not self._scheduled() and self._scheduler is None
 
     def _fill(self, compiled: Compiled, step: int) -> None:
         """Gives a compiled step its batch and its numbers."""
@@ -283,12 +290,11 @@ class Engine(SVI):
             self._average.at(step)
         return self._weights.reconstruction, self._weights.kl
 
-    def _add(
+    def _terms(
         self, loss: float, reconstruction: float, kl: float, weights: tuple[float, float]
-    ) -> None:
-        self.taken += 1
+    ) -> Terms:
         scale = self._scale
-        self._found.append(Terms(loss * scale, reconstruction * scale, kl * scale, weights))
+        return Terms(loss * scale, reconstruction * scale, kl * scale, weights)
 
     def _take_eagerly(self, args: Any, kwargs: Any) -> None:
         weights = self._weigh(self.taken)
@@ -299,11 +305,9 @@ class Engine(SVI):
             loss, parameters = self._evaluated(args, kwargs)
             self._update(parameters)
         self._good.accept()
-        if self.told is None:
-            self._add(loss, math.nan, math.nan, weights)
-        else:
-            reconstruction, kl = map(float, self.told.terms(loss))
-            self._add(float(loss), reconstruction, kl, weights)
+        known = (math.nan, math.nan) if self.told is None else map(float, self.told.terms(loss))
+        self._found.append(self._terms(float(loss), *known, weights))
+        self.taken += 1
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
         with self._last:

@@ -15,7 +15,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
@@ -450,13 +450,14 @@ class _History:
         self.seconds = 0.0
         self.recent = math.nan  # the bound, smoothed over about twenty steps
 
-    def add(self, steps: Iterable[Terms]) -> None:
-        for loss, reconstruction, kl, weights in steps:
-            self.recent = 0.95 * self.recent - 0.05 * loss if self.losses else -loss
-            self.losses.append(loss)
-            self.reconstruction.append(reconstruction)
-            self.kl.append(kl)
-            self.weights.append(weights)
+    def add(self, steps: Sequence[Terms]) -> None:
+        for step in steps:
+            smoothed = 0.95 * self.recent - 0.05 * step.loss
+            self.recent = -step.loss if math.isnan(self.recent) else smoothed
+        self.losses += [step.loss for step in steps]
+        self.reconstruction += [step.reconstruction for step in steps]
+        self.kl += [step.kl for step in steps]
+        self.weights += [step.weights for step in steps]
 
 
 class _Heldout:

@@ -89,7 +89,7 @@ class OneOptimizer(PyroOptim):
         moved = [p for p in self._known if p.grad is not None]
         if self._update is None or list(map(id, moved)) != list(map(id, self._moved)):
             self._update, self._moved = Update([self.torch_optimizer], moved, {}), moved
-        self._update.apply(self._update.numbers()[0])
+        self._update.apply()
         self._update.advance(1)
         self.torch_optimizer._opt_called = True  # type: ignore[attr-defined]  # as schedulers ask
 

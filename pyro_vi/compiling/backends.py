@@ -13,9 +13,10 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 
+from pyro_vi.compiling.build import CannotCompile
 from pyro_vi.compiling.emit import Unemittable
 from pyro_vi.compiling.graph import Graph, GraphError, inductor, torchscript
-from pyro_vi.compiling.native import CannotCompile, Function
+from pyro_vi.compiling.native import Function
 from pyro_vi.compiling.tape import Record, Unrecordable
 
 _log = logging.getLogger(__name__)

@@ -117,48 +117,51 @@ def clean(record: Record) -> Record:
 def merge_draws(record: Record) -> Record:
     """The same record with fewer calls of the generator.
 
-    torch draws fewer than 16 standard normals one after the other, so that one call gives the
-    numbers of several successive ones.
+    torch draws fewer than 16 standard normals one after the other. So several such draws that
+    follow one another are parts of one.
     """
     ops: list[Op] = []
     moved: dict[int, tuple[int, int]] = {}
-    parts: list[tuple[int, Ref]] = []  # places in `ops`, of successive small draws
+    parts: list[tuple[int, Ref]] = []  # successive small draws, with their places in `ops`
 
     def close() -> None:
-        if len(parts) > 1:
-            first = parts[0][1]
-            size = sum(ref.numel for _, ref in parts)
+        if parts:
+            first, size = parts[0][1], sum(ref.numel for _, ref in parts)
             whole = record.allocate((size,), first.dtype, record.storages[first.storage].device)
             start = 0
-            for _, ref in parts:
-                moved[ref.storage] = (whole.storage, start - ref.offset)
-                start += ref.numel
-            ops[parts[0][0]] = Op(_aten.normal_.default, (whole,), {}, (whole,), is_random=True)
-            for place, _ in parts[1:]:
+            for place, ref in parts:
+                moved[ref.storage] = (whole.storage, start)
                 ops[place] = Op(_aten.alias.default, (whole,), {}, (whole,), is_view=True)
+                start += ref.numel
+            ops[parts[0][0]] = Op(
+                _aten.normal_.default, (whole,), {}, (whole,), is_random=True, is_merged=True
+            )
         parts.clear()
 
     for op in record.ops:
         if op.is_random:
-            ref = op.outs[0]
-            storage = record.storages[ref.storage]
-            is_small = (
-                op.func is _aten.normal_.default
-                and op.args[1:] in ((), (0.0,), (0.0, 1.0))
-                and not any(value is not None for value in op.kwargs.values())
-                and storage.is_inner
-                and ref.numel == storage.size < 16
-            )
-            total = sum(one.numel for _, one in parts)
-            is_next = parts and parts[0][1].dtype is ref.dtype and total + ref.numel < 16
-            if not (is_small and is_next):
+            is_small = _is_small_draw(record, op)
+            if not is_small or (parts and parts[0][1].dtype is not op.outs[0].dtype):
                 close()
             if is_small:
-                parts.append((len(ops), ref))
+                parts.append((len(ops), op.outs[0]))
         ops.append(op)
     close()
     outputs = [_move(ref, moved) for ref in record.outputs]
     return replace(record, ops=[_moved(op, moved) for op in ops], outputs=outputs)
+
+
+def _is_small_draw(record: Record, op: Op) -> bool:
+    """Whether an operation fills memory of its own with fewer than 16 standard normals."""
+    ref = op.outs[0]
+    storage = record.storages[ref.storage]
+    return (
+        op.func is _aten.normal_.default
+        and op.args[1:] in ((), (0.0,), (0.0, 1.0))
+        and not any(value is not None for value in op.kwargs.values())
+        and storage.is_inner
+        and ref.numel == storage.size < 16
+    )
 
 
 def _needed(record: Record, ops: list[Op], outputs: list[Ref]) -> list[Op]:

@@ -53,8 +53,8 @@ class Compiled:
     def set_numbers(self, steps: int = 1) -> None:
         """Sets the optimizers' numbers of the next steps."""
         if self._numbers is not None and self.update is not None:
-            for i, rows in enumerate(self.update.numbers(steps)):
-                self._numbers[i] = rows[0] if len(rows) == 1 else [x for row in rows for x in row]
+            for i, numbers in enumerate(self.update.numbers(steps)):
+                self._numbers[:steps, 3 * i : 3 * i + 3] = numbers
 
     def fill(self, step: int, batch: Sequence[Tensor]) -> None:
         """Gives a step its batch, and the numbers that are set before it."""

@@ -77,6 +77,8 @@ class Graph:
             text = str(error).strip().partition("\n")[0]
             raise GraphError(f"{self.by}: {type(error).__name__}: {text}") from error
 
+    can_draw_all = False
+
     def view(self, index: int) -> Any:
         """The values of a storage in each repetition, as an array (steps, elements)."""
         rows = self._rows[index]

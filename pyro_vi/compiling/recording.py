@@ -107,8 +107,8 @@ class Recording:
         inputs = [*parameters, *svi._varying, *self._batch]
         inputs += [buffer for module in self.modules for buffer in module.buffers(recurse=False)]
         if self._update is not None:
-            numbers = torch.tensor(self._update.numbers()[0], dtype=torch.float64)
-            self._numbers = numbers.reshape(-1, 3).to(self._device)
+            rows = [row[0] for row in self._update.numbers()]
+            self._numbers = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3).to(self._device)
             inputs += [*self._update.state, self._numbers]
         self._tape = Tape(inputs, fixed=HELD if is_owner else CONSTANT)
         self._parts: list[Tensor] = []

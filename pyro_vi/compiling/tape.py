@@ -121,6 +121,7 @@ class Op:
         outs: what it returned.
         is_view: whether it only makes another view of its first operand.
         is_random: whether it draws from torch's generator.
+        is_merged: whether it draws one number after the other; see `clean.merge_draws`.
     """
 
     func: Any
@@ -129,6 +130,7 @@ class Op:
     outs: tuple[Ref, ...]
     is_view: bool = False
     is_random: bool = False
+    is_merged: bool = False
 
     @property
     def name(self) -> str:

@@ -106,38 +106,38 @@ class Update:
         return [rows[0]["lr"] * rows[0].get("lrd", 1.0) for rows in self._rows.values()]
 
     def numbers(self, steps: int = 1) -> list[list[Numbers]]:
-        """The numbers of the next steps at the present rates: (steps, rows, 3)."""
-        found: list[list[Numbers]] = [[] for _ in range(steps)]
+        """The numbers of the next steps, by row, at the present rates: (rows, steps, 3)."""
+        found = []
         for groups, states in zip(self._rows.values(), self._counted, strict=True):
-            group, taken = groups[0], float(states[0].get("step", 0))
+            group, n = groups[0], float(states[0].get("step", 0))
             rate, decay = group["lr"], group.get("lrd", 1.0)
-            for i in range(steps):
-                rate *= decay
-                if "betas" not in group:
-                    found[i].append((rate, 1.0, 1.0))
-                    continue
-                first, second = group["betas"]
-                n = taken + 1 + i
-                found[i].append((rate, 1 / (1 - first**n), math.sqrt(1 - second**n)))
+            first, second = group.get("betas", (0.0, 0.0))
+            rates = (
+                [rate * decay**i for i in range(1, steps + 1)] if decay != 1.0 else [rate] * steps
+            )
+            found.append(
+                [
+                    (rate, 1 / (1 - first ** (n + i)), math.sqrt(1 - second ** (n + i)))
+                    for i, rate in enumerate(rates, 1)
+                ]
+            )
         return found
 
-    def apply(self, numbers: Sequence[Numbers] | Tensor) -> None:
+    def apply(self, numbers: Tensor | None = None) -> None:
         """Moves the parameters that have a gradient, and their state, in place.
 
         Args:
-            numbers: (rows, 3), as `numbers` gives them, or as a tensor that is read anew.
+            numbers: of the step, (rows, 3), as a tensor that is read anew; by default `numbers`.
         """
         with torch.no_grad():
-            if not isinstance(numbers, Tensor) and len(self._steps) > 1:
-                torch._foreach_add_(self._steps, 1)
-            else:
-                for step in self._steps:
-                    step.add_(1)
+            rows = [row[0] for row in self.numbers()] if numbers is None else numbers
+            for step in self._steps:
+                step.add_(1)
             for p, formula, group, state, row in self._moves:
                 if p.grad is not None:
                     if (clip := self._clips.get(id(p))) is not None:
                         clip(p)
-                    formula(p, p.grad, numbers[row], group, state)
+                    formula(p, p.grad, rows[row], group, state)
 
     def counts(self) -> list[Any]:
         """What `advance` changes."""
