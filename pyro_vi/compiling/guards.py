@@ -17,9 +17,9 @@ from __future__ import annotations
 
 __all__ = ["Guards", "Strange", "batch_key"]
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, call, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -45,68 +45,44 @@ class Guards:
     """
 
     def __init__(self, svi: SVI, modules: Sequence[nn.Module], step: StepRecord) -> None:
-        self._svi, self._modules, update = svi, list(modules), step.update
-        self._tensors = [*step.parameters, *step.held()]
-        optimizers = update.optimizers if update is not None else []
+        tensors = [*step.parameters, *step.held()]
+        parts = [vars(module)[name] for module in modules for name in _PARTS]
+        given = svi.told._given if svi.told is not None else svi.loss
+        optimizers = step.update.optimizers if step.update is not None else []
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self._dicts: dict[str, list[dict[Any, Any]]] = {
-            "the parts of a module, or a hook": [vars(m)[name] for m in modules for name in _PARTS],
-            "the options of the loss": [vars(svi.told._given)] if svi.told is not None else [],
-            "the options of the optimizer": [
-                {k: v for k, v in vars(o).items() if k in ("state", "param_groups")}
-                for o in optimizers
+        options = [itemgetter(*sorted(group.keys() - {"params", "lr"})) for group in groups]
+        self._looks: dict[str, Callable[[], list[Any]]] = {
+            "the model, the guide, the loss or the optimizer": lambda: [
+                *map(id, (svi.model, svi.guide, svi.loss, svi.loss_and_grads, svi.optim))
             ],
+            "a parameter, a buffer, a hook or another part of a module": lambda: [
+                *map(id, chain.from_iterable(map(dict.values, parts)))
+            ],
+            "the mode of a module (train or eval)": lambda: [*map(_TRAINING, modules)],
+            "a parameter in Pyro's store": lambda: [
+                *map(id, pyro.get_param_store()._params.values())
+            ],
+            "whether a tensor has a gradient": lambda: [*map(_REQUIRES, tensors)],
+            "the place of a tensor in memory": lambda: [*map(Tensor.data_ptr, tensors)],
+            "an option of the loss": lambda: [*map(id, vars(given).values())],
+            "the state of the optimizer": lambda: [*map(id, map(_STATE, optimizers))],
+            "an option of the optimizer": lambda: [*map(call, options, groups)],
         }
-        self._dicts["the parameters in Pyro's store"] = [pyro.get_param_store()._params]
-        self._options = [itemgetter(*sorted(g.keys() - {"params", "lr"})) for g in groups]
-        self._groups = groups
-        self._every = [d for dicts in self._dicts.values() for d in dicts]
-        self._known = self._look()
-        self._flags, self._chosen = self._flags_now(), self._chosen_now()
-        self._lie = list(map(_ADDRESS, self._tensors))
+        self._known = {name: look() for name, look in self._looks.items()}
+        # What is compared by its identity stays alive, so that no other object gets it.
+        self._alive = [vars(svi).copy(), list(map(dict.copy, parts)), vars(given).copy()]
 
     def changed(self) -> str | None:
         """What is something else than it was, in words; None while all is the same."""
-        now = self._look()
-        if len(now) != len(self._known) or not all(map(is_, now, self._known)):
-            return self._which(now)
-        if self._flags_now() != self._flags:
-            return "which modules are in training mode, or which parameters have a gradient,"
-        if list(map(_ADDRESS, self._tensors)) != self._lie:
-            return "where a parameter, a buffer or another tensor of the programs lies"
-        if self._chosen_now() != self._chosen:
-            return "an option of the optimizer"
-        return None
-
-    def _look(self) -> list[Any]:
-        """Everything that is compared by identity."""
-        svi = self._svi
-        store = pyro.get_param_store()._params
-        own = (svi.model, svi.guide, svi.optim, svi.loss, svi.loss_and_grads, store)
-        return [*own, *chain.from_iterable(map(dict.values, self._every))]
-
-    def _flags_now(self) -> list[bool]:
-        return [*map(_TRAINING, self._modules), *map(_REQUIRES, self._tensors)]
-
-    def _chosen_now(self) -> list[Any]:
-        return [get(group) for get, group in zip(self._options, self._groups, strict=True)]
-
-    def _which(self, now: list[Any]) -> str:
-        if not all(map(is_, now[:6], self._known)):
-            return "the model, the guide, the loss, the optimizer or Pyro's store"
-        place = 6
-        for name, dicts in self._dicts.items():
-            size = sum(map(len, dicts))
-            part, before = now[place : place + size], self._known[place : place + size]
-            if len(part) != len(before) or not all(map(is_, part, before)):
+        for name, look in self._looks.items():
+            if look() != self._known[name]:
                 return name
-            place += size
-        return "the number of parameters in Pyro's store, or of parts of a module,"
+        return None
 
 
 _PARTS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-_ADDRESS = Tensor.data_ptr
 _TRAINING, _REQUIRES = attrgetter("training"), attrgetter("requires_grad")
+_STATE = attrgetter("state")
 
 
 class Strange(str):
@@ -134,8 +110,9 @@ def batch_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[
     ]
     modes = [one.device if isinstance(one, DeviceContext) else one for one in modes]
     settings = (torch.get_default_dtype(), Distribution._validate_args, *modes, *_PYRO_STACK)
-    leaves, spec = (args, None) if not kwargs else tree.tree_flatten((args, kwargs))
-    if any(type(leaf) is not Tensor for leaf in leaves):
+    leaves: Sequence[Any] = args
+    spec = None
+    if kwargs or any(type(leaf) is not Tensor for leaf in args):
         leaves, spec = tree.tree_flatten((args, kwargs))
     batch: list[Tensor] = []
     key: list[Any] = [settings, spec]
