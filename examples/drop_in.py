@@ -5,14 +5,13 @@ calls `svi.step`. It is run three times, and all that differs is where `SVI` was
 in the third run one argument:
 
     from pyro.infer import SVI        every step runs the programs' Python
-    from pyro_vi import SVI           so do the first 5,000; then the step is recorded and compiled
-    SVI(..., compile=True)            after the first three
+    from pyro_vi import SVI           so does every step here
+    SVI(..., compile=True)            after four eager steps they are compiled
 
 A compiled step does what the eager one does, with the same draws from torch's generator. What
 looks at the loop from outside sees no difference: a loss is a float, the parameters are in Pyro's
-store, `optim.get_state()` is true. Rounding alone is another, and grows where training is chaotic.
-Recording and compiling take ten seconds or more (fewer in a second run, since Inductor keeps what
-it compiled on disk): so a short run is left alone.
+store, `optim.get_state()` is true. Only rounding differs, and grows where training is chaotic.
+Recording and compiling take about half a second here.
 
 The script prints the time of each run, of its last steps, and the bound at its end, which is the
 same but for the noise of 1,000 draws. The figure shows the losses against the clock.
