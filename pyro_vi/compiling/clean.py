@@ -111,7 +111,14 @@ def clean(record: Record) -> Record:
         known[key] = op.outs
         ops.append(op)
     outputs = [_move(ref, moved) for ref in record.outputs]
-    return replace(record, ops=_needed(record, ops, outputs), outputs=outputs, conditions=[])
+    ops = _needed(record, ops, outputs)
+    used = {ref.storage for op in ops for ref in (*op.reads(), *op.outs)}
+    used |= {ref.storage for ref in outputs}
+    storages = [
+        storage if i in used else replace(storage, tensor=None)  # nobody else may need it
+        for i, storage in enumerate(record.storages)
+    ]
+    return replace(record, storages=storages, ops=ops, outputs=outputs, conditions=[])
 
 
 def merge_draws(record: Record) -> Record:

@@ -97,6 +97,7 @@ class Storage:
         tensor: what lies there from outside of the record, as a flat tensor; None for memory that
             the operations make.
         level: what its values depend on.
+        is_result: whether it is the result of operations that were not recorded.
     """
 
     size: int
@@ -104,6 +105,7 @@ class Storage:
     device: torch.device
     tensor: Tensor | None = None
     level: int = VARYING
+    is_result: bool = False
 
     @property
     def is_inner(self) -> bool:
@@ -314,6 +316,8 @@ class Tape(TorchDispatchMode):
             self.refuse(f"{func} changes its arguments{_line()}")
         if func is _aten.equal.default and self._compared(args[0], args[1]):
             return func(*args)
+        if func is _aten.lift_fresh.default and not self._is_known(args[0]):
+            self._add(args[0], CONSTANT, is_outer=True)  # a literal
         args, kwargs = self._with_fixed_masks(func, args, kwargs)
         refs, named = self._refs(args), {key: self._refs(one) for key, one in kwargs.items()}
         operands = [*refs_in(refs), *refs_in(tuple(named.values()))]
@@ -334,13 +338,12 @@ class Tape(TorchDispatchMode):
         outs = [one for one in (out if isinstance(out, (list, tuple)) else [out])]
         tensors = [one for one in outs if isinstance(one, Tensor)]
         is_view = not writes and bool(tensors) and all(map(self._is_known, tensors))
-        if is_view and func is _aten.lift_fresh.default:
-            is_view = False
         if level <= self._fixed and not writes and not is_view:
             for tensor in tensors:
                 if not self._is_known(tensor):
                     is_garbage = func in UNSET
                     self._add(tensor, VARYING if is_garbage else level, is_outer=not is_garbage)
+                    self.record.storages[-1].is_result = not is_garbage
             return out
         for tensor in tensors:
             if not self._is_known(tensor):
@@ -368,7 +371,9 @@ class Tape(TorchDispatchMode):
             self.refuse(f"{func} changes where a tensor lies{_line()}")
         for ref in Op(func, refs, {}, (), is_view=True).writes():
             storage = self.record.storages[ref.storage]
-            if storage.level <= self._fixed and storage.tensor is not None:
+            if storage.level <= self._fixed and not storage.is_result:
+                self.refuse(f"a tensor that the programs hold is changed in place{_line()}")
+            elif storage.level <= self._fixed and storage.tensor is not None:
                 # Reads so far are of the values before the write, and every run begins with them.
                 before = storage.tensor.clone()
                 address = _address(storage.tensor)
