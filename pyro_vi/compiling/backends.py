@@ -21,7 +21,7 @@ from pyro_vi.compiling.tape import Record, Unrecordable
 
 _log = logging.getLogger(__name__)
 
-LARGE = 2_000_000  # multiplications and additions of a step; above, Inductor's code is faster
+LARGE = 1_000_000  # multiplications and additions of a step; above, Inductor is faster
 
 
 def compile_step(

@@ -67,6 +67,9 @@ class Guards:
             "an option of the loss": lambda: [*map(id, vars(given).values())],
             "the state of the optimizer": lambda: [*map(id, map(_STATE, optimizers))],
             "an option of the optimizer": lambda: [*map(call, options, groups)],
+            "the learning rate of some parameters": lambda: (
+                step.update.are_rates_shared() if step.update is not None else []
+            ),
         }
         self._known = {name: look() for name, look in self._looks.items()}
         # What is compared by its identity stays alive, so that no other object gets it.

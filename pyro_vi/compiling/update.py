@@ -38,7 +38,6 @@ class Update:
         clips: Pyro's clipping functions, by the identity of a parameter.
 
     Attributes:
-        groups: the optimizers' parameter groups.
         state: the tensors of the optimizers' state that a step changes.
     """
 
@@ -48,8 +47,8 @@ class Update:
         self.optimizers = list(dict.fromkeys(optimizers))
         self._clips = clips
         used = set(map(id, parameters))
-        self.groups = [g for o in self.optimizers for g in o.param_groups]
-        self._decaying = [g for g in self.groups if g.get("lrd", 1.0) != 1.0]
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self._decaying = [group for group in groups if group.get("lrd", 1.0) != 1.0]
         self._moves: list[tuple[Tensor, Any, dict[str, Any], dict[str, Any], int]] = []
         self._rows: dict[Any, list[dict[str, Any]]] = {}
         self._counted: list[list[dict[str, Any]]] = []
@@ -86,20 +85,10 @@ class Update:
         self._counted[row].append(state)
         return row
 
-    @property
-    def rows(self) -> int:
-        """How many rows of numbers a step has."""
-        return len(self._rows)
-
-    def is_apart(self) -> bool:
-        """Whether parameters of one row have other rates or other counts than one another."""
-        for groups, states in zip(self._rows.values(), self._counted, strict=True):
-            if any(group["lr"] != groups[0]["lr"] for group in groups):
-                return True
-            counts = {float(state["step"]) for state in states if "step" in state}
-            if len(counts) > 1:
-                return True
-        return False
+    def are_rates_shared(self) -> list[bool]:
+        """Whether all parameters of a row still have one rate; for rows of several groups."""
+        several = [groups for groups in self._rows.values() if len(groups) > 1]
+        return [len({group["lr"] for group in groups}) == 1 for groups in several]
 
     def rates(self) -> list[float]:
         """The learning rate of the next step, by row."""
@@ -272,17 +261,19 @@ def update_of(optim: PyroOptim, parameters: Sequence[Tensor]) -> Update | None:
         return None
     if not all(map(has_formula, found)):
         return None
-    # A parameter that never had a gradient has no state.
-    moved = {id(p) for p in parameters}
-    for optimizer in dict.fromkeys(found):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                state = optimizer.state.get(p, {})
-                lacks = (
-                    isinstance(optimizer, SGD)
-                    and group["momentum"] != 0
-                    and (state.get("momentum_buffer") is None)
-                )
-                if id(p) in moved and (lacks or not (state or isinstance(optimizer, SGD))):
-                    moved.discard(id(p))
-    return Update(found, [p for p in parameters if id(p) in moved], clips)
+    ready = {
+        id(p)
+        for optimizer in found
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if _has_state(optimizer, group, p)
+    }
+    return Update(found, [p for p in parameters if id(p) in ready], clips)
+
+
+def _has_state(optimizer: Optimizer, group: dict[str, Any], p: Tensor) -> bool:
+    """Whether a parameter has had a gradient, and so all the state that a step changes."""
+    state = optimizer.state.get(p, {})
+    if isinstance(optimizer, SGD):
+        return group["momentum"] == 0 or state.get("momentum_buffer") is not None
+    return bool(state)
