@@ -220,7 +220,8 @@ class Engine(SVI):
         compiled.finish(good)
         self.compiled_steps += good
         self._found += [
-            self._terms(*row[:3], weight) for row, weight in zip(rows[:good], weights, strict=False)
+            self._terms(row[0], row[1], row[2], weight)
+            for row, weight in zip(rows[:good], weights, strict=False)
         ]
         self.taken += good
         if good < steps:
@@ -305,8 +306,8 @@ class Engine(SVI):
             loss, parameters = self._evaluated(args, kwargs)
             self._update(parameters)
         self._good.accept()
-        known = (math.nan, math.nan) if self.told is None else map(float, self.told.terms(loss))
-        self._found.append(self._terms(float(loss), *known, weights))
+        known = (math.nan, math.nan) if self.told is None else self.told.terms(loss)
+        self._found.append(self._terms(float(loss), float(known[0]), float(known[1]), weights))
         self.taken += 1
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:

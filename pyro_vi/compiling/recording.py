@@ -123,7 +123,7 @@ class Recording:
     def take(self) -> Any:
         """Takes the step; its loss."""
         svi, tape, update = self._svi, self._tape, self._update
-        python, arrays = random.getstate(), np.random.get_state()[1:3]
+        python, arrays = random.getstate(), _numpys_state()
         for p in self._parameters:
             p.grad = None
         with tape.recording():
@@ -149,8 +149,7 @@ class Recording:
             update.advance(1)
             svi._advance_schedule()
             zero_grads(parameters)
-        later = np.random.get_state()[1:3]
-        if random.getstate() != python or not all(map(np.array_equal, arrays, later)):
+        if random.getstate() != python or _numpys_state() != arrays:
             tape.refuse(
                 "random numbers of Python or NumPy, which a record would repeat: draw torch's"
             )
@@ -206,8 +205,8 @@ class Recording:
         keep = _both(record, alive_at, sound)
         keep = _both(record, keep, finite if self._is_owner else None)
         assert keep is not None
-        copies = [(tape.index(tensor), copy) for tensor, copy in self._svi._copies()]
-        commit(record, keep, {i: outer(copy).storage for i, copy in copies if i is not None})
+        pairs = [(tape.index(tensor), copy) for tensor, copy in self._svi._copies()]
+        commit(record, keep, {i: outer(copy).storage for i, copy in pairs if i is not None})
         status = outer(torch.zeros(5, dtype=torch.float64, device=self._device))
         for i, part in enumerate([*record.outputs[:4], 1.0 if sound is None else sound]):
             place = Ref(status.storage, i, (), (), torch.float64)
@@ -216,10 +215,12 @@ class Recording:
             else:
                 record.ops.append(Op(_aten.fill_.Scalar, (place, part), {}, (place,)))
         record.write(alive_at, keep)
-        gradients = []
-        for p, ref in zip(self._graded, record.outputs[4:], strict=True):
-            gradients.append((p, torch.zeros(p.shape, dtype=p.dtype, device=p.device)))
-            record.write(outer(gradients[-1][1]), ref)
+        gradients = [
+            (p, torch.zeros_like(p, memory_format=torch.contiguous_format).detach())
+            for p in self._graded
+        ]
+        for (_, gradient), ref in zip(gradients, record.outputs[4:], strict=True):
+            record.write(outer(gradient), ref)
         record.outputs = []
         return StepRecord(
             record=clean(record),
@@ -230,9 +231,14 @@ class Recording:
             status=status.storage,
             batch=[i for i in map(tape.index, self._batch) if i is not None],
             numbers=None if self._update is None else tape.index(self._numbers),
-            scheduled=[(i, t) for t in self._svi._scheduled() if (i := tape.index(t)) is not None],
+            scheduled=[(at, t) for t in self._svi._scheduled() if (at := tape.index(t)) is not None],
             private=private,
         )
+
+
+def _numpys_state() -> tuple[Any, ...]:
+    state: Any = np.random.get_state(legacy=False)
+    return state["has_gauss"], state["state"]["pos"], state["state"]["key"].tobytes()
 
 
 def _both(record: Record, one: Ref | None, other: Ref | None) -> Ref | None:

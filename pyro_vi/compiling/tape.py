@@ -316,8 +316,9 @@ class Tape(TorchDispatchMode):
             func = _aten.zeros.default  # which has memory
         elif func in _SECRETIVE:
             self.refuse(f"{func} changes its arguments{_line()}")
-        if func is _aten.equal.default and self._compared(args[0], args[1]):
-            return func(*args)
+        if func in (_aten.equal.default, _aten.allclose.default):
+            if self._compared(func, args, kwargs):
+                return func(*args, **kwargs)
         if func is _aten.lift_fresh.default and not self._is_known(args[0]):
             self._add(args[0], CONSTANT, is_outer=True)  # a literal
         args, kwargs = self._with_fixed_masks(func, args, kwargs)
@@ -405,17 +406,19 @@ class Tape(TorchDispatchMode):
             found += places
         return (args[0], found, *args[2:]), kwargs
 
-    def _compared(self, one: Tensor, other: Tensor) -> bool:
+    def _compared(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Whether a comparison of all elements is a check; then every run has to answer it so."""
         frame = _asking(sys._getframe(2))
         module = frame.f_globals.get("__name__", "") if frame is not None else ""
         if not module.startswith(_CHECKING):
             return False
+        one, other, *options = args
         if one.shape == other.shape:
-            shape = tuple(one.shape)
-            same = self.record.emit(_aten.eq.Tensor, self.ref(one), self.ref(other), shape=shape)
+            by = _aten.eq.Tensor if func is _aten.equal.default else _aten.isclose.default
+            pair, shape = (self.ref(one), self.ref(other)), tuple(one.shape)
+            same = self.record.emit(by, *pair, *options, *kwargs.values(), shape=shape)
             every = self.record.emit(_aten.all.default, same)
-            self.record.conditions.append((every, torch.equal(one, other)))
+            self.record.conditions.append((every, func(*args, **kwargs)))
         return True
 
     def _asked(self, tensor: Tensor) -> Any:
@@ -438,7 +441,7 @@ class Tape(TorchDispatchMode):
 
 
 # torch wraps the method in one that imports its compiler, in 1.2 seconds, when it is first called.
-Tape.__torch_dispatch__ = Tape.__torch_dispatch__.__wrapped__  # type: ignore[attr-defined]
+setattr(Tape, "__torch_dispatch__", vars(Tape)["__torch_dispatch__"].__wrapped__)  # noqa: B010
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 # What makes memory without values.
@@ -459,6 +462,7 @@ _CHECKING = (
     "torch.distributions.constraints",
     "torch.distributions.geometric",
     "pyro.distributions.von_mises_3d",
+    "pyro.poutine.scale_messenger",
     "pyro_vi.",
 )
 _WARNING = {"pyro.util"}

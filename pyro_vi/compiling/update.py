@@ -96,7 +96,7 @@ class Update:
 
     def numbers(self, steps: int = 1) -> list[list[Numbers]]:
         """The numbers of the next steps, by row, at the present rates: (rows, steps, 3)."""
-        found = []
+        found: list[list[Numbers]] = []
         for groups, states in zip(self._rows.values(), self._counted, strict=True):
             group, n = groups[0], float(states[0].get("step", 0))
             rate, decay = group["lr"], group.get("lrd", 1.0)
