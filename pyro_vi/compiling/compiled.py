@@ -38,7 +38,6 @@ class Compiled:
         self.update = step.update
         self.status = function.view(step.status)
         self._numbers = None if step.numbers is None else function.view(step.numbers)
-        self._scheduled = [(function.view(i), tensor) for i, tensor in step.scheduled]
         device = step.alive.device
         self._generators = [torch.default_generator]
         if device.type == "cuda":
@@ -61,8 +60,8 @@ class Compiled:
         if self._step.batch:  # else every step has the same
             for index, value in zip(self._step.batch, batch, strict=True):
                 self.function.give(index, step, value)
-        for view, tensor in self._scheduled:
-            view[step] = tensor.item()
+        for index, tensor in self._step.scheduled:
+            self.function.give(index, step, tensor)
 
     def set_rates(self, step: int) -> None:
         """Sets the learning rates of a step to the present ones."""

@@ -43,6 +43,8 @@ class Graph:
         GraphError: the compiler failed.
     """
 
+    can_draw_all = False
+
     def __init__(
         self,
         record: Record,
@@ -54,7 +56,6 @@ class Graph:
         self.record, self.steps = record, steps
         self.by = "TorchInductor" if compiler is inductor else "TorchScript"
         module, self._outer = module_of(record)
-        self._per_step = set(per_step)
         self._rows: dict[int, Tensor] = {}
         self._staged: dict[int, Tensor] = {}  # on a GPU, where numbers wait for their step
         for index in per_step:
@@ -64,20 +65,17 @@ class Graph:
             self._rows[index] = rows[:, : storage.size]
         inputs = self._inputs(0)
         held = [tensor.clone() for tensor in inputs]  # of which a compiler may take steps
-        self._is_cuda = bool(inputs) and all(tensor.is_cuda for tensor in inputs)
         try:
             with warnings.catch_warnings():  # of torch about itself
                 warnings.simplefilter("ignore", DeprecationWarning)
                 warnings.simplefilter("ignore", FutureWarning)
                 self._run = compiler(module, held)
-            if self._is_cuda:
+            if all(tensor.is_cuda for tensor in inputs):
                 self._run = _Launched(self._run, inputs, held)
                 self.by = "TorchInductor, as a CUDA graph"
         except Exception as error:
             text = str(error).strip().partition("\n")[0]
             raise GraphError(f"{self.by}: {type(error).__name__}: {text}") from error
-
-    can_draw_all = False
 
     def view(self, index: int) -> Any:
         """The values of a storage in each repetition, as an array (steps, elements)."""
@@ -122,7 +120,7 @@ class _Staged:
     def __setitem__(self, place: Any, value: Any) -> None:
         self._staged[place] = value
 
-    def _getitem__(self, place: Any) -> Tensor:
+    def __getitem__(self, place: Any) -> Tensor:
         return self._rows[place]
 
 
@@ -168,18 +166,14 @@ def module_of(record: Record) -> tuple[fx.GraphModule, list[int]]:
         return [filled(one) for one in value] if isinstance(value, (list, tuple)) else value
 
     for op in record.ops:
-        if op.is_view and op.args and isinstance(op.args[0], Ref):
-            if op.args[0] not in nodes and op.args[0].storage not in bases:
-                continue
-        first = op.args[0] if op.args else None
-        if (
-            op.func is _aten.copy_.default
-            and isinstance(first, Ref)
-            and _makes(record, first, bases)
-        ):
-            made = graph.call_function(_aten.clone.default, (filled(op.args[1]),))
-            bases[first.storage] = nodes[first] = made
+        first = op.args[0] if op.args and isinstance(op.args[0], Ref) else None
+        if op.is_view and first is not None and first.storage not in bases:
             continue
+        if op.func is _aten.copy_.default and first is not None and first.storage not in bases:
+            if first.numel == record.storages[first.storage].size:  # the first values of memory
+                made = graph.call_function(_aten.clone.default, (filled(op.args[1]),))
+                bases[first.storage] = nodes[first] = made
+                continue
         args = tuple(filled(one) for one in op.args)
         kwargs = {name: filled(value) for name, value in op.kwargs.items()}
         made = graph.call_function(op.func, args, kwargs)
@@ -193,12 +187,6 @@ def module_of(record: Record) -> tuple[fx.GraphModule, list[int]]:
     graph.eliminate_dead_code()
     graph.lint()
     return fx.GraphModule(torch.nn.Module(), graph), outer
-
-
-def _makes(record: Record, ref: Ref, bases: dict[int, fx.Node]) -> bool:
-    """Whether a write into a place is the first into all of its inner memory."""
-    storage = record.storages[ref.storage]
-    return storage.is_inner and ref.storage not in bases and ref.numel == storage.size
 
 
 def _is_contiguous(ref: Ref) -> bool:
