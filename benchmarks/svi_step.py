@@ -1,51 +1,54 @@
-"""What a step of SVI costs: Pyro's, ours eager, ours compiled, and what one would use instead.
+"""What a step of SVI costs: Pyro's, ours in every form, and what one would use instead.
 
-    python benchmarks/svi_step.py                 the table of programs
+    python benchmarks/svi_step.py                 the tables of programs
     python benchmarks/svi_step.py --first         the first compiled step, empty and filled cache
-    python benchmarks/svi_step.py --growth        by the number of sites, and of latent dimensions
+    python benchmarks/svi_step.py --growth        by the number of sites
     python benchmarks/svi_step.py --bounds        where 2,000 steps lead, eager and compiled
 
 Each program has one batch, float32, one thread (NumPyro's too), Adam. Rounds are interleaved, each
-a block of steps of some 50 ms, and medians compared. The peer of a small program is NumPyro's
-jitted update (extra `bench`), whose losses nobody reads; of a VAE the same loss by hand in plain
-PyTorch, eager, and with `torch.compile` and the fused Adam.
+a block of steps of some 50 ms, and medians compared. The columns:
+
+    Pyro        pyro.infer.SVI.step
+    eager       pyro_vi.SVI.step
+    drop-in     pyro_vi.SVI(..., compile=True).step
+    fit         a step inside of pyro_vi.fit, over 10,000 compiled steps (200 of a VAE): the time
+                between two moments of one fit at which its loop asks for the next steps
+    steady      the same, of the blocks without an audit: what `fit` comes to in long runs
+    update      NumPyro's jitted update, a call a step; nobody reads the losses
+    scan        NumPyro's lax.scan of its update, 1,000 steps a call, as SVI.run does it
+    hand        a VAE's loss by hand in plain PyTorch
+    hand, c.    the same with torch.compile and the fused Adam
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-
-os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpyro
-import numpyro.distributions as ndist
+import numpyro_programs as theirs  # first, since it sets XLA's threads
 import pyro
 import pyro.distributions as dist
+import pyro_programs as programs
 import torch
-from numpyro.infer import SVI as NumPyrosSVI
-from numpyro.infer import Trace_ELBO as NumPyrosELBO
-from numpyro.infer import autoguide as nauto
-from pyro.distributions import constraints
+from benchmark_data import LABELS, ROWS, SIGMA, TOSSES, Y
+from numpyro.infer import autoguide as their_guides
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer import SVI as PyrosSVI
 from pyro.infer.autoguide import (
     AutoDiagonalNormal,
-    AutoLowRankMultivariateNormal,
+    AutoGuide,
     AutoMultivariateNormal,
     AutoNormal,
 )
-from side_by_side import Own, microseconds
+from side_by_side import Contender, InFit, Own, Plain, microseconds
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
@@ -56,62 +59,17 @@ from pyro_vi.guides import Encoder
 from pyro_vi.models import VAE
 from pyro_vi.networks import MLPDecoder, MLPEncoder
 
-Step = Callable[[], object]
-Programs = tuple[Callable[..., Any], Callable[..., Any], ELBO, tuple[Any, ...]]
+Programs = tuple[Callable[..., Any], Callable[..., Any], ELBO, tuple[Tensor, ...]]
 
-Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
-SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-TOSSES = torch.tensor([1.0] * 6 + [0.0] * 4)
-ROWS = torch.randn(10_000, 50, generator=torch.Generator().manual_seed(0))
-LABELS = (ROWS[:, 0] > 0).float()
 IMAGES = torch.rand(128, 1, 28, 28, generator=torch.Generator().manual_seed(0)).round()
 
 
-# ------------------------------------------------------------------------------------ in Pyro
+def auto(guide: type[AutoGuide], model: Callable[..., Any], *data: Any) -> Programs:
+    return model, guide(model), Trace_ELBO(), tuple(map(torch.from_numpy, data))
 
 
-def coin(x: Tensor) -> None:
-    f = pyro.sample("f", dist.Beta(10.0, 10.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Bernoulli(f), obs=x)
-
-
-def coin_guide(x: Tensor) -> None:
-    a = pyro.param("a", torch.tensor(15.0), constraint=constraints.positive)
-    b = pyro.param("b", torch.tensor(15.0), constraint=constraints.positive)
-    pyro.sample("f", dist.Beta(a, b))
-
-
-def schools(y: Tensor, sigma: Tensor) -> None:
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("data", len(y)):
-        eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(mu + tau * eta, sigma), obs=y)
-
-
-def regression(x: Tensor, y: Tensor) -> None:
-    w = pyro.sample("w", dist.Normal(torch.zeros(x.shape[1]), 1.0).to_event(1))
-    with pyro.plate("data", len(x), subsample_size=100) as index:
-        pyro.sample("y", dist.Bernoulli(logits=x[index] @ w), obs=y[index])
-
-
-def many_sites(sites: int, x: Tensor) -> None:
-    total = sum(pyro.sample(f"z{i}", dist.Normal(0.0, 1.0)) for i in range(sites))
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(total, 1.0), obs=x)
-
-
-def linear(dim: int, x: Tensor) -> None:
-    z = pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(z.sum(), 1.0), obs=x)
-
-
-def auto(
-    guide: Callable[..., Any], model: Callable[..., Any], *args: Any, **options: Any
-) -> Programs:
-    return model, guide(model, **options), Trace_ELBO(), args
+def coin() -> Programs:
+    return programs.coin, programs.coin_guide, Trace_ELBO(), (torch.from_numpy(TOSSES),)
 
 
 def vae(family: Callable[[int, int], nn.Module], loss: ELBO) -> Programs:
@@ -121,64 +79,8 @@ def vae(family: Callable[[int, int], nn.Module], loss: ELBO) -> Programs:
     return model, guide, loss, (IMAGES,)
 
 
-# --------------------------------------------------------------------------------- in NumPyro
-
-
-def ncoin(x: Any) -> None:
-    f = numpyro.sample("f", ndist.Beta(10.0, 10.0))
-    with numpyro.plate("data", len(x)):
-        numpyro.sample("x", ndist.Bernoulli(f), obs=x)
-
-
-def ncoin_guide(x: Any) -> None:
-    a = numpyro.param("a", 15.0, constraint=ndist.constraints.positive)
-    b = numpyro.param("b", 15.0, constraint=ndist.constraints.positive)
-    numpyro.sample("f", ndist.Beta(a, b))
-
-
-def nschools(y: Any, sigma: Any) -> None:
-    mu = numpyro.sample("mu", ndist.Normal(0.0, 5.0))
-    tau = numpyro.sample("tau", ndist.HalfCauchy(5.0))
-    with numpyro.plate("data", len(y)):
-        eta = numpyro.sample("eta", ndist.Normal(0.0, 1.0))
-        numpyro.sample("y", ndist.Normal(mu + tau * eta, sigma), obs=y)
-
-
-def nregression(x: Any, y: Any) -> None:
-    w = numpyro.sample("w", ndist.Normal(jnp.zeros(x.shape[1]), 1.0).to_event(1))
-    with numpyro.plate("data", len(x), subsample_size=100) as index:
-        numpyro.sample("y", ndist.Bernoulli(logits=x[index] @ w), obs=y[index])
-
-
-def nmany_sites(sites: int, x: Any) -> None:
-    total = sum(numpyro.sample(f"z{i}", ndist.Normal(0.0, 1.0)) for i in range(sites))
-    with numpyro.plate("data", len(x)):
-        numpyro.sample("x", ndist.Normal(total, 1.0), obs=x)
-
-
-def nlinear(dim: int, x: Any) -> None:
-    z = numpyro.sample("z", ndist.Normal(jnp.zeros(dim), 1.0).to_event(1))
-    with numpyro.plate("data", len(x)):
-        numpyro.sample("x", ndist.Normal(z.sum(), 1.0), obs=x)
-
-
-def jitted(model: Any, guide: Any, *args: Tensor) -> Step:
-    """NumPyro's update, jitted, as its documentation has it."""
-    data = [jnp.asarray(arg.numpy()) for arg in args]
-    svi = NumPyrosSVI(model, guide, numpyro.optim.Adam(1e-3), NumPyrosELBO())
-    state = svi.init(jax.random.PRNGKey(0), *data)
-    update = jax.jit(svi.update)
-
-    def step() -> None:
-        nonlocal state
-        state, loss = update(state, *data)
-        step.wait = loss.block_until_ready  # type: ignore[attr-defined]
-
-    return step
-
-
-def njitted(auto: Any, model: Any, *args: Tensor, **options: Any) -> Step:
-    return jitted(model, auto(model, **options), *args)
+def their_auto(guide: Any, model: Callable[..., Any], *data: Any) -> tuple[Any, ...]:
+    return model, guide(model), *data
 
 
 # ------------------------------------------------------------------------------------ by hand
@@ -229,7 +131,7 @@ class FlowParts(nn.Module):
 
 def by_hand(
     outputs: int, parts: Callable[[Tensor], tuple[Tensor, Tensor]], *, compile: bool
-) -> Step:
+) -> Plain:
     loss = ByHand(outputs, parts)
     adam = torch.optim.Adam(loss.parameters(), lr=1e-3, fused=compile)
     evaluate = torch.compile(loss) if compile else loss
@@ -242,163 +144,180 @@ def by_hand(
         adam.step()
         return float(value.detach())
 
-    return step
+    return Plain(step)
 
 
-# ------------------------------------------------------------------------------------ programs
+# ------------------------------------------------------------------------------------- tables
 
-PROGRAMS: dict[str, Callable[[], Programs]] = {
-    "beta-Bernoulli": lambda: (coin, coin_guide, Trace_ELBO(), (TOSSES,)),
-    "eight schools, diagonal": partial(auto, AutoDiagonalNormal, schools, Y, SIGMA),
-    "eight schools, multivariate": partial(auto, AutoMultivariateNormal, schools, Y, SIGMA),
-    "logistic regression": partial(auto, AutoDiagonalNormal, regression, ROWS, LABELS),
-    "VAE, mean-field": partial(vae, MeanField, TraceMeanField_ELBO()),
-    "VAE, full covariance": partial(vae, FullCovariance, TraceMeanField_ELBO()),
-    "VAE, flow": partial(vae, Flow, Trace_ELBO()),
+SMALL: dict[str, tuple[Callable[[], Programs], Callable[[], tuple[Any, ...]]]] = {
+    "beta-Bernoulli": (coin, lambda: (theirs.coin, theirs.coin_guide, TOSSES)),
+    "eight schools, diagonal": (
+        partial(auto, AutoDiagonalNormal, programs.schools, Y, SIGMA),
+        partial(their_auto, their_guides.AutoDiagonalNormal, theirs.schools, Y, SIGMA),
+    ),
+    "eight schools, multivariate": (
+        partial(auto, AutoMultivariateNormal, programs.schools, Y, SIGMA),
+        partial(their_auto, their_guides.AutoMultivariateNormal, theirs.schools, Y, SIGMA),
+    ),
+    "logistic regression": (
+        partial(auto, AutoDiagonalNormal, programs.regression, ROWS, LABELS),
+        partial(their_auto, their_guides.AutoDiagonalNormal, theirs.regression, ROWS, LABELS),
+    ),
 }
-PEERS: dict[str, Callable[[], dict[str, Step]]] = {
-    "beta-Bernoulli": lambda: {"peer": jitted(ncoin, ncoin_guide, TOSSES)},
-    "eight schools, diagonal": lambda: {
-        "peer": njitted(nauto.AutoDiagonalNormal, nschools, Y, SIGMA)
-    },
-    "eight schools, multivariate": lambda: {
-        "peer": njitted(nauto.AutoMultivariateNormal, nschools, Y, SIGMA)
-    },
-    "logistic regression": lambda: {
-        "peer": njitted(nauto.AutoDiagonalNormal, nregression, ROWS, LABELS)
-    },
-    "VAE, mean-field": lambda: hands(40, lambda: mean_field),
-    "VAE, full covariance": lambda: hands(230, lambda: full_covariance),
-    "VAE, flow": lambda: hands(400, FlowParts),
-}
+VAES: dict[str, tuple[Callable[[], Programs], int, Callable[[], Any]]] = {
+    "VAE, mean-field": (partial(vae, MeanField, TraceMeanField_ELBO()), 40, lambda: mean_field),
+    "VAE, full covariance": (
+        partial(vae, FullCovariance, TraceMeanField_ELBO()), 230, lambda: full_covariance,
+    ),
+    "VAE, flow": (partial(vae, Flow, Trace_ELBO()), 400, FlowParts),
+}  # fmt: skip
+PROGRAMS = {name: make for name, (make, *_) in (*SMALL.items(), *VAES.items())}
 
 
-def hands(outputs: int, parts: Callable[[], Any]) -> dict[str, Step]:
-    return {
-        "by hand": by_hand(outputs, parts(), compile=False),
-        "peer": by_hand(outputs, parts(), compile=True),
-    }
-
-
-def ours(make: Callable[[], Programs], kind: str) -> Own:
+def step_of(make: Callable[[], Programs], kind: str) -> Own:
     """The step of an SVI of a kind."""
     torch.manual_seed(0)
     model, guide, loss, args = make()
     optim = pyro.optim.Adam({"lr": 1e-3})
     if kind == "Pyro":
         return Own(PyrosSVI(model, guide, optim, loss), *args)
-    return Own(SVI(model, guide, optim, loss, compile=kind == "compiled"), *args)
+    return Own(SVI(model, guide, optim, loss, compile=kind == "drop-in"), *args)
 
 
-KINDS = ("Pyro", "eager", "compiled")
+def in_fit(make: Callable[[], Programs], least: int) -> InFit:
+    torch.manual_seed(0)
+    model, guide, loss, args = make()
+    adam = partial(torch.optim.Adam, lr=1e-3)
+    return InFit(model, guide, args, loss=loss, optim=adam, least=least)
 
 
-def table(rounds: int) -> None:
-    """Every program against Pyro and its peers."""
-    columns = (*KINDS, "by hand", "peer")
-    print(f"{'microseconds a step':28}" + "".join(f"{column:>10}" for column in columns), end="")
-    print(f"{'Pyro/ours':>11}{'ours/peer':>11}{'ours/hand':>11}")
-    for name, make in PROGRAMS.items():
-        found = microseconds({k: ours(make, k) for k in KINDS} | PEERS[name](), rounds)
-        ratios = (
-            found["Pyro"] / found["compiled"],
-            found["compiled"] / found["peer"],
-            found["compiled"] / found["by hand"] if "by hand" in found else None,
-        )
+def measured(
+    make: Callable[[], Programs], peers: Mapping[str, Contender], rounds: int, least: int
+) -> dict[str, float]:
+    """Microseconds a step, by column."""
+    fit = in_fit(make, least)
+    own = {kind: step_of(make, kind) for kind in ("Pyro", "eager", "drop-in")}
+    found = microseconds({**own, "fit": fit, **peers}, rounds)
+    if not own["drop-in"].svi.compiled_steps:
+        raise RuntimeError(f"no compiled steps: {own['drop-in'].svi.explain()}")
+    return found | {"steady": 1e6 * statistics.median(fit.steady)}
+
+
+def show(title: str, rows: Mapping[str, Callable[[], dict[str, float]]], shown: str) -> None:
+    """Prints a table of columns and of ratios, which are separated by commas."""
+    columns = {one: max(9, len(one) + 2) for one in map(str.strip, shown.split(","))}
+    print(f"{title:28}" + "".join(f"{column:>{width}}" for column, width in columns.items()))
+    for name, measure in rows.items():
+        found = measure()
         print(f"{name:28}", end="")
-        print("".join(f"{found[c]:10.0f}" if c in found else 10 * " " for c in columns), end="")
-        print("".join(f"{r:11.2f}" if r is not None else "" for r in ratios), flush=True)
+        for column, width in columns.items():
+            above, _, below = column.partition("/")
+            value = found[above] / found[below] if below else found[above]
+            print(f"{value:{width}.2f}" if below else f"{value:{width}.1f}", end="")
+        print(flush=True)
 
 
-def first(compiled: Own) -> float:
-    """Seconds until the first compiled step: of the steps that are recorded and proven."""
-    compiled()
-    started = time.perf_counter()
-    compiled()
-    compiled()
-    return time.perf_counter() - started
+def tables(rounds: int, only: str) -> None:
+    """Every program against Pyro and its peers."""
+
+    def small(name: str) -> dict[str, float]:
+        make, peer = SMALL[name]
+        peers = {"update": theirs.Steps(*peer()), "scan": theirs.Steps(*peer(), scan=1_000)}
+        return measured(make, peers, rounds, least=10_000)
+
+    def large(name: str) -> dict[str, float]:
+        make, outputs, parts = VAES[name]
+        peers = {
+            "hand": by_hand(outputs, parts(), compile=False),
+            "hand c.": by_hand(outputs, parts(), compile=True),
+        }
+        return measured(make, peers, max(3, rounds // 3), least=200)
+
+    kinds = "Pyro, eager, drop-in, fit, steady"
+    ratios = "Pyro/drop-in, drop-in/update, fit/scan, steady/scan"
+    if rows := {name: partial(small, name) for name in SMALL if only in name}:
+        show("microseconds a step", rows, f"{kinds}, update, scan, {ratios}")
+    ratios = "Pyro/drop-in, drop-in/hand, drop-in/hand c., fit/hand c."
+    if rows := {name: partial(large, name) for name in VAES if only in name}:
+        show("microseconds a step", rows, f"{kinds}, hand, hand c., {ratios}")
 
 
-def firsts() -> None:
-    """Recording and compiling every program, each in a process of its own."""
-    print(f"{'record, compile (seconds)':28}{'empty cache':>12}{'filled':>12}")
-    for name in PROGRAMS:
+def first(name: str) -> tuple[float, float]:
+    """Seconds of all until the first compiled step, and without the eager steps before them."""
+    step, started = step_of(PROGRAMS[name], "drop-in"), time.perf_counter()
+    with step.store():
+        step()
+        step()
+        begun = time.perf_counter()
+        for _ in range(3):
+            step()
+    if not step.svi.compiled_steps:
+        raise RuntimeError(f"no compiled steps: {step.svi.explain()}")
+    return time.perf_counter() - started, time.perf_counter() - begun
+
+
+def firsts(only: str) -> None:
+    """Every program in a process of its own."""
+    print(
+        "seconds until the first compiled step, and of them those of recording, compiling, proving"
+    )
+    print(f"{'':28}{'empty cache':>12}{'':12}{'filled':>12}")
+    for name in (name for name in PROGRAMS if only in name):
         with tempfile.TemporaryDirectory() as folder:
-            found = [
-                subprocess.run(
-                    [sys.executable, __file__, "--first-of", name],
-                    env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder},
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                ).stdout.strip()
-                for _ in range(2)
-            ]
-        print(f"{name:28}{found[0]:>12}{found[1]:>12}", flush=True)
+            caches = {"XDG_CACHE_HOME": folder, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+            command = [sys.executable, __file__, "--first-of", name]
+            found = ""
+            for _ in range(2):
+                found += subprocess.run(
+                    command, env=os.environ | caches, capture_output=True, text=True, check=True
+                ).stdout.rstrip("\n")
+        print(f"{name:28}{found}", flush=True)
 
 
 def growth(rounds: int) -> None:
-    """By the number of sites, and of latent dimensions."""
-    x = torch.zeros(10)
-    rows: list[tuple[str, Callable[[], Programs], Callable[[], Step]]] = []
-    for sites in (4, 16, 64, 256):
-        model, peer = partial(many_sites, sites), partial(nmany_sites, sites)
-        rows.append(
-            (
-                f"{sites} sites, AutoNormal",
-                partial(auto, AutoNormal, model, x),
-                partial(njitted, nauto.AutoNormal, peer, x),
-            )
-        )
-    for dim in (2, 8, 32, 128, 512):
-        model, peer = partial(linear, dim), partial(nlinear, dim)
-        rank = {"rank": min(dim, 8)}
-        rows.append(
-            (
-                f"dimension {dim}, multivariate",
-                partial(auto, AutoMultivariateNormal, model, x),
-                partial(njitted, nauto.AutoMultivariateNormal, peer, x),
-            )
-        )
-        rows.append(
-            (
-                f"dimension {dim}, rank {rank['rank']}",
-                partial(auto, AutoLowRankMultivariateNormal, model, x, **rank),
-                partial(njitted, nauto.AutoLowRankMultivariateNormal, peer, x, **rank),
-            )
-        )
-    print(f"{'microseconds a step':28}{'Pyro':>10}{'compiled':>10}{'NumPyro':>10}{'first (s)':>11}")
-    for name, make, peer_of in rows:
-        compiled = ours(make, "compiled")
-        with compiled.store():
-            seconds = first(compiled)
-        steps = {"Pyro": ours(make, "Pyro"), "compiled": compiled, "NumPyro": peer_of()}
-        found = microseconds(steps, rounds)
-        print(f"{name:28}" + "".join(f"{found[k]:10.0f}" for k in steps), end="")
-        print(f"{seconds:11.1f}", flush=True)
+    """By the number of sites. Seconds are of the first time, on an empty cache."""
+    x = torch.zeros(10).numpy()
+
+    def row(sites: int) -> dict[str, float]:
+        model, peer = partial(programs.many_sites, sites), partial(theirs.many_sites, sites)
+        fit = in_fit(partial(auto, AutoNormal, model, x), least=500)
+        scan = theirs.Steps(peer, their_guides.AutoNormal(peer), x, scan=1_000)
+        found = microseconds({"fit": fit, "scan": scan}, rounds)
+        steady = 1e6 * statistics.median(fit.steady)
+        return found | {"steady": steady, "first (s)": fit.first, "scan's first (s)": scan.first}
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        rows = {f"{n} sites, AutoNormal": partial(row, n) for n in (16, 64, 256)}
+        columns = "first (s), scan's first (s), fit, steady, scan, fit/scan, steady/scan"
+        show("microseconds a step", rows, columns)
 
 
-def bounds() -> None:
+def bounds(only: str) -> None:
     """The bound after 2,000 steps; eager and compiled steps draw the same noise here."""
-    print(f"{'ELBO after 2,000 steps':28}{'eager':>20}{'compiled':>20}")
+    print(f"{'ELBO after 2,000 steps':28}{'eager':>20}{'drop-in':>20}")
     for name, make in PROGRAMS.items():
-        found = []
-        for kind in ("eager", "compiled"):
-            step = ours(make, kind)
+        if only not in name:
+            continue
+        print(f"{name:28}", end="")
+        for kind in ("eager", "drop-in"):
+            step = step_of(make, kind)
             with step.store():
                 for _ in range(2_000):
                     step()
                 torch.manual_seed(1)
                 losses = [step.svi.evaluate_loss(*step.args) for _ in range(500)]
             draws = -torch.tensor(losses)
-            found.append(f"{draws.mean():.3f} ± {draws.std() / len(draws) ** 0.5:.3f}")
-        print(f"{name:28}{found[0]:>20}{found[1]:>20}", flush=True)
+            found = f"{draws.mean():.3f} ± {draws.std() / len(draws) ** 0.5:.3f}"
+            print(f"{found:>20}", end="", flush=True)
+        print()
 
 
 def main() -> None:
     """Runs the benchmark; see the module's description."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default="", help="programs whose names have this in them")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--first", action="store_true")
     which.add_argument("--first-of", choices=PROGRAMS)
@@ -407,15 +326,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.first:
-        firsts()
+        firsts(options.only)
     elif options.first_of:
-        print(f"{first(ours(PROGRAMS[options.first_of], 'compiled')):.1f}")
+        print("{:12.2f}{:12.2f}".format(*first(options.first_of)))
     elif options.growth:
-        growth(options.rounds)
+        growth(max(3, options.rounds // 3))
     elif options.bounds:
-        bounds()
+        bounds(options.only)
     else:
-        table(options.rounds)
+        tables(options.rounds, options.only)
 
 
 if __name__ == "__main__":
