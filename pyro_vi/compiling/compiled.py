@@ -126,6 +126,7 @@ class Compiled:
             row = self.run(batch)
             after = [tensor.clone() for tensor in self._changed]
             drawn = self.states()
+            gradients = [gradient.clone() for _, gradient in self._step.gradients]
         finally:
             restore()
         changes = [
@@ -135,7 +136,6 @@ class Compiled:
             )
             if shared
         ]
-        gradients = [gradient.clone() for _, gradient in self._step.gradients]
         return Prediction(self, self._step, row, changes, drawn, gradients)
 
 
