@@ -14,6 +14,8 @@ __all__ = ["HOOKS_OF_ALL", "Update", "update_of"]
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
@@ -101,9 +103,7 @@ class Update:
             group, n = groups[0], float(states[0].get("step", 0))
             rate, decay = group["lr"], group.get("lrd", 1.0)
             first, second = group.get("betas", (0.0, 0.0))
-            rates = (
-                [rate * decay**i for i in range(1, steps + 1)] if decay != 1.0 else [rate] * steps
-            )
+            rates = accumulate([rate * decay, *[decay] * (steps - 1)], mul)
             found.append(
                 [
                     (rate, 1 / (1 - first ** (n + i)), math.sqrt(1 - second ** (n + i)))
@@ -147,8 +147,8 @@ class Update:
         """Counts steps that have been applied where no tensor does: see `apply`."""
         for state in self._outside:
             state["step"] += steps
-        for group in self._decaying:
-            group["lr"] *= group["lrd"] ** steps
+        for group in self._decaying * steps:  # one by one, as the optimizer rounds
+            group["lr"] *= group["lrd"]
 
 
 def _copied(count: Any) -> Any:
