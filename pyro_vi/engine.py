@@ -21,7 +21,6 @@ from pyro.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as tree
 
 from pyro_vi.averaging import Average
@@ -216,7 +215,7 @@ class Engine(SVI):
             is_broken = False
         good = next((i for i, row in enumerate(rows) if not (row[3] and row[4])), len(rows))
         if good == steps:
-            self._advance_schedule()
+            compiled.advance_schedule()
         compiled.finish(good)
         self.compiled_steps += good
         self._found += [
@@ -262,26 +261,6 @@ class Engine(SVI):
             compiled.function.step(i)
             self._advance_schedule()
         compiled.revive()
-
-    @property
-    def _scheduler(self) -> LRScheduler | None:
-        return getattr(self.optim, "scheduler", None)
-
-    def _advance_schedule(self) -> None:
-        if (scheduler := self._scheduler) is not None:
-            scheduler.step()
-
-    def _schedule_state(self) -> Any:
-        if (scheduler := self._scheduler) is None:
-            return None
-        rates = [group["lr"] for group in scheduler.optimizer.param_groups]
-        return dict(scheduler.state_dict()), rates
-
-    def _load_schedule(self, state: Any) -> None:
-        if (scheduler := self._scheduler) is not None:
-            scheduler.load_state_dict(state[0])
-            for group, rate in zip(scheduler.optimizer.param_groups, state[1], strict=True):
-                group["lr"] = rate
 
     def _weigh(self, step: int) -> tuple[float, float]:
         """Begins a step: sets the weights of reconstruction and KL, and says what they are."""

@@ -23,6 +23,7 @@ from pyro.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
 from pyro.util import warn_if_nan
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vi.compiling.steps import Compiler
 from pyro_vi.elbo import Told, told
@@ -125,6 +126,7 @@ class SVI(pyro.infer.SVI):
                 except Exception:  # of an operation; an eager step says which
                     sound = False
                 if sound:
+                    compiled.advance_schedule()
                     compiled.finish()
                     self.compiled_steps += 1
                     return warn_if_nan(loss, "loss") if loss != loss else loss
@@ -200,14 +202,25 @@ class SVI(pyro.infer.SVI):
     def _after_update(self) -> None:
         """What tensors do after the update."""
 
+    @property
+    def _scheduler(self) -> LRScheduler | None:
+        return getattr(self.optim, "scheduler", None)
+
     def _advance_schedule(self) -> None:
-        """What Python does after the update."""
+        if (scheduler := self._scheduler) is not None:
+            scheduler.step()
 
     def _schedule_state(self) -> Any:
-        """What `_advance_schedule` changes."""
+        if (scheduler := self._scheduler) is None:
+            return None
+        rates = [group["lr"] for group in scheduler.optimizer.param_groups]
+        return dict(scheduler.state_dict()), rates
 
     def _load_schedule(self, state: Any) -> None:
-        """Takes back what `_advance_schedule` changed."""
+        if (scheduler := self._scheduler) is not None:
+            scheduler.load_state_dict(state[0])
+            for group, rate in zip(scheduler.optimizer.param_groups, state[1], strict=True):
+                group["lr"] = rate
 
     def _copies(self) -> Sequence[tuple[Tensor, Tensor]]:
         """Tensors, and where their values from before the last step are kept."""

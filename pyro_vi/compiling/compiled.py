@@ -86,6 +86,11 @@ class Compiled:
                 parameter.grad = gradient.clone()
             self._svi._update(self._step.parameters)
 
+    def advance_schedule(self) -> None:
+        """Steps the learning rate's schedule, unless `finish` does so with the optimizer."""
+        if self.update is not None:
+            self._svi._advance_schedule()
+
     def suspend(self) -> None:
         """Lets steps update nothing until `revive`."""
         self._step.alive.fill_(False)
@@ -161,11 +166,17 @@ class Prediction:
         self._compiled, self._step, self._row = compiled, step, row
         self._changes, self._drawn, self._gradients = changes, drawn, gradients
         self._differs: str | None = None
+        self._noise: set[int] = set()  # addresses of what gradients of nothing but rounding move
 
     def compare(self, loss: Any, parameters: Sequence[Tensor]) -> None:
         """Looks at the evaluated step: its loss, and its gradients if the record ends with them."""
         found, loss = self._row[0], float(loss)
         eps = torch.finfo(self._step.parameters[0].dtype).eps
+        norms = {p: float(p.grad.norm()) for p in parameters if p.grad is not None}
+        least = 1000 * eps * max(norms.values(), default=0.0)
+        if (update := self._step.update) is not None:
+            still = [p for p, norm in norms.items() if norm <= least]
+            self._noise = {t.data_ptr() for p in still for t in (p, *update.state_of(p))}
         rounding = 1000 * eps * sum(abs(one) for one in self._row[:3] if math.isfinite(one))
         if list(map(id, parameters)) != list(map(id, self._step.parameters)):
             self._differs = "parameters"
@@ -179,7 +190,10 @@ class Prediction:
         """After the step: in what it is another one than was predicted; None if in nothing."""
         if not self._row[4]:
             return "mask, scale, constraint or support, or a NaN for a loss,"
-        if self._row[3] and not all(_is_alike(a, t, b) for t, b, a in self._changes):
+        changes = [change for change in self._changes if change[0].data_ptr() not in self._noise]
+        if self._row[3] and not all(
+            _is_alike(after, now, before) for now, before, after in changes
+        ):
             self._differs = self._differs or "update"
         if not all(map(torch.equal, self._compiled.states(), self._drawn)):
             self._differs = self._differs or "number of draws"

@@ -87,6 +87,11 @@ class Update:
         self._counted[row].append(state)
         return row
 
+    def state_of(self, parameter: Tensor) -> list[Tensor]:
+        """The tensors of the optimizer's state that belong to a parameter."""
+        states = [state for p, _, _, state, _ in self._moves if p is parameter]
+        return [one for state in states for one in state.values() if isinstance(one, Tensor)]
+
     def are_rates_shared(self) -> list[bool]:
         """Whether all parameters of a row still have one rate; for rows of several groups."""
         several = [groups for groups in self._rows.values() if len(groups) > 1]
