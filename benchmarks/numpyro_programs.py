@@ -69,7 +69,7 @@ class Steps:
         scan: how many steps a call scans; 0 for one jitted update a call. Nobody reads the losses.
 
     Attributes:
-        first: seconds of the first call, which compiles.
+        first: seconds of the first call, which compiles, more than of the second.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Steps:
             return jax.lax.scan(lambda s, _: svi.update(s, *data), state, None, length=scan)
 
         self._step, self._size = jax.jit(scanned if scan else svi.update), scan or 1
-        self.first = self._size * self.per_step(1)
+        self.first = self._size * (self.per_step(1) - self.per_step(1))
 
     def per_step(self, count: int) -> float:
         """The seconds of a step, over `count` steps or as many as whole calls have."""
