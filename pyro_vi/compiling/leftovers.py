@@ -11,10 +11,12 @@ __all__ = ["difference", "held_values"]
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_vi.reach import CONTAINERS, held_by, is_library
@@ -44,8 +46,7 @@ def held_values(*programs: Callable[..., Any]) -> dict[str, Any]:
     visited: set[int] = set()
     waiting: deque[tuple[str, Any]] = deque()
     for program in programs:
-        name = getattr(program, "__name__", type(program).__name__)
-        waiting.append((name, program))
+        waiting.append((_name(program), program))
     while waiting:
         path, value = waiting.popleft()
         if isinstance(value, Tensor):
@@ -63,12 +64,22 @@ def held_values(*programs: Callable[..., Any]) -> dict[str, Any]:
         visited.add(id(value))
         if isinstance(value, CONTAINERS):
             found[path] = len(value)
-        elif is_library(type(value).__module__) and not isinstance(value, nn.Module):
+        elif is_library(type(value).__module__) and not isinstance(value, (nn.Module, partial)):
             if type(value).__module__.partition(".")[0] not in ("builtins", "functools"):
                 continue
+        elif isinstance(value, Messenger) and type(value).__module__.startswith("pyro_vi."):
+            continue  # what these keep is set before each step
         for name, held in held_by(value):
             waiting.append((f"{name!r} of {path}" if name else path, held))
     return found
+
+
+def _name(program: Any) -> str:
+    """What a program is called, behind handlers."""
+    while isinstance(program, partial):
+        last = program.args[-1] if program.args else None
+        program = last if callable(last) else program.func
+    return str(getattr(program, "__name__", type(program).__name__))
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, np.generic, torch.Size, torch.dtype)
