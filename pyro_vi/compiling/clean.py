@@ -16,21 +16,24 @@ from typing import Any
 
 import torch
 
-from pyro_vi.compiling.tape import UNSET, Op, Record, Ref
+from pyro_vi.compiling.tape import CONSTANT, UNSET, Op, Record, Ref
 
 _aten = torch.ops.aten
 
 
-def conditions_hold(record: Record) -> Ref | None:
+def conditions_hold(record: Record, *, fixed: int = CONSTANT) -> Ref | None:
     """Adds operations that decide whether the record stands for a run: a truth value.
 
     The conditions are the record's own, and that every index lies within its bounds.
+
+    Args:
+        fixed: the level up to which values never change, so that torch has checked these indices.
 
     Returns:
         Where the truth value lies; None if there are no conditions.
     """
     conditions = list(record.conditions)
-    conditions += [(ref, True) for ref in _indices_within_bounds(record)]
+    conditions += [(ref, True) for ref in _indices_within_bounds(record, fixed)]
     found: Ref | None = None
     for ref, answer in conditions:
         one = ref if answer else record.emit(_aten.logical_not.default, ref)
@@ -261,12 +264,13 @@ def _whole(record: Record, index: int) -> Ref:
     return Ref(index, 0, (storage.size,), (1,), storage.dtype)
 
 
-def _indices_within_bounds(record: Record) -> list[Ref]:
+def _indices_within_bounds(record: Record, fixed: int) -> list[Ref]:
     """Adds operations that say of every index whether it lies within its bounds."""
     found: dict[tuple[Ref, int], None] = {}
     for op in record.ops:
         for index, size in _indexed(op):
-            found[index, size] = None
+            if record.storages[index.storage].level > fixed:
+                found[index, size] = None
     return [
         record.emit(
             _aten.logical_and.default,
@@ -280,12 +284,17 @@ def _indices_within_bounds(record: Record) -> list[Ref]:
 
 def _indexed(op: Op) -> list[tuple[Ref, int]]:
     """The indices among an operation's operands, and the sizes of what they index."""
-    if op.name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"):
+    name = op.name.removesuffix("_")
+    if name in ("index", "index_put", "_index_put_impl", "_unsafe_index"):
         shape = op.args[0].shape
         return [(one, shape[i]) for i, one in enumerate(op.args[1]) if isinstance(one, Ref)]
-    if op.name in ("gather", "scatter", "scatter_add", "scatter_", "scatter_add_", "index_select"):
+    if name in _ALONG:
         target, dim, index = op.args[:3]
         return [(index, target.shape[dim])] if target.shape else []
-    if op.name == "embedding":
+    if name == "embedding":
         return [(op.args[1], op.args[0].shape[0])]
     return list[tuple[Ref, int]]()
+
+
+# Operations whose arguments begin with a tensor, a dimension, and indices along it.
+_ALONG = "gather scatter scatter_add index_select index_add index_copy index_fill".split()

@@ -196,7 +196,7 @@ class Recording:
 
         if any(tape.index(one) in _written(record) for one in self._batch):
             raise Unrecordable("a step changes its argument in place")
-        sound = conditions_hold(record)
+        sound = conditions_hold(record, fixed=HELD if self._is_owner else CONSTANT)
         if Distribution._validate_args and not self._is_owner:
             is_nan = record.emit(_aten.isnan.default, record.outputs[0])
             sound = _both(record, sound, record.emit(_aten.logical_not.default, is_nan))
