@@ -69,8 +69,10 @@ def held_values(*programs: Callable[..., Any]) -> dict[str, Any]:
                 continue
         elif isinstance(value, Messenger) and type(value).__module__.startswith("pyro_vi."):
             continue  # what these keep is set before each step
+        caches = _caches(value)
         for name, held in held_by(value):
-            waiting.append((f"{name!r} of {path}" if name else path, held))
+            if id(held) not in caches:
+                waiting.append((f"{name!r} of {path}" if name else path, held))
     return found
 
 
@@ -80,6 +82,17 @@ def _name(program: Any) -> str:
         last = program.args[-1] if program.args else None
         program = last if callable(last) else program.func
     return str(getattr(program, "__name__", type(program).__name__))
+
+
+def _caches(value: Any) -> set[int]:
+    """What Pyro's transforms keep of their last call, by identity."""
+    return {
+        id(held)
+        for module in (value.modules() if isinstance(value, nn.Module) else ())
+        if is_library(type(module).__module__)
+        for name, held in vars(module).items()
+        if name.startswith("_cache") and held is not None
+    }
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, np.generic, torch.Size, torch.dtype)
