@@ -192,30 +192,24 @@ class Engine(SVI):
         function = compiled.function
         steps, schedule = min(limit, function.steps), self._schedule_state()
         compiled.set_numbers(steps)
-        rows: list[list[float]] = []
+        compiled.status[:steps] = 0.0  # and so the rows of steps that fail remain
+        begun, weights, is_broken = [first], [self._weigh(self.taken)], False
         try:
             if self._is_still and function.can_draw_all:
-                begun, weights = [first] * steps, [self._weigh(self.taken)] * steps
+                begun, weights = begun * steps, weights * steps
                 function.draw_all(steps)
             else:
-                begun, weights = [], []
                 for i in range(steps):
-                    begun.append(first if i == 0 else self._next())
-                    if i:
-                        self._make(begun[i])
-                        self._advance_schedule()
-                    weights.append(self._weigh(self.taken + i))
+                    if i and not self._begin_step(begun, weights):
+                        break
                     self._fill(compiled, i)
                     function.step(i)
-            function.finish(steps)
-            rows = compiled.status[:steps].tolist()
+                    compiled.advance_schedule()
+            function.finish(len(begun))
         except Exception:  # of an operation; the eager step says which
             is_broken = True
-        else:
-            is_broken = False
+        rows = compiled.status[: len(begun)].tolist()
         good = next((i for i, row in enumerate(rows) if not (row[3] and row[4])), len(rows))
-        if good == steps:
-            compiled.advance_schedule()
         compiled.finish(good)
         self.compiled_steps += good
         self._found += [
@@ -223,12 +217,24 @@ class Engine(SVI):
             for row, weight in zip(rows[:good], weights, strict=False)
         ]
         self.taken += good
-        if good < steps:
+        if good < len(begun):
             self._return_to(compiled, states, schedule, begun, good)
             if is_broken or not rows[good][4]:
                 assert self._compiler is not None
                 self._compiler.was_unsound()
             self._take_eagerly(*self._make(begun[good]))
+
+    def _begin_step(self, begun: list[Any], weights: list[tuple[float, float]]) -> bool:
+        """Begins another step of a block; False if that fails, which the next block will meet."""
+        rows = self._next()
+        try:
+            self._make(rows)
+            weights.append(self._weigh(self.taken + len(begun)))
+        except Exception:  # of a transform or a schedule
+            self._waiting.appendleft(rows)
+            return False
+        begun.append(rows)
+        return True
 
     @property
     def _is_still(self) -> bool:
