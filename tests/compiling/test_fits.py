@@ -12,7 +12,7 @@ import pytest
 import torch
 from programs import normal_mean, normal_mean_guide
 from pyro.distributions import constraints
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer import RenyiELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from steps import IMAGES, vae
 from torch import Tensor, nn
