@@ -321,6 +321,7 @@ class Tape(TorchDispatchMode):
                 return func(*args, **kwargs)
         if func is _aten.lift_fresh.default and not self._is_known(args[0]):
             self._add(args[0], CONSTANT, is_outer=True)  # a literal
+        func, args = self._filled_by_mask(func, args, kwargs)
         args, kwargs = self._with_fixed_masks(func, args, kwargs)
         refs, named = self._refs(args), {key: self._refs(one) for key, one in kwargs.items()}
         operands = [*refs_in(refs), *refs_in(tuple(named.values()))]
@@ -387,6 +388,17 @@ class Tape(TorchDispatchMode):
             elif storage.level < VARYING:
                 storage.level = VARYING
 
+    def _filled_by_mask(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """An assignment of one number where a mask is true, as the operation that fills it in."""
+        fill = _FILLS.get(func)
+        if fill is None or len(args[1]) != 1 or args[2].numel() != 1 or len(args) > 3 or kwargs:
+            return func, args
+        (mask,) = args[1]
+        if mask is None or mask.dtype is not torch.bool:
+            return func, args
+        mask = mask.view(*mask.shape, *[1] * (args[0].dim() - mask.dim()))
+        return fill, (args[0], mask, args[2].view(()))
+
     def _with_fixed_masks(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """An index by a mask, as an index by the positions at which a fixed mask is true."""
         if func not in _INDEXED:
@@ -452,6 +464,10 @@ UNSET = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_lik
 # What changes running statistics, and does not say so in its schema.
 _SECRETIVE = {_aten.cudnn_batch_norm.default, _aten.miopen_batch_norm.default}
 _RESIZING = {_aten.resize_.default, *(getattr(_aten.set_, name) for name in _aten.set_.overloads())}
+_FILLS = {
+    _aten.index_put.default: _aten.masked_fill.Tensor,
+    _aten.index_put_.default: _aten.masked_fill_.Tensor,
+}
 _INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default} | {
     _aten._index_put_impl_.default,
     _aten._unsafe_index.Tensor,
