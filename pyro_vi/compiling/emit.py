@@ -7,26 +7,33 @@ The function repeats the record `count` times on memory that it is given by addr
 `in` has the address of each outer storage. After every repetition it moves by `stride` bytes, so
 that a batch or a draw can have one place for each repetition; most strides are 0. `work` is scratch
 memory for what the operations make. `call(i, k)` runs operation i of repetition k by torch, for
-operations that have no form in C; if it returns a nonzero number, `run` ends. It returns how many
-repetitions were completed.
+operations that have no form in C; if it returns a nonzero number, `run` ends. `run` returns how
+many repetitions it completed. It has no memory of its own.
 
-Operations become statements, and statements become loops. A statement joins a loop over the same
-shape that is there already where all that it reads has been computed by then, so that values pass
-from one statement to the next in registers.
+Operations become statements, and statements become loops:
+
+- A statement puts the dimensions that it walks through in the smallest steps last, and joins
+  neighbouring dimensions where it can.
+- It joins a loop over the same shape that is there already, if all that it reads has been computed
+  by then. So values pass from one statement to the next in registers, and a storage that only one
+  loop uses needs no memory.
+- Loops whose iterations may run side by side are marked, so that the compiler makes vector
+  instructions of them. Statements that it cannot vectorise are in loops of their own.
 """
 
 from __future__ import annotations
 
-__all__ = ["Access", "Emitter", "Source", "Unemittable"]
+__all__ = ["ADD", "Access", "Emitter", "Source", "Unemittable", "ctype"]
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from pyro_vi.compiling.tape import Op, Record, Ref
+from pyro_vi.compiling.tape import Op, Record, Ref, Storage
 
 CTYPES = {
     torch.float32: "float",
@@ -36,7 +43,11 @@ CTYPES = {
     torch.int32: "int",
     torch.int64: "long",
 }
+ADD = "{0} + {1}"
 _PART = 150  # statements of a C function: compilers take more than linear time for longer ones
+_SHORT = 15  # iterations that are not worth vector instructions
+_LINE = 8  # steps after which memory is another line of the cache
+_SCALAR = ("gamma(", "fmod", "_of(")  # what has no vector instructions
 
 
 class Unemittable(Exception):
@@ -59,37 +70,61 @@ class Access(NamedTuple):
     gathered: tuple[tuple[Access, int, int], ...] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Statement:
     """An assignment in a loop.
 
     Attributes:
         text: an expression with {0}, {1}... for the operands.
-        combine: how a reduction joins a value, {1}, to what it has, {0}; None for an assignment.
-        start: what a reduction begins with; None to begin with what lies there.
         compute: the C type that operands are cast to.
+        combine: how a value, {1}, joins what is there, {0}; None for an assignment.
+        start: what is there at first; None for what lies in `out`.
+        total: the C type in which values are joined.
     """
 
     out: Access
     text: str
     operands: tuple[Access, ...]
     compute: str
-    combine: str | None = None
-    start: str | None = None
+    combine: str | None
+    start: str | None
+    total: str
+
+    @property
+    def reads(self) -> list[Access]:
+        """All that it loads, indices too."""
+        return [*self.operands, *(g[0] for one in (self.out, *self.operands) for g in one.gathered)]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it puts a value into a place of its own in each iteration."""
+        return self.combine is None and not self.out.gathered
+
+    @property
+    def is_serial(self) -> bool:
+        """Whether the compiler cannot vectorise it."""
+        is_ordered = self.combine not in (None, ADD) or bool(self.out.gathered)
+        return is_ordered or any(name in self.text for name in _SCALAR)
+
+    @property
+    def level(self) -> int:
+        """How many loops are around the place that a value joins."""
+        return max((d + 1 for d, step in enumerate(self.out.stride) if step), default=0)
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether values that are joined take turns, so that no register holds the total."""
+        return self.combine is not None and 0 in self.out.stride[: self.level]
 
 
 @dataclass
 class _Group:
-    """Statements in one loop nest, or lines of code of their own."""
+    """Statements in one loop nest over a shape, or lines of C."""
 
-    shape: tuple[int, ...] | None
+    shape: tuple[int, ...] = ()
     statements: list[_Statement] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
-    touched: tuple[int, ...] = ()
-
-    @property
-    def length(self) -> int:
-        return max(1, len(self.statements) + len(self.lines))
+    touched: set[int] = field(default_factory=set)
 
 
 class Source(NamedTuple):
@@ -117,97 +152,111 @@ class Emitter:
 
     Args:
         record: a clean record.
-        outer: storages that lie outside of the scratch memory besides the record's outer ones.
+        outer: storages that are the first ones in `in`, whether they are the record's outer ones
+            or not.
     """
 
     def __init__(self, record: Record, outer: Iterable[int] = ()) -> None:
         self.record = record
         self.calls: list[Op] = []
         self.cost = 0
-        self.helpers: set[str] = set()
-        self.read = {ref.storage for op in record.ops if not op.is_view for ref in op.reads()}
-        self.read |= {ref.storage for ref in record.outputs}
-        self._outer = set(outer) | {
-            i for i, storage in enumerate(record.storages) if not storage.is_inner
-        }
+        self._first = list(outer)
+        self._outer = {i for i, one in enumerate(record.storages) if not one.is_inner}
+        self._outer.update(self._first)
         self._groups: list[_Group] = []
-        self._by_shape: dict[tuple[int, ...], list[int]] = {}
+        self._by_shape: dict[Any, list[int]] = {}
+        # The last group that writes or reads a storage, by the key of the access.
         self._writers: dict[int, dict[Any, int]] = {}
         self._readers: dict[int, dict[Any, int]] = {}
-        self._last_call = -1
 
     # What operations are made of.
 
     def assign(
-        self, out: Ref, text: str, *operands: Any, compute: torch.dtype | None = None
-    ) -> None:
+        self, out: Ref | Access, text: str, *operands: Any, shape: Sequence[int] | None = None,
+        compute: torch.dtype | None = None, combine: str | None = None, start: str | None = None,
+        total: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         """out[i] = text for every index i; operands are broadcast, and numbers are written out.
 
         Args:
+            shape: that the index runs over; that of `out` by default.
             compute: the dtype that operands are cast to; that of `out` by default.
+            combine, start, total: how a value joins what is there; see `_Statement`.
         """
-        kind = ctype(out.dtype if compute is None else compute)
-        self._add(
-            out.shape,
-            _Statement(self.access(out, out.shape), *self._filled(text, operands, out.shape, kind)),
-        )
+        shape = out.shape if isinstance(out, Ref) and shape is None else tuple(shape or ())
+        kind = ctype(compute or out.dtype)
+        if 0 in shape:
+            return
+        self.cost += math.prod(shape)
+        names, loaded = list[str](), list[Access]()
+        for one in operands:
+            if isinstance(one, (Ref, Access)):
+                names.append(f"{{{len(loaded)}}}")
+                loaded.append(access(one, shape))
+            else:
+                names.append(number(one, kind))
+        text = text.format(*names, f="f" if kind == "float" else "")
+        place, kept = access(out, shape), total or out.dtype
+        s = _Statement(place, text, tuple(loaded), kind, combine, start, ctype(kept))
+        shape, s = _arranged(shape, s)
+        if not s.is_in_memory or kept is out.dtype:
+            self._add(shape, s)
+            return
+        moving = [d for d, step in enumerate(s.out.stride) if step]
+        sums = self.record.allocate([shape[d] for d in moving], kept, torch.device("cpu"))
+        steps = [0] * len(shape)
+        for d, step in zip(moving, sums.stride, strict=True):
+            steps[d] = step
+        place = Access(sums.storage, 0, tuple(steps), kept)
+        self._add(shape, replace(s, out=place, start=start or "0"))
+        place = s.out._replace(stride=tuple(s.out.stride[d] for d in moving))
+        text = "{0}" if start else ADD
+        self.assign(place, text, sums, place, shape=sums.shape, compute=kept)
 
     def reduce(
-        self,
-        out: Ref,
-        source: Any,
-        dims: Sequence[int],
-        combine: str | None,
-        start: str | None,
-        *,
-        shape: Sequence[int] = (),
-        text: str = "{0}",
-        compute: torch.dtype | None = None,
-    ) -> None:
-        """Joins the elements of a source along some dimensions.
+        self, out: Ref, text: str, *operands: Any, shape: Sequence[int], dims: Sequence[int],
+        combine: str = ADD, start: str | None = "0", compute: torch.dtype | None = None,
+        total: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        """Joins the elements of an expression over a shape along some of its dimensions.
 
         Args:
-            source: operands of `text`.
-            dims: of the source's shape.
-            combine: how a value {1} joins what there is, {0}.
-            start: what there is at first; None for what lies in `out`.
-            shape: of the source, that it is broadcast to.
+            out: has these dimensions with size 1, or does not have them.
+            others: as of `assign`; single precision is added up in double.
         """
-        operands = (source,) if isinstance(source, Ref) else source
-        kept = [d for d in range(len(shape)) if d not in dims]
-        squeezed = [s for n, s in zip(out.shape, out.stride, strict=True) if n != 1]
-        left = iter(squeezed)
-        strides = [0] * len(shape)
-        for d in kept:
-            strides[d] = next(left) if shape[d] != 1 else 0
-        access = Access(out.storage, out.offset, tuple(strides), out.dtype)
-        kind = ctype(out.dtype if compute is None else compute)
         if 0 in shape:
-            self.assign(out, start or "0")
+            self.assign(out, start or "{0}", *([] if start else [out]))
             return
-        text, found, kind = self._filled(text, operands, shape, kind)
         if start is not None and all(shape[d] == 1 for d in dims):
             combine = start = None
-        self._add(shape, _Statement(access, text, found, kind, combine, start))
+        steps = iter([s for n, s in zip(out.shape, out.stride, strict=True) if n != 1])
+        stride = [0 if d in dims or n == 1 else next(steps) for d, n in enumerate(shape)]
+        place = Access(out.storage, out.offset, tuple(stride), out.dtype)
+        keys = {"compute": compute or out.dtype, "combine": combine, "start": start}
+        if total is None and out.dtype is torch.float32:
+            total = torch.float64
+        self.assign(place, text, *operands, shape=shape, total=total, **keys)
 
-    def scatter(self, out: Access, value: Any, shape: Sequence[int], *, adds: bool) -> None:
-        """Writes a value into gathered places, or adds it to what is there."""
-        found = self._filled("{0}", (value,), shape, ctype(out.dtype))
-        self._add(shape, _Statement(out, *found, "{0} + {1}" if adds else None))
+    def constant(self, tensor: Tensor) -> Ref:
+        """A contiguous tensor that does not change."""
+        self.record.storages.append(
+            Storage(tensor.numel(), tensor.dtype, tensor.device, tensor.view(-1))
+        )
+        self._outer.add(len(self.record.storages) - 1)
+        shape, stride = tuple(tensor.shape), tensor.stride()
+        return Ref(len(self.record.storages) - 1, 0, shape, stride, tensor.dtype)
 
     def code(
         self, lines: Sequence[str], reads: Iterable[Ref], writes: Iterable[Ref], cost: int
     ) -> None:
         """Lines of C, in which `m3` is the address of storage 3; see `at`."""
         self.cost += cost
-        reads, writes = list(reads), list(writes)
-        group = _Group(None, [], list(lines), tuple(r.storage for r in (*reads, *writes)))
+        group = _Group(lines=list(lines))
+        for uses, refs in ((self._readers, reads), (self._writers, writes)):
+            for ref in refs:
+                uses.setdefault(ref.storage, {})[None] = len(self._groups)
+                group.touched.add(ref.storage)
         self._groups.append(group)
-        place = len(self._groups) - 1
-        for ref in reads:
-            self._readers.setdefault(ref.storage, {})[None] = place
-        for ref in writes:
-            self._writers.setdefault(ref.storage, {})[None] = place
 
     def call(self, op: Op) -> None:
         """Lets torch run an operation."""
@@ -216,116 +265,73 @@ class Emitter:
         numel = sum(ref.numel for ref in (*op.reads(), *op.outs))
         self.code([line], op.reads(), op.writes(), numel)
 
-    def access(self, ref: Ref, shape: Sequence[int]) -> Access:
-        """A tensor, broadcast to a shape."""
-        lead = len(shape) - len(ref.shape)
-        stride = [0] * lead
-        for size, step in zip(ref.shape, ref.stride, strict=True):
-            stride.append(0 if size == 1 else step)
-        return Access(ref.storage, ref.offset, tuple(stride), ref.dtype)
-
     def at(self, ref: Ref, *index: str) -> str:
         """An element of a tensor, as an expression."""
-        terms = [
-            f"{i} * {step}" for i, step in zip(index, ref.stride, strict=True) if step and i != "0"
-        ]
-        return f"m{ref.storage}[{' + '.join([str(ref.offset), *terms])}]"
-
-    def _filled(
-        self, text: str, operands: Sequence[Any], shape: Sequence[int], kind: str
-    ) -> tuple[str, tuple[Access, ...], str]:
-        """A text whose numbers are written out, and its operands in memory."""
-        names, found = [], []
-        for one in operands:
-            if isinstance(one, Ref):
-                one = self.access(one, shape)
-            if isinstance(one, Access):
-                names.append(f"{{{len(found)}}}")
-                found.append(one)
-            else:
-                names.append(number(one, kind))
-        suffix = "f" if kind == "float" else ""
-        return text.format(*names, f=suffix), tuple(found), kind
+        steps = zip(index, ref.stride, strict=True)
+        terms = [str(ref.offset), *(f"{i} * {step}" for i, step in steps if step and i != "0")]
+        return f"m{ref.storage}[{' + '.join(terms)}]"
 
     # Which loop a statement joins.
 
-    def _add(self, shape: Sequence[int], statement: _Statement) -> None:
-        if 0 in shape:
-            return
-        self.cost += math.prod(shape)
-        shape, statement = _collapsed(tuple(shape), statement)
-        first = 0
-        uses = _reads(statement)
-        for one in uses:
-            for key, place in self._writers.get(one.storage, {}).items():
-                is_same = key == _key(shape, one) and not one.gathered
-                first = max(first, place if is_same else place + 1)
-        out = statement.out
-        is_plain = statement.combine is None and not out.gathered
-        for held in (self._writers, self._readers):
-            for key, place in held.get(out.storage, {}).items():
-                is_same = is_plain and key == _key(shape, out)
-                first = max(first, place if is_same else place + 1)
-        place = self._join(shape, first)
-        self._groups[place].statements.append(statement)
-        for one in uses:
-            readers = self._readers.setdefault(one.storage, {})
-            key = None if one.gathered else _key(shape, one)
-            readers[key] = max(readers.get(key, 0), place)
-        writers = self._writers.setdefault(out.storage, {})
-        key = _key(shape, out) if is_plain else None
-        writers[key] = max(writers.get(key, 0), place)
+    def _add(self, shape: tuple[int, ...], statement: _Statement) -> None:
+        out, reads = statement.out, [(one, _key(shape, one)) for one in statement.reads]
+        written = _key(shape, out) if statement.is_plain else None
+        first = max(_after(self._writers, one, key) for one, key in [*reads, (out, written)])
+        first = max(first, _after(self._readers, out, written))
+        place = self._group(shape, statement.is_serial and math.prod(shape) > _SHORT, first)
+        group = self._groups[place]
+        group.statements.append(statement)
+        for uses, one, key in [(self._readers, *read) for read in reads] + [
+            (self._writers, out, written)
+        ]:
+            held = uses.setdefault(one.storage, {})
+            held[key] = max(held.get(key, 0), place)
+            group.touched.add(one.storage)
 
-    def _join(self, shape: tuple[int, ...], first: int) -> int:
-        """The first group of a shape that does not come before `first`."""
-        places = self._by_shape.setdefault(shape, [])
-        for place in reversed(places):
-            if place < first:
-                break
-            if len(self._groups[place].statements) < _PART:
-                return place
-        self._groups.append(_Group(shape))
-        places.append(len(self._groups) - 1)
-        return len(self._groups) - 1
+    def _group(self, shape: tuple[int, ...], is_serial: bool, first: int) -> int:
+        """The last group for such a statement, if it does not come before `first`; or a new one."""
+        places = self._by_shape.setdefault((shape, is_serial), [])
+        if not places or places[-1] < first or len(self._groups[places[-1]].statements) >= _PART:
+            self._groups.append(_Group(shape))
+            places.append(len(self._groups) - 1)
+        return places[-1]
 
     # The text.
 
     def source(self) -> Source:
         """The function."""
-        in_memory = self._stored()
-        used = sorted({s for g in self._groups for s in _touched(g) if s in in_memory})
-        outer = [s for s in used if s in self._outer]
-        places, work = {}, 0
-        for s in used:
-            if s not in self._outer:
-                storage = self.record.storages[s]
-                places[s] = work
-                work += -(-storage.size * _width(storage.dtype) // 64) * 64 + 64
-        parts: list[list[str]] = []
-        pointers: list[set[int]] = []
+        stored = self._stored()
+        used = {s for group in self._groups for s in group.touched if s in stored}
+        used |= {ref.storage for ref in self.record.outputs}
+        places, work = dict[int, int](), 0
+        for s in sorted(used - self._outer):
+            storage = self.record.storages[s]
+            places[s] = work
+            work += -(-storage.size * storage.dtype.itemsize // 64) * 64 + 64
+        outer = [*self._first, *sorted((used & self._outer).difference(self._first))]
+        where = {s: f"in[{i}]" for i, s in enumerate(outer)}
+        where |= {s: f"(work + {place})" for s, place in places.items()}
+        parts: list[tuple[list[str], set[int]]] = []
         count = _PART
         for group in self._groups:
-            if count + group.length > _PART:
-                parts.append([])
-                pointers.append(set())
+            length = max(1, len(group.statements) + len(group.lines))
+            if count + length > _PART:
+                parts.append(([], set()))
                 count = 0
-            count += group.length
-            parts[-1] += group.lines if group.shape is None else _nest(group, in_memory)
-            pointers[-1] |= {s for s in _touched(group) if s in in_memory}
-        text = ["#include <math.h>", *(_HELPERS[name] for name in sorted(self.helpers)), ""]
-        number_of = {s: i for i, s in enumerate(outer)}
-        head = "(char **in, char *work, long step, long (*call)(long, long))"
-        for i, (lines, needed) in enumerate(zip(parts, pointers, strict=True)):
-            text.append(f"static __attribute__((noinline)) long part{i}{head} {{")
-            for s in sorted(needed):
+            count += length
+            lines, touched = parts[-1]
+            lines += group.lines or _nest(group, stored)
+            touched |= group.touched & used
+        text = list[str]()
+        for i, (lines, touched) in enumerate(parts):
+            text.append(f"static __attribute__((noinline)) long part{i}({_ARGUMENTS}) {{")
+            for s in sorted(touched):
                 kind = ctype(self.record.storages[s].dtype)
-                where = f"in[{number_of[s]}]" if s in number_of else f"(work + {places[s]})"
-                text.append(f"  {kind} *restrict m{s} = ({kind} *){where};")
-            text += [f"  {line}" for line in lines]
-            text += ["  return 0;", "}"]
+                text.append(f"  {kind} *restrict m{s} = ({kind} *){where[s]};")
+            text += [*(f"  {line}" for line in lines), "  return 0;", "}"]
         text += [
-            "long run(char **start, const long *stride, char *work, long count,"
-            " long (*call)(long, long)) {",
+            "long run(char **start, const long *stride, char *work, long count,",
+            "         long (*call)(long, long)) {",
             f"  char *in[{max(1, len(outer))}];",
             "  for (long step = 0; step < count; step++) {",
             f"    for (long i = 0; i < {len(outer)}; i++) in[i] = start[i] + step * stride[i];",
@@ -334,141 +340,125 @@ class Emitter:
             "  return count;",
             "}",
         ]
-        return Source("\n".join(text) + "\n", outer, max(work, 64), places, self.calls, self.cost)
+        body = "\n".join(text) + "\n"
+        helpers = [code for name, code in _HELPERS.items() if f"{name}(" in body]
+        body = "\n".join([_HEAD, *helpers, body])
+        return Source(body, outer, max(work, 64), places, self.calls, self.cost)
 
     def _stored(self) -> set[int]:
-        """The storages that lie in memory: outer ones, and those that several loops use."""
-        stored, where = set(self._outer), dict[int, int]()
-        outputs = {ref.storage for ref in self.record.outputs}
-        for i, group in enumerate(self._groups):
-            local: set[Any] = set()
-            if group.shape is None:
-                stored |= set(group.touched)
-                continue
+        """The storages that lie in memory: all but those whose values stay within one loop."""
+        stored = self._outer | {ref.storage for ref in self.record.outputs}
+        for group in self._groups:
+            if group.lines:
+                stored |= group.touched
+            local = set[Any]()
             for statement in group.statements:
-                for access in _reads(statement):
-                    if _key(group.shape, access) not in local or access.gathered:
-                        stored.add(access.storage)
-                    if where.setdefault(access.storage, i) != i:
-                        stored.add(access.storage)
-                out = statement.out
-                if where.setdefault(out.storage, i) != i or out.gathered or statement.combine:
-                    stored.add(out.storage)
-                local.add(_key(group.shape, out))
-        return stored | outputs
+                keys = ((one.storage, _key(group.shape, one)) for one in statement.reads)
+                stored |= {storage for storage, key in keys if key not in local}
+                if statement.is_plain:
+                    local.add(_key(group.shape, statement.out))
+                else:
+                    stored.add(statement.out.storage)
+        return stored
 
 
-def _touched(group: _Group) -> set[int]:
-    if group.shape is None:
-        return set(group.touched)
-    found = set()
-    for statement in group.statements:
-        found |= {statement.out.storage, *(one.storage for one in _reads(statement))}
-    return found
+def access(one: Ref | Access, shape: Sequence[int]) -> Access:
+    """A tensor, broadcast to a shape."""
+    if isinstance(one, Access):
+        return one
+    lead = [0] * (len(shape) - len(one.shape))
+    steps = [0 if n == 1 else s for n, s in zip(one.shape, one.stride, strict=True)]
+    return Access(one.storage, one.offset, (*lead, *steps), one.dtype)
 
 
-def _reads(statement: _Statement) -> list[Access]:
-    """All that a statement loads, the indices of gathered places too."""
-    every = [*statement.operands, *(g[0] for g in statement.out.gathered)]
-    return every + [g[0] for one in statement.operands for g in one.gathered]
+def _key(shape: tuple[int, ...], one: Access) -> Any:
+    """Under which a value is known in a loop over a shape; None for a gathered one."""
+    return None if one.gathered else (shape, one.storage, one.offset, one.stride, one.dtype)
 
 
-def _key(shape: tuple[int, ...], access: Access) -> Any:
-    """Under which a value is known in a loop over a shape."""
-    return (shape, access.storage, access.offset, access.stride, access.dtype)
+def _after(uses: dict[int, dict[Any, int]], one: Access, key: Any) -> int:
+    """The first group after all uses of a storage; uses under the same key may be in one group."""
+    return max(
+        (
+            place if key == other and key is not None else place + 1
+            for other, place in uses.get(one.storage, {}).items()
+        ),
+        default=0,
+    )
 
 
-def _collapsed(shape: tuple[int, ...], statement: _Statement) -> tuple[tuple[int, ...], _Statement]:
-    """The same statement in as few loops as possible."""
-    every = [statement.out, *statement.operands]
-    every += [g[0] for one in every for g in one.gathered]
+def _arranged(shape: Sequence[int], s: _Statement) -> tuple[tuple[int, ...], _Statement]:
+    """The same statement in as few loops as possible, with the smallest steps in the last one."""
+    every = [s.out, s.out, *s.operands]
+    every += [index for one in every for index, _, _ in one.gathered]
     dims = [d for d in range(len(shape)) if shape[d] != 1]
-    sizes: list[int] = []
-    firsts: list[int] = []  # of joined dimensions: the one that moves in the smallest steps
+    if not s.out.gathered:
+        dims.sort(key=lambda d: -sum(min(abs(one.stride[d]), _LINE) for one in every))
+    sizes, inner = list[int](), list[int]()  # of joined dimensions: the one with the smallest steps
     for d in dims:
-        if sizes and all(one.stride[firsts[-1]] == one.stride[d] * shape[d] for one in every):
+        if sizes and all(one.stride[inner[-1]] == one.stride[d] * shape[d] for one in every):
             sizes[-1] *= shape[d]
-            firsts[-1] = d
+            inner[-1] = d
         else:
             sizes.append(shape[d])
-            firsts.append(d)
+            inner.append(d)
 
-    def only(one: Access) -> Access:
-        gathered = tuple((only(index), step, size) for index, step, size in one.gathered)
-        return one._replace(stride=tuple(one.stride[d] for d in firsts), gathered=gathered)
+    def moved(one: Access) -> Access:
+        gathered = tuple((moved(index), step, size) for index, step, size in one.gathered)
+        return one._replace(stride=tuple(one.stride[d] for d in inner), gathered=gathered)
 
-    out = only(statement.out)
+    operands = tuple(map(moved, s.operands))
     return tuple(sizes), _Statement(
-        out, statement.text, tuple(map(only, statement.operands)), statement.compute,
-        statement.combine, statement.start,
-    )  # fmt: skip
+        moved(s.out), s.text, operands, s.compute, s.combine, s.start, s.total
+    )
 
 
 def _nest(group: _Group, stored: set[int]) -> list[str]:
     """A group as nested loops."""
-    shape = group.shape
-    assert shape is not None
-    depth = len(shape)
-    before: list[list[str]] = [[] for _ in range(depth + 1)]  # before the loop over each index
+    shape, depth = group.shape, len(group.shape)
+    ahead, body, sums = list[str](), list[str](), list[str]()
+    before: list[list[str]] = [[] for _ in range(depth + 1)]  # the loop over each index
     after: list[list[str]] = [[] for _ in range(depth + 1)]
-    ahead: list[str] = []
-    body: list[str] = []
     known: dict[Any, str] = {}
-    sums: list[str] = []  # over the last index
-    is_simple = depth > 0  # so that the compiler may reorder the last loop
 
     def address(one: Access) -> str:
-        terms = [str(one.offset)] if one.offset else []
-        for d, step in enumerate(one.stride):
-            if step:
-                terms.append(f"i{d} * {step}" if step != 1 else f"i{d}")
-        for index, step, size in one.gathered:
-            terms.append(f"within({load(index)}, {size}) * {step}")
-        return f"m{one.storage}[{' + '.join(terms) or '0'}]"
+        terms = [str(one.offset), *(f"i{d} * {step}" for d, step in enumerate(one.stride) if step)]
+        terms += [f"within({load(i)}, {size}) * {step}" for i, step, size in one.gathered]
+        return f"m{one.storage}[{' + '.join(terms)}]"
 
     def load(one: Access) -> str:
-        name = None if one.gathered else known.get(_key(shape, one))
-        return address(one) if name is None else name
+        return known.get(_key(shape, one)) or address(one)
 
-    for n, statement in enumerate(group.statements):
-        out = statement.out
-        kind = ctype(out.dtype)
-        values = [f"({statement.compute})({load(one)})" for one in statement.operands]
-        value = statement.text.format(*values)
-        if out.dtype is torch.bool:
+    for n, s in enumerate(group.statements):
+        place, kind = address(s.out), ctype(s.out.dtype)
+        value = s.text.format(*(f"({s.compute})({load(one)})" for one in s.operands))
+        if s.out.dtype is torch.bool:
             value = f"({value}) != 0"
-        if statement.combine is None and not out.gathered:
+        if s.combine is None:
             body.append(f"const {kind} v{n} = {value};")
-            known[_key(shape, out)] = f"v{n}"
-            if out.storage in stored:
-                body.append(f"{address(out)} = v{n};")
-            continue
-        if statement.combine is None:
-            is_simple = False
-            body.append(f"{address(out)} = {value};")
-            continue
-        level = max((d + 1 for d, step in enumerate(out.stride) if step), default=0)
-        if out.gathered or level == depth or not all(out.stride[:level]):
-            is_simple = False
-            if statement.start is not None:
-                loops = (d for d, step in enumerate(out.stride) if step)
-                head = "".join(f"{_for(d, shape[d])} " for d in loops)
-                ahead.append(f"{head}{address(out)} = {statement.start};")
-            joined = statement.combine.format(address(out), f"({kind})({value})")
-            body.append(f"{address(out)} = {joined};")
-            continue
-        wide = "double" if kind == "float" else kind  # sums of single precision too
-        begin = statement.start if statement.start is not None else address(out)
-        before[level].append(f"{wide} r{n} = {begin};")
-        body.append(f"r{n} = {statement.combine.format(f'r{n}', f'({wide})({value})')};")
-        after[level].append(f"{address(out)} = r{n};")
-        is_simple = is_simple and statement.combine == "{0} + {1}" and level == depth - 1
-        sums.append(f"r{n}")
+            if s.out.gathered or s.out.storage in stored:
+                body.append(f"{place} = v{n};")
+            if not s.out.gathered:
+                known[_key(shape, s.out)] = f"v{n}"
+        elif s.out.gathered:
+            body.append(f"{place} = {s.combine.format(place, f'({kind})({value})')};")
+        else:
+            start = s.start or place
+            if s.is_in_memory and s.start is not None:
+                loops = [_for(d, shape[d]) for d, step in enumerate(s.out.stride) if step]
+                ahead.append(f"{' '.join(loops)} {place} = {start};")
+                start = place
+            before[s.level].append(f"{s.total} r{n} = {start};")
+            body.append(f"r{n} = {s.combine.format(f'r{n}', f'({s.total})({value})')};")
+            after[s.level].append(f"{place} = r{n};")
+            sums += [f"r{n}"] if s.level < depth else []
     lines = ["{", *ahead]
     for d, size in enumerate(shape):
         lines += before[d]
-        if d == depth - 1 and is_simple and sums:
-            lines.append(f"#pragma omp simd reduction(+ : {', '.join(sums)})")
+        is_last = d == depth - 1 and size > _SHORT
+        if is_last and not any(s.is_serial for s in group.statements):
+            clause = f" reduction(+ : {', '.join(sums)})" if sums else ""
+            lines.append(f"#pragma omp simd{clause}")
         lines.append(f"{_for(d, size)} {{")
     lines += [*before[depth], *body, *after[depth]]
     for d in reversed(range(depth)):
@@ -493,29 +483,26 @@ def ctype(dtype: torch.dtype) -> str:
 
 def number(value: Any, kind: str) -> str:
     """A Python number as a C literal."""
-    if isinstance(value, bool):
-        return "1" if value else "0"
-    if kind in ("float", "double"):
-        value = float(value)
-        if math.isnan(value):
-            return "NAN"
-        if math.isinf(value):
-            return "INFINITY" if value > 0 else "(-INFINITY)"
-        text = value.hex() + ("f" if kind == "float" else "")
-    else:
-        text = f"{int(value)}L"
-    return f"({text})"
+    if kind not in ("float", "double"):
+        return f"({int(value)}L)"
+    value = float(value)
+    if math.isnan(value):
+        return "NAN"
+    if math.isinf(value):
+        return "INFINITY" if value > 0 else "(-INFINITY)"
+    return f"({value.hex()}{'f' if kind == 'float' else ''})"
 
 
-def _width(dtype: torch.dtype) -> int:
-    return torch.empty((), dtype=dtype).element_size()
-
-
+_ARGUMENTS = "char **in, char *work, long step, long (*call)(long, long)"
+_HEAD = """#define __FAST_MATH__ 1 /* then glibc declares vector forms of exp and others */
+#include <math.h>
+#undef __FAST_MATH__
+"""
 _HELPERS = {
-    "within": (
-        "static inline long within(long i, long n) {\n"
-        "  i = i < 0 ? i + n : i;\n  return i < 0 ? 0 : i >= n ? n - 1 : i;\n}"
-    ),
+    "within": """static inline long within(long i, long n) {
+  i = i < 0 ? i + n : i;
+  return i < 0 ? 0 : i >= n ? n - 1 : i;
+}""",
     "digamma": """static double digamma(double x) {
   double found = 0;
   if (x == 0) return copysign(INFINITY, -x);
@@ -542,5 +529,15 @@ _HELPERS = {
   for (int i = 0; i < 6; i++, x += 1) found += 1 / (x * x);
   double z = 1 / (x * x);
   return sign * (found + (1 + 1 / (2 * x) + z * (1.0 / 6 - z * (1.0 / 30 - z / 42))) / x);
+}""",
+    "remainder_of": """static double remainder_of(double x, double y) {
+  double found = fmod(x, y);
+  return found != 0 && (y < 0) != (found < 0) ? found + y : found;
+}""",
+    "floor_of": """static double floor_of(double x, double y) {
+  if (y == 0) return x / y;
+  double rest = fmod(x, y), found = (x - rest) / y, whole = floor(found);
+  if (rest != 0 && (y < 0) != (rest < 0)) found -= 1, whole = floor(found);
+  return found == 0 ? 0 : found - whole > 0.5 ? whole + 1 : whole;
 }""",
 }

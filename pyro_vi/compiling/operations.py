@@ -2,7 +2,7 @@
 
 `FORMS` has a function for each operation's name, which adds its statements to an `Emitter`. An
 operation without one is run by torch. An operation in place, such as `add_`, has the form of the
-other, and its result goes into its first operand.
+other: its result is a place that it also reads.
 """
 
 from __future__ import annotations
@@ -10,17 +10,23 @@ from __future__ import annotations
 __all__ = ["FORMS", "emit"]
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from pyro_vi.compiling.emit import Access, Emitter, Unemittable, ctype, number
+from pyro_vi.compiling.emit import ADD, Access, Emitter, Unemittable, access, ctype
 from pyro_vi.compiling.tape import UNSET, Op, Record, Ref
 
 Form = Callable[[Emitter, Op, Ref], None]
 FORMS: dict[str, Form] = {}
+_aten = torch.ops.aten
+
+
+class _Unknown(Exception):
+    """A form that does not know these arguments; torch runs the operation."""
 
 
 def emit(record: Record, outer: Sequence[int] = ()) -> Emitter:
@@ -33,7 +39,6 @@ def emit(record: Record, outer: Sequence[int] = ()) -> Emitter:
         Unemittable: memory of a kind that C code does not handle here.
     """
     emitter = Emitter(record, outer)
-    emitter.helpers.add("within")
     for storage in record.storages:
         if storage.device.type != "cpu":
             raise Unemittable(f"a tensor on {storage.device}")
@@ -41,44 +46,37 @@ def emit(record: Record, outer: Sequence[int] = ()) -> Emitter:
         for ref in (*op.reads(), *op.outs):
             if ref.dtype is not record.storages[ref.storage].dtype:
                 raise Unemittable("memory of two dtypes")
-        if (
-            op.is_view
-            or op.func in UNSET
-            or (op.outs and op.outs[0].storage in outer and op.is_random)
-        ):
+        if op.is_view or op.func in UNSET:
             continue
-        name = op.name
-        target = op.outs[0] if op.outs else None
-        form = FORMS.get(name)
-        if form is None and name.endswith("_") and name[:-1] in FORMS:
-            form, target = FORMS[name[:-1]], op.args[0]
-        if form is None or target is None or op.is_random:
-            emitter.call(op)
+        if op.is_random:
+            if op.outs[0].storage not in outer:
+                emitter.call(op)
+            continue
+        if op.outs and not any(ref.numel for ref in op.outs):
             continue
         try:
-            form(emitter, op, target)
-        except _Unknown:
+            FORMS[_name(op)](emitter, op, op.outs[0])
+        except (KeyError, _Unknown):
             emitter.call(op)
     return emitter
 
 
-class _Unknown(Exception):
-    """A form that does not know these arguments; torch runs the operation."""
-
-
-_aten = torch.ops.aten
-
-
 def _form(*names: str) -> Callable[[Form], Form]:
+    """Registers the form of some operations."""
+
     def add(form: Form) -> Form:
-        for name in names:
-            FORMS[name] = form
+        FORMS.update(dict.fromkeys(names, form))
         return form
 
     return add
 
 
-def argument(op: Op, name: str) -> Any:
+def _name(op: Op) -> str:
+    """An operation's name, without what marks one in place."""
+    return op.name if op.name.startswith("__") else op.name.removesuffix("_")
+
+
+def _argument(op: Op, name: str) -> Any:
     """An argument by its name, or its default."""
     for i, one in enumerate(op.func._schema.arguments):
         if one.name == name:
@@ -88,737 +86,641 @@ def argument(op: Op, name: str) -> Any:
     return None
 
 
-def _promoted(*operands: Any) -> torch.dtype:
-    """The dtype in which torch compares operands."""
-    found: Any = None
-    for one in operands:
-        if isinstance(one, Ref):
-            one = torch.empty((1,) * min(1, len(one.shape)), dtype=one.dtype, device="meta")
-        found = one if found is None else torch.empty(
-            (1,) * max(getattr(found, "dim", int)() , getattr(one, "dim", int)()),
-            dtype=torch.result_type(found, one), device="meta",
-        )  # fmt: skip
-    return found.dtype if isinstance(found, torch.Tensor) else torch.result_type(found, found)
+def _view(ref: Ref, change: Callable[[Tensor], Tensor]) -> Ref:
+    """A view of a tensor."""
+    view = change(torch.empty_strided(ref.shape, ref.stride, device="meta"))
+    offset = ref.offset + int(view.storage_offset())
+    return Ref(ref.storage, offset, tuple(view.shape), view.stride(), ref.dtype)
 
 
-# One statement for each element: {0}, {1}... are the operands, {f} is the suffix of a function of
-# single precision. These are computed in the dtype of the result.
-_PLAIN = {
-    "neg": "-{0}", "exp": "exp{f}({0})", "exp2": "exp2{f}({0})", "expm1": "expm1{f}({0})",
-    "log": "log{f}({0})", "log2": "log2{f}({0})", "log10": "log10{f}({0})",
-    "log1p": "log1p{f}({0})", "sqrt": "sqrt{f}({0})", "rsqrt": "1 / sqrt{f}({0})",
-    "abs": "({0} < 0 ? -{0} : {0})", "reciprocal": "1 / {0}", "square": "{0} * {0}",
-    "sigmoid": "1 / (1 + exp{f}(-{0}))", "tanh": "tanh{f}({0})", "sin": "sin{f}({0})",
-    "cos": "cos{f}({0})", "tan": "tan{f}({0})", "asin": "asin{f}({0})", "acos": "acos{f}({0})",
-    "atan": "atan{f}({0})", "sinh": "sinh{f}({0})", "cosh": "cosh{f}({0})",
-    "atanh": "atanh{f}({0})", "asinh": "asinh{f}({0})", "acosh": "acosh{f}({0})",
-    "atan2": "atan2{f}({0}, {1})", "hypot": "hypot{f}({0}, {1})", "erf": "erf{f}({0})",
-    "erfc": "erfc{f}({0})", "lgamma": "lgamma({0})", "floor": "floor{f}({0})",
-    "ceil": "ceil{f}({0})", "trunc": "trunc{f}({0})", "mul": "{0} * {1}",
-    "maximum": "({0} != {0} || {0} > {1} ? {0} : {1})",
-    "minimum": "({0} != {0} || {0} < {1} ? {0} : {1})",
-    "fmax": "fmax{f}({0}, {1})", "fmin": "fmin{f}({0}, {1})",
-    "relu": "({0} < 0 ? 0 : {0})", "relu_backward": "({1} > 0 ? {0} : 0)",
-    "sgn": "(({0} > 0) - ({0} < 0))", "sign": "(({0} > 0) - ({0} < 0))",
-    "silu": "{0} / (1 + exp{f}(-{0}))",
-    "sigmoid_backward": "{0} * (1 - {1}) * {1}", "tanh_backward": "{0} * (1 - {1} * {1})",
-    "threshold_backward": "({1} <= {2} ? 0 : {0})",
+def _scratch(e: Emitter, like: Ref, shape: Sequence[int] | None = None) -> Ref:
+    """Memory for a result in between."""
+    shape = like.shape if shape is None else shape
+    return e.record.allocate(shape, like.dtype, torch.device("cpu"))
+
+
+# Operations on each element.
+#
+# {0}, {1}... are the operands, {alpha} is an argument by its name, and {f} is the suffix of C
+# functions and numbers of single precision. They are computed in the result's dtype.
+
+_MAX = "({0} != {0} || {0} > {1} ? {0} : {1})"
+_MIN = "({0} != {0} || {0} < {1} ? {0} : {1})"
+# fmt: off
+_ELEMENTWISE = {
+    **{name: f"{name}{{f}}({{0}})" for name in (
+        "exp exp2 expm1 log log2 log10 log1p sqrt tanh sin cos tan asin acos atan sinh cosh asinh"
+        " acosh atanh erf erfc floor ceil trunc").split()},
+    **{name: f"{name}{{f}}({{0}}, {{1}})" for name in "atan2 hypot fmax fmin copysign".split()},
+    "clone": "{0}", "lift_fresh": "{0}", "zero": "0", "zeros_like": "0", "new_zeros": "0",
+    "ones_like": "1", "new_ones": "1", "full_like": "{fill_value}", "new_full": "{fill_value}",
+    "fill": "{value}", "neg": "-{0}", "abs": "({0} > 0 ? {0} : 0 - {0})",
+    "reciprocal": "1 / {0}", "rsqrt": "1 / sqrt{f}({0})",
+    "frac": "{0} - trunc{f}({0})", "round": "rint{f}({0})", "sgn": "({0} > 0) - ({0} < 0)",
+    "sign": "({0} > 0) - ({0} < 0)", "lgamma": "lgamma({0})", "digamma": "digamma({0})",
+    "polygamma": "trigamma({1})", "add": "{0} + {alpha} * {1}", "sub": "{0} - {alpha} * {1}",
+    "rsub": "{1} - {alpha} * {0}", "mul": "{0} * {1}", "div": "{0} / {1}",
+    "div.trunc": "trunc{f}({0} / {1})", "div.floor": "floor_of({0}, {1})",
+    "floor_divide": "floor_of({0}, {1})", "remainder": "remainder_of({0}, {1})",
+    "fmod": "fmod{f}({0}, {1})", "addcmul": "{0} + {value} * {1} * {2}",
+    "addcdiv": "{0} + {value} * {1} / {2}", "maximum": _MAX, "minimum": _MIN,
+    "lerp": "({2} < 0.5{f} ? {0} + {2} * ({1} - {0}) : {1} - ({1} - {0}) * (1 - {2}))",
+    "where": "({0} ? {1} : {2})", "masked_fill": "({1} ? {2} : {0})",
     "xlogy": "({1} != {1} ? {1} : {0} == 0 ? 0 : {0} * log{f}({1}))",
-    "logaddexp": "({0} == {1} ? {0} + (1 == 1) * 0x1.62e42fefa39efp-1 : "
-    "fmax{f}({0}, {1}) + log1p{f}(exp{f}(-fabs{f}({0} - {1}))))",
-    "copysign": "copysign{f}({0}, {1})",
-    "clone": "{0}", "contiguous": "{0}", "lift_fresh": "{0}", "expand_copy": "{0}",
-    "view_copy": "{0}", "_reshape_copy": "{0}", "detach_copy": "{0}",
-    "lift_fresh_copy": "{0}",
-}  # fmt: skip
-# These are computed in the dtype that torch promotes the operands to, and give another one.
+    "logaddexp": f"({{0}} == {{1}} ? {{0}} + M_LN2 :"
+        f" {_MAX} + log1p{{f}}(exp{{f}}(-fabs{{f}}({{0}} - {{1}}))))",
+    "logit": "log{f}({0} / (1 - {0}))",
+    "logit_backward": "({1} < 0 || {1} > 1 ? NAN : {0} / ({1} * (1 - {1})))",
+    "bitwise_and": "{0} & {1}", "bitwise_or": "{0} | {1}", "bitwise_xor": "{0} ^ {1}",
+    "bitwise_not": "~{0}",
+    # Activations and losses of networks. Of a gradient, {0} is what comes from the result.
+    "sigmoid": "1 / (1 + exp{f}(-{0}))", "sigmoid_backward": "{0} * (1 - {1}) * {1}",
+    "tanh_backward": "{0} * (1 - {1} * {1})", "relu": "({0} < 0 ? 0 : {0})",
+    "threshold": "({0} <= {1} ? {2} : {0})", "threshold_backward": "({1} <= {2} ? 0 : {0})",
+    "hardtanh": "({0} < {min_val} ? {min_val} : {0} > {max_val} ? {max_val} : {0})",
+    "hardtanh_backward": "({1} > {min_val} && {1} < {max_val} ? {0} : 0)",
+    "leaky_relu": "({0} > 0 ? {0} : {0} * {negative_slope})",
+    "leaky_relu_backward": "({1} > 0 ? {0} : {0} * {negative_slope})",
+    "elu": "({0} > 0 ? {0} * {scale} : expm1{f}({0} * {input_scale}) * {alpha} * {scale})",
+    "elu_backward": "({5} > 0 ? {0} * {scale} : {0} * {input_scale} * {scale} *"
+        " ({is_result} ? {5} / {scale} + {alpha} : {alpha} * exp{f}({5} * {input_scale})))",
+    "silu": "{0} / (1 + exp{f}(-{0}))",
+    "silu_backward": "{0} * (1 + {1} - {1} / (1 + exp{f}(-{1}))) / (1 + exp{f}(-{1}))",
+    "gelu": "{0} * 0.5{f} * (1 + erf{f}({0} * 0.7071067811865476{f}))",
+    "gelu_backward": "{0} * (0.5{f} * (1 + erf{f}({1} * 0.7071067811865476{f}))"
+        " + {1} * exp{f}({1} * {1} / -2) * 0.3989422804014327{f})",
+    "softplus": "({0} * {beta} > {threshold} ? {0} : log1p{f}(exp{f}({0} * {beta})) / {beta})",
+    "softplus_backward": "({1} * {beta} > {threshold} ? {0} : {0} / (1 + exp{f}(-{1} * {beta})))",
+    "log_sigmoid_forward": "({0} < 0 ? {0} : 0) - log1p{f}(exp{f}(-fabs{f}({0})))",
+    "log_sigmoid_backward": "{0} / (1 + exp{f}({1}))",
+    "binary_cross_entropy_with_logits":
+        "(1 - {1}) * {0} + ({0} < 0 ? -{0} : 0) + log1p{f}(exp{f}(-fabs{f}({0})))",
+}
+# These are computed in the dtype to which torch promotes the operands.
 _COMPARING = {
     "eq": "{0} == {1}", "ne": "{0} != {1}", "lt": "{0} < {1}", "le": "{0} <= {1}",
     "gt": "{0} > {1}", "ge": "{0} >= {1}", "isnan": "{0} != {0}",
-    "isinf": "({0} == INFINITY || {0} == -INFINITY)", "isfinite": "isfinite({0})",
-    "logical_and": "({0} && {1})", "logical_or": "({0} || {1})", "logical_not": "!{0}",
-    "logical_xor": "(!{0} != !{1})", "_to_copy": "{0}", "signbit": "signbit({0})",
-}  # fmt: skip
+    "isinf": "{0} == INFINITY || {0} == -INFINITY", "signbit": "signbit({0})",
+    "logical_and": "{0} && {1}", "logical_or": "{0} || {1}", "logical_xor": "!{0} != !{1}",
+    "logical_not": "!{0}", "_to_copy": "{0}", "copy": "{1}",
+}
+# These are for integers.
+_INTEGERS = {
+    "div.trunc": "{0} / {1}", "fmod": "{0} % {1}", "remainder": "({0} % {1} + {1}) % {1}",
+    **dict.fromkeys(("div.floor", "floor_divide"),
+        "{0} / {1} - ({0} % {1} != 0 && ({0} < 0) != ({1} < 0))"),
+}
+# Values that arguments must have.
+_ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
+    "round": {"decimals": (None, 0)}, "polygamma": {"n": (1,)}, "logit": {"eps": (None,)},
+    "logit_backward": {"eps": (None,)}, "gelu": {"approximate": ("none",)},
+    "gelu_backward": {"approximate": ("none",)}, "binary_cross_entropy_with_logits":
+        {"weight": (None,), "pos_weight": (None,), "reduction": (0,)},
+}
+# fmt: on
 
 
-def _add_plain(name: str, text: str, *, compares: bool) -> None:
-    places = 1 + max(i for i in range(3) if f"{{{i}}}" in text)
-
-    @_form(name)
-    def form(e: Emitter, op: Op, out: Ref) -> None:
-        operands = op.args[:places]
-        e.assign(out, text, *operands, compute=_promoted(*operands) if compares else None)
-
-
-for _name, _text in _PLAIN.items():
-    _add_plain(_name, _text, compares=False)
-for _name, _text in _COMPARING.items():
-    _add_plain(_name, _text, compares=True)
-
-
-@_form("add", "sub", "rsub")
-def _add(e: Emitter, op: Op, out: Ref) -> None:
-    alpha = argument(op, "alpha")
-    first, second = op.args[:2]
-    if op.name == "rsub":
-        first, second = second, first
-    sign = "+" if op.name.startswith("add") else "-"
-    if alpha in (None, 1):
-        e.assign(out, f"{{0}} {sign} {{1}}", first, second)
-    elif op.name == "rsub":
-        e.assign(out, "{0} - {2} * {1}", first, second, alpha)
-    else:
-        e.assign(out, f"{{0}} {sign} {{2}} * {{1}}", first, second, alpha)
-
-
-@_form("div")
-def _div(e: Emitter, op: Op, out: Ref) -> None:
-    rounding = argument(op, "rounding_mode")
-    if rounding is None:
-        e.assign(out, "{0} / {1}", *op.args[:2])
-    elif out.dtype.is_floating_point:
-        e.assign(out, f"{rounding}{{f}}({{0}} / {{1}})", *op.args[:2])
-    else:
+@_form(*(name for name in {**_ELEMENTWISE, **_COMPARING} if "." not in name))
+def _elementwise(e: Emitter, op: Op, out: Ref) -> None:
+    name = _name(op)
+    if any(_argument(op, key) not in values for key, values in _ONLY.get(name, {}).items()):
         raise _Unknown
+    if (rounding := _argument(op, "rounding_mode")) is not None:
+        name = f"{name}.{rounding}"
+    text = _COMPARING.get(name) or _ELEMENTWISE[name]
+    if name in _INTEGERS and not out.dtype.is_floating_point:
+        if not isinstance(op.args[1], int) or op.args[1] == 0:  # torch raises an error for 0
+            raise _Unknown
+        text = _INTEGERS[name]
+    if name == "bitwise_not" and out.dtype is torch.bool:
+        text = "!{0}"
+    fields = [one for one in dict.fromkeys(re.findall(r"{(\w+)}", text)) if one != "f"]
+    operands = [op.args[int(one)] if one.isdigit() else _argument(op, one) for one in fields]
+    for i, one in enumerate(fields):
+        text = text.replace(f"{{{one}}}", f"{{_{i}}}")
+    e.assign(
+        out, text.replace("{_", "{"), *operands,
+        compute=_promoted(*operands) if name in _COMPARING else None,
+    )  # fmt: skip
 
 
-@_form("remainder", "fmod")
-def _remainder(e: Emitter, op: Op, out: Ref) -> None:
-    if not out.dtype.is_floating_point:
-        raise _Unknown
-    text = (
-        "fmod{f}({0}, {1})" if op.name.startswith("fmod") else "({0} - floor{f}({0} / {1}) * {1})"
-    )
-    e.assign(out, text, *op.args[:2])
+def _promoted(*operands: Any) -> torch.dtype:
+    """The dtype in which torch compares operands."""
 
+    def like(one: Any) -> Any:
+        if not isinstance(one, Ref):
+            return one
+        return torch.empty([1] * min(1, len(one.shape)), dtype=one.dtype, device="meta")
 
-@_form("round")
-def _round(e: Emitter, op: Op, out: Ref) -> None:
-    if argument(op, "decimals"):
-        raise _Unknown
-    e.assign(out, "rint{f}({0})", op.args[0])
+    return torch.result_type(like(operands[0]), like(operands[-1]))
 
 
 @_form("pow")
 def _pow(e: Emitter, op: Op, out: Ref) -> None:
-    base, power = op.args[:2]
-    texts = {1: "{0}", 2: "{0} * {0}", 3: "{0} * {0} * {0}", -1: "1 / {0}", -2: "1 / ({0} * {0})"}
-    texts |= {0.5: "sqrt{f}({0})", -0.5: "1 / sqrt{f}({0})"} if out.dtype.is_floating_point else {}
-    if isinstance(power, (int, float)) and power in texts and out.dtype.is_floating_point:
-        e.assign(out, texts[power], base)
-    elif out.dtype.is_floating_point:
-        e.assign(out, "pow{f}({0}, {1})", base, power)
-    elif power == 2:
-        e.assign(out, texts[2], base)
-    else:
+    texts: dict[Any, str] = {1: "{0}", 2: "{0} * {0}", 3: "{0} * {0} * {0}"}
+    if out.dtype.is_floating_point:
+        texts |= {-1: "1 / {0}", -2: "1 / ({0} * {0})", 0.5: "sqrt{f}({0})"}
+        texts |= {-0.5: "1 / sqrt{f}({0})"}
+    elif op.args[1] not in texts:
         raise _Unknown
+    e.assign(out, texts.get(op.args[1], "pow{f}({0}, {1})"), *op.args[:2])
 
 
-@_form("bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not", "__and__", "__or__")
-def _bitwise(e: Emitter, op: Op, out: Ref) -> None:
-    signs = {"and": "&", "or": "|", "xor": "^"}
-    name = op.name.strip("_").removeprefix("bitwise_")
-    if name == "not":
-        e.assign(out, "!{0}" if out.dtype is torch.bool else "~{0}", op.args[0])
-    else:
-        e.assign(out, f"({{0}} {signs[name]} {{1}})", *op.args[:2])
-
-
-@_form("digamma")
-def _digamma(e: Emitter, op: Op, out: Ref) -> None:
-    e.helpers.add("digamma")
-    e.assign(out, "digamma({0})", op.args[0])
-
-
-@_form("polygamma")
-def _polygamma(e: Emitter, op: Op, out: Ref) -> None:
-    order, x = op.args[:2]
-    if order != 1:
-        raise _Unknown
-    e.helpers.add("trigamma")
-    e.assign(out, "trigamma({0})", x)
-
-
-@_form("lerp")
-def _lerp(e: Emitter, op: Op, out: Ref) -> None:
-    e.assign(
-        out, "({2} < 0.5 ? {0} + {2} * ({1} - {0}) : {1} - ({1} - {0}) * (1 - {2}))", *op.args[:3]
-    )
-
-
-@_form("addcmul", "addcdiv")
-def _addcmul(e: Emitter, op: Op, out: Ref) -> None:
-    sign = "*" if op.name.startswith("addcmul") else "/"
-    e.assign(out, f"{{0}} + {{3}} * {{1}} {sign} {{2}}", *op.args[:3], argument(op, "value"))
-
-
-@_form("where")
-def _where(e: Emitter, op: Op, out: Ref) -> None:
-    if len(op.args) < 3:
-        raise _Unknown
-    e.assign(out, "({0} ? {1} : {2})", *op.args[:3])
-
-
-@_form("masked_fill")
-def _masked_fill(e: Emitter, op: Op, out: Ref) -> None:
-    e.assign(out, "({1} ? {2} : {0})", *op.args[:3])
-
-
-@_form("clamp", "clamp_min", "clamp_max", "hardtanh")
+@_form("clamp", "clamp_min", "clamp_max")
 def _clamp(e: Emitter, op: Op, out: Ref) -> None:
-    name = op.name.rstrip("_")
-    low = op.args[1] if name in ("clamp_min",) else argument(op, "min")
-    high = op.args[1] if name == "clamp_max" else argument(op, "max")
-    if name == "hardtanh":
-        low, high = argument(op, "min_val"), argument(op, "max_val")
-    low = -math.inf if low is None else low
-    high = math.inf if high is None else high
-    e.assign(out, "({0} < {1} ? {1} : {0} > {2} ? {2} : {0})", op.args[0], low, high)
-
-
-@_form("copy")
-def _copy(e: Emitter, op: Op, out: Ref) -> None:
-    e.assign(out, "{0}", op.args[1], compute=op.args[1].dtype)
-
-
-@_form("fill", "zero", "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros",
-       "new_ones", "new_full", "scalar_tensor")  # fmt: skip
-def _fill(e: Emitter, op: Op, out: Ref) -> None:
-    kind = op.name.rstrip("_").removeprefix("new_").removesuffix("_like")
-    value: Any = {"zero": 0, "zeros": 0, "ones": 1}.get(kind)
-    if value is None:
-        value = (
-            op.args[0]
-            if kind == "scalar_tensor"
-            else op.args[2]
-            if op.name == "new_full"
-            else op.args[1]
-        )
-    e.assign(out, "{0}", value)
-
-
-@_form("arange")
-def _arange(e: Emitter, op: Op, out: Ref) -> None:
-    raise _Unknown
-
-
-# Activations and losses of networks.
-
-
-@_form("softplus", "softplus_backward")
-def _softplus(e: Emitter, op: Op, out: Ref) -> None:
-    beta, threshold = argument(op, "beta"), argument(op, "threshold")
-    if op.name == "softplus":
-        text = "({0} * {1} > {2} ? {0} : log1p{f}(exp{f}({0} * {1})) / {1})"
-        e.assign(out, text, op.args[0], beta, threshold)
-    else:
-        text = "({1} * {2} > {3} ? {0} : {0} / (1 + exp{f}(-{1} * {2})))"
-        e.assign(out, text, *op.args[:2], beta, threshold)
-
-
-@_form("log_sigmoid_forward")
-def _log_sigmoid(e: Emitter, op: Op, out: Ref) -> None:
-    e.assign(out, "(({0} < 0 ? {0} : 0) - log1p{f}(exp{f}(-fabs{f}({0}))))", op.args[0])
-
-
-@_form("log_sigmoid_backward")
-def _log_sigmoid_backward(e: Emitter, op: Op, out: Ref) -> None:
-    e.assign(out, "{0} / (1 + exp{f}({1}))", *op.args[:2])
-
-
-@_form("silu_backward")
-def _silu_backward(e: Emitter, op: Op, out: Ref) -> None:
-    s = "(1 / (1 + exp{f}(-{1})))"
-    e.assign(out, f"{{0}} * {s} * (1 + {{1}} * (1 - {s}))", *op.args[:2])
-
-
-@_form("gelu", "gelu_backward")
-def _gelu(e: Emitter, op: Op, out: Ref) -> None:
-    if argument(op, "approximate") != "none":
-        raise _Unknown
-    root, density = 1 / math.sqrt(2), 1 / math.sqrt(2 * math.pi)
-    if op.name == "gelu":
-        e.assign(out, "{0} * 0.5 * (1 + erf{f}({0} * {1}))", op.args[0], root)
-    else:
-        text = "{0} * (0.5 * (1 + erf{f}({1} * {2})) + {1} * {3} * exp{f}({1} * {1} / -2))"
-        e.assign(out, text, *op.args[:2], root, density)
-
-
-@_form("leaky_relu", "leaky_relu_backward", "elu")
-def _leaky(e: Emitter, op: Op, out: Ref) -> None:
-    if op.name == "leaky_relu":
-        e.assign(out, "({0} > 0 ? {0} : {0} * {1})", op.args[0], argument(op, "negative_slope"))
-    elif op.name == "leaky_relu_backward":
-        e.assign(out, "({1} > 0 ? {0} : {0} * {2})", *op.args[:2], argument(op, "negative_slope"))
-    else:
-        raise _Unknown
-
-
-@_form("binary_cross_entropy_with_logits")
-def _bce(e: Emitter, op: Op, out: Ref) -> None:
-    if argument(op, "weight") is not None or argument(op, "pos_weight") is not None:
-        raise _Unknown
-    if argument(op, "reduction") != 0:
-        raise _Unknown
-    text = "((1 - {1}) * {0} + ({0} < 0 ? -{0} : 0) + log1p{f}(exp{f}(-fabs{f}({0}))))"
-    e.assign(out, text, *op.args[:2])
+    text, operands = "{0}", [op.args[0]]
+    for name, limited in (("min", _MAX), ("max", _MIN)):
+        if (bound := _argument(op, name)) is not None:
+            text = limited.format(text, f"{{{len(operands)}}}")
+            operands.append(bound)
+    e.assign(out, text, *operands)
 
 
 # Reductions.
 
-
-def _dims(op: Op, name: str = "dim") -> list[int]:
-    rank = len(op.args[0].shape)
-    given = argument(op, name)
-    if given is None or (isinstance(given, tuple) and not given):
-        return list(range(rank))
-    given = [given] if isinstance(given, int) else given
-    return [d % max(rank, 1) for d in given] if rank else []
+_JOINED = {
+    "sum": (ADD, "0"), "prod": ("{0} * {1}", "1"), "any": ("{0} || {1}", "0"),
+    "all": ("{0} && {1}", "1"), "max": ("({1} != {1} || {1} > {0} ? {1} : {0})", "-INFINITY"),
+    "min": ("({1} != {1} || {1} < {0} ? {1} : {0})", "INFINITY"),
+}  # fmt: skip
+_ABS = "fabs({0})"
 
 
-@_form("sum", "mean", "prod", "any", "all", "amax", "amin", "max", "min", "nansum")
+def _join(
+    e: Emitter, kind: str, out: Ref, text: str, *operands: Any, dims: Sequence[int],
+    shape: Sequence[int], compute: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """A reduction of a kind of an expression over a shape."""
+    combine, start = _JOINED[kind]
+    if kind in ("max", "min") and not out.dtype.is_floating_point:
+        limits = (0, 1) if out.dtype is torch.bool else torch.iinfo(out.dtype)
+        low, high = limits if isinstance(limits, tuple) else (limits.min + 1, limits.max)
+        start = f"({low if kind == 'max' else high}L)"
+    e.reduce(
+        out, text, *operands, dims=dims, shape=shape, combine=combine, start=start, compute=compute
+    )
+
+
+def _dims(op: Op) -> list[int]:
+    """The dimensions of a reduction."""
+    rank, given = len(op.args[0].shape), _argument(op, "dim")
+    given = (given,) if isinstance(given, int) else given
+    return sorted({d % rank for d in given}) if given and rank else list(range(rank))
+
+
+def _kept(e: Emitter, like: Ref, shape: Sequence[int], dims: Sequence[int]) -> Ref:
+    """Memory for a reduction over a shape, with the dimensions that are reduced."""
+    return _scratch(e, like, [1 if d in dims else n for d, n in enumerate(shape)])
+
+
+def _fitted(ref: Ref, out: Ref, dims: Sequence[int]) -> Ref:
+    """A reduction without the reduced dimensions, if the result does not have them."""
+    has = len(out.shape) == len(ref.shape)
+    return ref if has else _view(ref, lambda t: t.squeeze(tuple(dims)))
+
+
+@_form("sum", "nansum", "mean", "prod", "any", "all", "_is_all_true", "amax", "amin")
 def _reduction(e: Emitter, op: Op, out: Ref) -> None:
-    source = op.args[0]
-    takes_dim = len(op.outs) == 2 and op.outs[1].storage not in e.read  # indices of no use
-    if op.name in ("max", "min") and (len(op.args) > 1 or len(op.outs) > 1) and not takes_dim:
-        if not (len(op.args) == 2 and isinstance(op.args[1], Ref)):
-            raise _Unknown
-        FORMS["maximum" if op.name == "max" else "minimum"](e, op, out)
-        return
-    dims = _dims(op)
-    compute = out.dtype
-    start, combine, text = {
-        "sum": ("0", "{0} + {1}", "{0}"),
-        "mean": ("0", "{0} + {1}", "{0} / {1}"),
-        "prod": ("1", "{0} * {1}", "{0}"),
-        "any": ("0", "({0} || {1})", "({0} != 0)"),
-        "all": ("1", "({0} && {1})", "({0} != 0)"),
-        "amax": ("-INFINITY", "({1} != {1} || {1} > {0} ? {1} : {0})", "{0}"),
-        "amin": ("INFINITY", "({1} != {1} || {1} < {0} ? {1} : {0})", "{0}"),
-    }.get({"max": "amax", "min": "amin"}.get(op.name, op.name), ("", "", ""))
-    if not combine:
-        raise _Unknown
-    if op.name in ("any", "all"):
-        compute = source.dtype
-    if "INFINITY" in start and not out.dtype.is_floating_point:
-        if out.dtype is not torch.bool:
-            raise _Unknown
-        start = "0" if op.name in ("amax", "max") else "1"
-    operands: tuple[Any, ...] = (source,)
+    source, dims = op.args[0], _dims(op)
+    kind = {"mean": "sum", "nansum": "sum", "_is_all_true": "all"}.get(op.name, op.name)
+    kind, compute, text, operands = (
+        kind.removeprefix("a") if "am" in kind else kind,
+        None,
+        "{0}",
+        [],
+    )
     if op.name == "mean":
-        operands = (source, math.prod(source.shape[d] for d in dims))
-    e.reduce(out, operands, dims, combine, start, shape=source.shape, text=text, compute=compute)
+        text, operands = "{0} * {1}", [1 / max(1, math.prod(source.shape[d] for d in dims))]
+    elif op.name == "nansum":
+        text = "({0} == {0} ? {0} : 0)"
+    elif kind in ("any", "all"):
+        text, compute = "({0} != 0)", source.dtype
+    _join(e, kind, out, text, source, *operands, dims=dims, shape=source.shape, compute=compute)
 
 
-@_form("_is_all_true")
-def _is_all_true(e: Emitter, op: Op, out: Ref) -> None:
-    source = op.args[0]
-    dims = range(len(source.shape))
-    e.reduce(out, source, dims, "({0} && {1})", "1", shape=source.shape, compute=source.dtype)
+@_form("max", "min", "argmax", "argmin")
+def _best(e: Emitter, op: Op, out: Ref) -> None:
+    """The largest or smallest element, and the first place of it along a dimension."""
+    source, overload = op.args[0], op.func._overloadname
+    kind = op.name.removeprefix("arg")
+    if overload == "other":
+        e.assign(out, _MAX if kind == "max" else _MIN, *op.args[:2])
+        return
+    dim = _argument(op, "dim")
+    if kind == op.name and dim is None:
+        _join(e, kind, out, "{0}", source, dims=_dims(op), shape=source.shape)
+        return
+    if not source.shape or (dim is None and len(source.shape) > 1):
+        raise _Unknown
+    dim = (dim or 0) % len(source.shape)
+    moved = _view(source, lambda t: t.movedim(dim, -1))
+    shape, size, type_ = moved.shape[:-1], moved.shape[-1], ctype(source.dtype)
+    index = _indices(shape)
+    outs = [
+        _view(one, lambda t: t.squeeze(dim)) if len(one.shape) > len(shape) else one
+        for one in op.outs
+    ]
+    lines = [
+        f"{type_} best = {e.at(moved, *index, '0')}; long place = 0;",
+        f"for (long k = 1; k < {size}; k++) {{ const {type_} x = {e.at(moved, *index, 'k')};",
+        f"if (x {'>' if kind == 'max' else '<'} best || (x != x && best == best))"
+        " { best = x; place = k; } }",
+        f"{e.at(outs[-1], *index)} = place;",
+        *(f"{e.at(one, *index)} = best;" for one in outs[:-1]),
+    ]
+    _code(e, shape, lines, [source], op.outs, size)
 
 
 @_form("linalg_vector_norm")
 def _norm(e: Emitter, op: Op, out: Ref) -> None:
-    if argument(op, "ord") != 2 or argument(op, "dtype") is not None:
+    source, order, total = op.args[0], _argument(op, "ord"), _scratch(e, out)
+    kinds = {1: ("sum", _ABS), 2: ("sum", "{0} * {0}"), math.inf: ("max", _ABS)}
+    if order not in kinds or _argument(op, "dtype") is not None:
         raise _Unknown
-    source = op.args[0]
-    squares = e.record.allocate(out.shape, out.dtype, torch.device("cpu"))
-    e.reduce(squares, source, _dims(op), "{0} + {1}", "0", shape=source.shape, text="{0} * {0}")
-    e.assign(out, "sqrt{f}({0})", squares)
+    _join(e, kinds[order][0], total, kinds[order][1], source, dims=_dims(op), shape=source.shape)
+    e.assign(out, "sqrt{f}({0})" if order == 2 else "{0}", total)
 
 
-def _scratch(e: Emitter, like: Ref, shape: Sequence[int]) -> Ref:
-    return e.record.allocate(shape, like.dtype, torch.device("cpu"))
-
-
-def _kept(shape: Sequence[int], dims: Sequence[int]) -> tuple[int, ...]:
-    return tuple(1 if d in dims else n for d, n in enumerate(shape))
+@_form("var", "std", "var_mean", "std_mean")
+def _variance(e: Emitter, op: Op, out: Ref) -> None:
+    source, dims = op.args[0], _dims(op)
+    if op.func._overloadname != "correction":
+        raise _Unknown
+    correction = _argument(op, "correction")
+    count = math.prod(source.shape[d] for d in dims)
+    rest = count - (1 if correction is None else correction)
+    mean, total = _kept(e, out, source.shape, dims), _scratch(e, out)
+    keys = {"dims": dims, "shape": source.shape}
+    _join(e, "sum", mean, "{0} * {1}", source, 1 / count if count else math.nan, **keys)
+    factor = 1 / rest if rest > 0 else math.nan
+    _join(e, "sum", total, "({0} - {1}) * ({0} - {1}) * {2}", source, mean, factor, **keys)
+    e.assign(out, "sqrt{f}({0})" if op.name.startswith("std") else "{0}", total)
+    if len(op.outs) > 1:
+        e.assign(op.outs[1], "{0}", _fitted(mean, op.outs[1], dims))
 
 
 @_form("logsumexp")
 def _logsumexp(e: Emitter, op: Op, out: Ref) -> None:
     source, dims = op.args[0], _dims(op)
-    top = _scratch(e, out, _kept(source.shape, dims))
-    total = _scratch(e, out, top.shape)
-    largest = "({1} != {1} || {1} > {0} ? {1} : {0})"
-    e.reduce(top, source, dims, largest, "-INFINITY", shape=source.shape)
-    text = "exp{f}({0} - (isfinite({1}) ? {1} : 0))"
-    e.reduce(total, (source, top), dims, "{0} + {1}", "0", shape=source.shape, text=text)
-    flat = [one._replace(shape=out.shape, stride=out.stride) for one in (total, top)]
-    if top.numel != out.numel:
-        raise _Unknown
-    e.assign(out, "(log{f}({0}) + (isfinite({1}) ? {1} : 0))", *flat)
+    top, shift, total = (_kept(e, out, source.shape, dims) for _ in range(3))
+    keys = {"dims": dims, "shape": source.shape}
+    _join(e, "max", top, "{0}", source, **keys)
+    e.assign(shift, "(isfinite({0}) ? {0} : 0)", top)
+    _join(e, "sum", total, "exp{f}({0} - {1})", source, shift, **keys)
+    e.assign(out, "log{f}({0}) + {1}", _fitted(total, out, dims), _fitted(shift, out, dims))
 
 
 @_form("_softmax", "_log_softmax")
 def _softmax(e: Emitter, op: Op, out: Ref) -> None:
-    source, dim = op.args[0], op.args[1] % max(len(out.shape), 1)
-    top = _scratch(e, out, _kept(source.shape, [dim]))
-    total = _scratch(e, out, top.shape)
-    largest = "({1} != {1} || {1} > {0} ? {1} : {0})"
-    e.reduce(top, source, [dim], largest, "-INFINITY", shape=source.shape)
-    e.reduce(
-        total, (source, top), [dim], "{0} + {1}", "0", shape=source.shape, text="exp{f}({0} - {1})"
-    )
-    text = "exp{f}({0} - {1}) / {2}" if op.name == "_softmax" else "({0} - {1} - log{f}({2}))"
+    source, keys = op.args[0], {"dims": _dims(op), "shape": out.shape}
+    top, total = (_kept(e, out, out.shape, keys["dims"]) for _ in range(2))
+    _join(e, "max", top, "{0}", source, **keys)
+    _join(e, "sum", total, "exp{f}({0} - {1})", source, top, **keys)
+    text = "exp{f}({0} - {1}) / {2}" if op.name == "_softmax" else "{0} - {1} - log{f}({2})"
     e.assign(out, text, source, top, total)
 
 
 @_form("_softmax_backward_data", "_log_softmax_backward_data")
 def _softmax_backward(e: Emitter, op: Op, out: Ref) -> None:
     gradient, result = op.args[:2]
-    dim = op.args[2] % max(len(out.shape), 1)
-    total = _scratch(e, out, _kept(out.shape, [dim]))
-    is_log = op.name.startswith("_log")
-    text = "{0}" if is_log else "{0} * {1}"
-    e.reduce(total, (gradient, result), [dim], "{0} + {1}", "0", shape=out.shape, text=text)
-    final = "({0} - exp{f}({1}) * {2})" if is_log else "{1} * ({0} - {2})"
+    total, is_log = _kept(e, out, out.shape, _dims(op)), op.name.startswith("_log")
+    text, keys = "{0}" if is_log else "{0} * {1}", {"dims": _dims(op), "shape": out.shape}
+    _join(e, "sum", total, text, gradient, result, **keys)
+    final = "{0} - exp{f}({1}) * {2}" if is_log else "{1} * ({0} - {2})"
     e.assign(out, final, gradient, result, total)
 
 
-@_form("cumsum", "cumprod")
+def _indices(shape: Sequence[int]) -> list[str]:
+    return [f"i{d}" for d in range(len(shape))]
+
+
+def _code(
+    e: Emitter, shape: Sequence[int], lines: Sequence[str], reads: Sequence[Ref],
+    writes: Sequence[Ref], cost: int,
+) -> None:  # fmt: skip
+    """Lines of C in loops over a shape, with indices `_indices`."""
+    loops = [f"for (long i{d} = 0; i{d} < {n}; i{d}++)" for d, n in enumerate(shape)]
+    e.code(
+        [*loops, "{", *(f"  {line}" for line in lines), "}"], reads, writes, math.prod(shape) * cost
+    )
+
+
+@_form("cumsum", "cumprod", "logcumsumexp")
 def _cumulative(e: Emitter, op: Op, out: Ref) -> None:
-    source = op.args[0]
-    if not source.shape:
-        e.assign(out, "{0}", source)
+    if not out.shape:
+        e.assign(out, "{0}", op.args[0])
         return
-    dim = op.args[1] % len(source.shape)
-    sign, start = ("+", 0) if op.name == "cumsum" else ("*", 1)
-    index = [f"i{d}" for d in range(len(out.shape))]
+    start, text = {
+        "cumsum": ("0", "total + x"), "cumprod": ("1", "total * x"),
+        "logcumsumexp": ("-INFINITY", _ELEMENTWISE["logaddexp"].format("total", "x", f="")),
+    }[_name(op)]  # fmt: skip
+    source, to = (
+        _view(one, lambda t: t.movedim(_argument(op, "dim"), -1)) for one in (op.args[0], out)
+    )
+    index, total = _indices(to.shape), "double" if out.dtype.is_floating_point else "long"
     lines = [
-        f"for (long i{d} = 0; i{d} < {n}; i{d}++)" for d, n in enumerate(out.shape) if d != dim
+        f"{total} total = {start};",
+        f"for (long {index[-1]} = 0; {index[-1]} < {to.shape[-1]}; {index[-1]}++) {{",
+        f"  const {total} x = {e.at(source, *index)}; {e.at(to, *index)} = total = {text}; }}",
     ]
-    kind = ctype(out.dtype)
-    lines += [
-        f"{{ {kind} total = {start}; for (long i{dim} = 0; i{dim} < {out.shape[dim]}; i{dim}++) {{",
-        f"  total = total {sign} ({kind}){e.at(source, *index)};",
-        f"  {e.at(out, *index)} = total; }} }}",
-    ]
-    e.code(lines, [source], [out], out.numel)
+    _code(e, to.shape[:-1], lines, [source], [out], to.shape[-1])
 
 
 # Parts of tensors.
 
 
-def _part(ref: Ref, shape: Sequence[int], stride: Sequence[int], offset: int) -> Ref:
-    return Ref(ref.storage, ref.offset + offset, tuple(shape), tuple(stride), ref.dtype)
-
-
-@_form("cat")
+@_form("cat", "stack")
 def _cat(e: Emitter, op: Op, out: Ref) -> None:
-    dim = (op.args[1] if len(op.args) > 1 else 0) % max(len(out.shape), 1)
-    start = 0
-    for one in op.args[0]:
-        if one.shape == (0,):
-            continue
-        e.assign(_part(out, one.shape, out.stride, start * out.stride[dim]), "{0}", one)
-        start += one.shape[dim]
-
-
-@_form("stack")
-def _stack(e: Emitter, op: Op, out: Ref) -> None:
-    dim = (op.args[1] if len(op.args) > 1 else 0) % len(out.shape)
-    stride = out.stride[:dim] + out.stride[dim + 1 :]
+    dim, start = _argument(op, "dim"), 0
     for i, one in enumerate(op.args[0]):
-        e.assign(_part(out, one.shape, stride, i * out.stride[dim]), "{0}", one)
+        if op.name == "stack":
+            e.assign(_view(out, lambda t, i=i: t.select(dim, i)), "{0}", one)
+        elif one.shape != (0,):
+            size = one.shape[dim]
+            e.assign(_view(out, lambda t, s=start, n=size: t.narrow(dim, s, n)), "{0}", one)
+            start += size
 
 
 @_form("repeat")
 def _repeat(e: Emitter, op: Op, out: Ref) -> None:
     source = op.args[0]
-    lead = len(out.shape) - len(source.shape)
-    shape: list[int] = []
-    to: list[int] = []
-    origin: list[int] = []
-    for d, (n, step) in enumerate(zip(out.shape, out.stride, strict=True)):
-        own = source.shape[d - lead] if d >= lead else 1
-        shape += [n // max(own, 1), own]
-        to += [step * own, step]
-        origin += [0, source.stride[d - lead] if d >= lead else 0]
-    e.assign(_part(out, shape, to, 0), "{0}", _part(source, shape, origin, 0))
+    shape = (1,) * (len(out.shape) - len(source.shape)) + source.shape
+
+    def split(t: Tensor) -> Tensor:
+        for d in reversed(range(len(shape))):
+            t = t.unflatten(d, (-1, shape[d]))
+        return t
+
+    def spread(t: Tensor) -> Tensor:
+        for d in reversed(range(len(source.shape))):
+            t = t.unsqueeze(d)
+        return t
+
+    e.assign(_view(out, split), "{0}", _view(source, spread))
 
 
 @_form("flip")
 def _flip(e: Emitter, op: Op, out: Ref) -> None:
     source = op.args[0]
-    stride, offset = list(source.stride), 0
+    stride, offset = list(source.stride), source.offset
     for d in op.args[1]:
         offset += (source.shape[d] - 1) * stride[d]
         stride[d] = -stride[d]
-    e.assign(out, "{0}", _part(source, source.shape, stride, offset))
+    e.assign(out, "{0}", source._replace(stride=tuple(stride), offset=offset))
 
 
-@_form("slice_backward", "select_backward", "diagonal_backward")
-def _part_backward(e: Emitter, op: Op, out: Ref) -> None:
-    gradient = op.args[0]
-    e.assign(out, "0")
-    stride = list(out.stride)
-    if op.name == "slice_backward":
-        start, step = argument(op, "start"), argument(op, "step")
-        dim = argument(op, "dim") % len(out.shape)
-        start = min(max(start + out.shape[dim] if start < 0 else start, 0), out.shape[dim])
-        offset = start * stride[dim]
-        stride[dim] *= step
-    elif op.name == "select_backward":
-        dim = op.args[2] % len(out.shape)
-        offset = (op.args[3] % out.shape[dim]) * stride.pop(dim)
+@_form("slice_backward", "select_backward", "diagonal_backward", "diag_embed")
+@_form("slice_scatter", "select_scatter", "diagonal_scatter")
+def _put_part(e: Emitter, op: Op, out: Ref) -> None:
+    """Zeros, or a copy of a tensor, with a part that comes from another tensor."""
+    is_scatter = op.name.endswith("_scatter")
+    e.assign(out, "{0}", op.args[0] if is_scatter else 0)
+    if op.name == "diag_embed":
+        keys = {name: _argument(op, name) for name in ("offset", "dim1", "dim2")}
+        part = _view(out, lambda t: t.diagonal(**keys))
     else:
-        shift, one, other = (argument(op, name) for name in ("offset", "dim1", "dim2"))
-        one, other = one % len(stride), other % len(stride)
-        offset = shift * stride[other] if shift >= 0 else -shift * stride[one]
-        rest = [s for d, s in enumerate(stride) if d not in (one, other)]
-        stride = [*rest, stride[one] + stride[other]]
-    e.assign(_part(out, gradient.shape, stride, offset), "{0}", gradient)
+        function = getattr(_aten, op.name.rpartition("_")[0])
+        part = _view(out, lambda t: function(t, *op.args[2:], **op.kwargs))
+    e.assign(part, "{0}", op.args[1 if is_scatter else 0])
 
 
 @_form("constant_pad_nd")
 def _pad(e: Emitter, op: Op, out: Ref) -> None:
-    source, pad = op.args[:2]
-    e.assign(out, "{0}", argument(op, "value"))
-    rank, offset, origin, shape = len(out.shape), 0, 0, list(source.shape)
+    source, pad, part = *op.args[:2], out
     for i in range(len(pad) // 2):
-        d, low, high = rank - 1 - i, pad[2 * i], pad[2 * i + 1]
-        offset += max(low, 0) * out.stride[d]
-        origin += max(-low, 0) * source.stride[d]
-        shape[d] += min(low, 0) + min(high, 0)
-    if min(shape, default=1) > 0:
-        e.assign(
-            _part(out, shape, out.stride, offset),
-            "{0}",
-            _part(source, shape, source.stride, origin),
-        )
+        d, low, high = len(out.shape) - 1 - i, pad[2 * i], pad[2 * i + 1]
+        size = source.shape[d] + min(low, 0) + min(high, 0)
+        own, other = (d, max(-low, 0), size), (d, max(low, 0), size)
+        source = _view(source, lambda t, a=own: t.narrow(*a))
+        part = _view(part, lambda t, a=other: t.narrow(*a))
+    e.assign(out, "{0}", _argument(op, "value"))
+    e.assign(part, "{0}", source)
 
 
 @_form("tril", "triu")
 def _triangle(e: Emitter, op: Op, out: Ref) -> None:
-    source, shift = op.args[0], argument(op, "diagonal")
-    rows, columns = out.shape[-2:]
-    lead = len(out.shape) - 2
-    index = [f"i{d}" for d in range(lead)]
-    loops = "".join(f"for (long i{d} = 0; i{d} < {out.shape[d]}; i{d}++) " for d in range(lead))
-    sign = "<=" if op.name == "tril" else ">="
-    line = (
-        f"{loops}for (long r = 0; r < {rows}; r++) for (long c = 0; c < {columns}; c++)"
-        f" {e.at(out, *index, 'r', 'c')} = c {sign} r + {shift} ? {e.at(source, *index, 'r', 'c')}"
-        " : 0;"
-    )
-    e.code([line], [source], [out], out.numel)
+    mask = torch.ones(out.shape[-2:], dtype=torch.bool)
+    mask = getattr(mask, _name(op))(_argument(op, "diagonal"))
+    e.assign(out, "({1} ? {0} : 0)", op.args[0], e.constant(mask))
 
 
 # Indices.
 
 
-def _gathered(e: Emitter, target: Ref, indices: Sequence[Any], shape: Sequence[int]) -> Access:
-    """A tensor at some indices, as it is read or written in a loop over a shape."""
+def _at(target: Ref, indices: Sequence[Ref | None]) -> tuple[Access, tuple[int, ...]]:
+    """A tensor at some indices, and the shape of what they select."""
     used = [i for i, one in enumerate(indices) if one is not None]
-    if used != list(range(used[0], used[-1] + 1)):
+    given = [one for one in indices if one is not None]
+    if any(one.dtype not in (torch.int64, torch.int32) for one in given):
         raise _Unknown
-    if any(indices[i].dtype not in (torch.int64, torch.int32) for i in used):
-        raise _Unknown
-    rank = max(len(indices[i].shape) for i in used)
-    lead, tail = used[0], len(target.shape) - used[-1] - 1
-    stride = [*target.stride[:lead], *([0] * rank), *target.stride[used[-1] + 1 :]]
-    stride = [0 if n == 1 else s for n, s in zip(shape, stride, strict=True)]
-    steps = []
-    for i in used:
-        access = e.access(indices[i], shape[lead : lead + rank])
-        access = access._replace(stride=((0,) * lead + access.stride + (0,) * tail))
-        steps.append((access, target.stride[i], target.shape[i]))
-    return Access(target.storage, target.offset, tuple(stride), target.dtype, tuple(steps))
+    shape = torch.broadcast_shapes(*(one.shape for one in given))
+    lead = used[0] if used[-1] - used[0] < len(used) else 0  # indices that are apart go first
+    sizes = [n for d, n in enumerate(target.shape) if d not in used]
+    steps = [target.stride[d] for d in range(len(target.shape)) if d not in used]
+    steps = [s if n > 1 else 0 for n, s in zip(sizes, steps, strict=True)]
+    whole = (*sizes[:lead], *shape, *sizes[lead:])
+    stride = (*steps[:lead], *[0] * len(shape), *steps[lead:])
+    gathered = []
+    for i, one in zip(used, given, strict=True):
+        own = access(one, shape).stride
+        own = (*[0] * lead, *own, *[0] * len(sizes[lead:]))
+        place = Access(one.storage, one.offset, own, one.dtype)
+        gathered.append((place, target.stride[i], target.shape[i]))
+    return Access(target.storage, target.offset, stride, target.dtype, tuple(gathered)), whole
 
 
-@_form("index", "_unsafe_index")
-def _index(e: Emitter, op: Op, out: Ref) -> None:
-    target, indices = op.args[:2]
-    e.assign(out, "{0}", _gathered(e, target, indices, out.shape), compute=out.dtype)
-
-
-@_form("index_put", "_index_put_impl", "_unsafe_index_put")
-def _index_put(e: Emitter, op: Op, out: Ref) -> None:
-    target, indices, values = op.args[:3]
-    if out is not target and out.storage != target.storage:
-        e.assign(out, "{0}", target)
-    used = [i for i, one in enumerate(indices) if one is not None]
-    between = np.broadcast_shapes(*[indices[i].shape for i in used])
-    shape = (*out.shape[: used[0]], *between, *out.shape[used[-1] + 1 :])
-    access = _gathered(e, out, indices, shape)
-    e.scatter(access, values, shape, adds=bool(argument(op, "accumulate")))
-
-
-def _along(e: Emitter, target: Ref, dim: int, index: Ref) -> Access:
+def _along(target: Ref, dim: int, index: Ref) -> Access:
     """A tensor at indices along one dimension, as `gather` reads it."""
     if not target.shape:
         raise _Unknown
     dim %= len(target.shape)
-    stride = [0 if d == dim else s for d, s in enumerate(target.stride)]
-    stride = [0 if n == 1 else s for n, s in zip(index.shape, stride, strict=True)]
-    step = (e.access(index, index.shape), target.stride[dim], target.shape[dim])
-    return Access(target.storage, target.offset, tuple(stride), target.dtype, (step,))
+    sizes = zip(index.shape, target.stride, strict=True)
+    stride = tuple(0 if d == dim or n == 1 else s for d, (n, s) in enumerate(sizes))
+    gathered = (access(index, index.shape), target.stride[dim], target.shape[dim])
+    return Access(target.storage, target.offset, stride, target.dtype, (gathered,))
 
 
-@_form("gather")
-def _gather(e: Emitter, op: Op, out: Ref) -> None:
-    target, dim, index = op.args[:3]
-    e.assign(out, "{0}", _along(e, target, dim, index))
-
-
-@_form("scatter_add", "scatter")
-def _scatter_add(e: Emitter, op: Op, out: Ref) -> None:
-    target, dim, index, values = op.args[:4]
-    if len(op.args) > 4 or op.kwargs:
+def _in_dim(op: Op) -> list[Ref | None]:
+    """The indices of an operation that indexes one dimension."""
+    dim, index = op.args[1:3]
+    if not op.args[0].shape:
         raise _Unknown
-    if out.storage != target.storage:
-        e.assign(out, "{0}", target)
-    if isinstance(values, Ref):
-        values = values._replace(shape=index.shape)
-    access = _along(e, out, dim, index)
-    e.scatter(access, values, index.shape, adds=op.name.startswith("scatter_add"))
+    return [*[None] * (dim % len(op.args[0].shape)), index]
 
 
-@_form("index_select", "embedding")
-def _index_select(e: Emitter, op: Op, out: Ref) -> None:
-    if op.name == "embedding":
-        target, index, dim = op.args[0], op.args[1], 0
+@_form("index", "index_select", "embedding", "gather")
+def _index(e: Emitter, op: Op, out: Ref) -> None:
+    target = op.args[0]
+    if op.name == "gather":
+        e.assign(out, "{0}", _along(target, *op.args[1:3]))
+        return
+    if op.name == "index_select":
+        indices = _in_dim(op)
     else:
-        target, dim, index = op.args[:3]
-    if not target.shape or (op.name == "index_select" and len(index.shape) != 1):
+        indices = [op.args[1]] if op.name == "embedding" else op.args[1]
+    e.assign(out, "{0}", _at(target, indices)[0])
+
+
+@_form("index_put", "index_add", "index_copy", "index_fill")
+@_form("scatter", "scatter_add")
+def _index_put(e: Emitter, op: Op, out: Ref) -> None:
+    name = _name(op)
+    if "scatter" in name:
+        if op.func._overloadname not in ("default", "src", "value"):
+            raise _Unknown
+        index, values = op.args[2:4]
+        place, shape = _along(out, op.args[1], index), index.shape
+        if isinstance(values, Ref):
+            values = values._replace(shape=shape)
+    elif name == "index_put":
+        place, shape = _at(out, op.args[1])
+        values = op.args[2]
+    else:
+        place, shape = _at(out, _in_dim(op))
+        values = op.args[3]
+    if out.storage != op.args[0].storage:
+        e.assign(out, "{0}", op.args[0])
+    adds = name.endswith("_add") or _argument(op, "accumulate")
+    factor = _argument(op, "alpha") if name == "index_add" else 1
+    e.assign(
+        place,
+        "{1} * {0}" if factor != 1 else "{0}",
+        values,
+        factor,
+        shape=shape,
+        combine=ADD if adds else None,
+    )
+
+
+@_form("embedding_dense_backward")
+def _embedding_backward(e: Emitter, op: Op, out: Ref) -> None:
+    gradient, index = op.args[:2]
+    if _argument(op, "scale_grad_by_freq"):
         raise _Unknown
-    indices: list[Any] = [None] * (dim % len(target.shape)) + [index]
-    e.assign(out, "{0}", _gathered(e, target, indices, out.shape))
+    e.assign(out, "0")
+    place, shape = _at(out, [index])
+    column = index._replace(shape=(*index.shape, 1), stride=(*index.stride, 0))
+    text = "({1} == {2} ? 0 : {0})"
+    e.assign(place, text, gradient, column, _argument(op, "padding_idx"), shape=shape, combine=ADD)
 
 
-# Products of matrices.
+# Matrices.
 
 
-def _product(e: Emitter, out: Ref, one: Ref, other: Ref, start: str = "0", scale: Any = 1) -> None:
-    """out[..., i, j] = start + scale sum_k one[..., i, k] other[..., k, j]."""
-    lead = len(out.shape) - 2
-    rows, columns = out.shape[-2:]
-    inner = one.shape[-1]
-    index = [f"i{d}" for d in range(lead)]
-    loops = "".join(f"for (long i{d} = 0; i{d} < {out.shape[d]}; i{d}++) " for d in range(lead))
-    kind = ctype(out.dtype)
-    factor = "" if scale == 1 else f"{number(scale, kind)} * "
-    place = e.at(out, *index, "r", "c")
-    left, right = e.at(one, *index, "r", "k"), e.at(other, *index, "k", "c")
-    if other.stride[-1] == 1 and columns >= 4:  # rows of the right matrix, as they lie
-        lines = [
-            f"{loops}for (long r = 0; r < {rows}; r++) {{",
-            f"  for (long c = 0; c < {columns}; c++) {place} = {start};",
-            f"  for (long k = 0; k < {inner}; k++) {{ const {kind} w = {factor}{left};",
-            f"    for (long c = 0; c < {columns}; c++) {place} += w * {right}; }}",
-            "}",
-        ]
-    elif one.stride[-1] != 1 and one.stride[-2] == 1 and columns == 1:  # columns of the left one
-        lines = [
-            f"{loops}for (long c = 0; c < {columns}; c++) {{",
-            f"  for (long r = 0; r < {rows}; r++) {place} = {start};",
-            f"  for (long k = 0; k < {inner}; k++) {{ const {kind} w = {factor}{right};",
-            f"    for (long r = 0; r < {rows}; r++) {place} += w * {left}; }}",
-            "}",
-        ]
-    else:
-        lines = [
-            f"{loops}for (long r = 0; r < {rows}; r++) for (long c = 0; c < {columns}; c++) {{",
-            f"  {kind} total = 0;",
-            "  #pragma omp simd reduction(+ : total)",
-            f"  for (long k = 0; k < {inner}; k++) total += {left} * {right};",
-            f"  {place} = {start} + {factor}total;",
-            "}",
-        ]
-    e.code(lines, [one, other, out], [out], out.numel * max(inner, 1))
+def _product(
+    e: Emitter, out: Ref, one: Ref, other: Ref, *scale: Any, start: str | None = "0"
+) -> None:
+    """Adds up one[..., i, k] * other[..., k, j] along k, or a multiple of it."""
+    shape = (*one.shape, other.shape[-1])
+    one, other = _view(one, lambda t: t.unsqueeze(-1)), _view(other, lambda t: t.unsqueeze(-3))
+    text = "{2} * {0} * {1}" if scale else "{0} * {1}"
+    dims = [len(shape) - 2]
+    e.reduce(out, text, one, other, *scale, shape=shape, dims=dims, start=start, total=out.dtype)
 
 
 def _column(ref: Ref) -> Ref:
-    return ref._replace(shape=(*ref.shape, 1), stride=(*ref.stride, 0))
-
-
-def _row(ref: Ref) -> Ref:
-    return ref._replace(shape=(1, *ref.shape), stride=(0, *ref.stride))
+    return _view(ref, lambda t: t.unsqueeze(-1))
 
 
 @_form("mm", "bmm", "mv", "dot", "vdot")
 def _matrix_product(e: Emitter, op: Op, out: Ref) -> None:
     one, other = op.args[:2]
-    if op.name == "mv":
+    if op.name in ("mv", "dot", "vdot"):
         other, out = _column(other), _column(out)
-    elif op.name in ("dot", "vdot"):
-        one, other, out = _row(one), _column(other), _column(_row(out))
+    if op.name in ("dot", "vdot"):
+        one, out = _view(one, lambda t: t.unsqueeze(0)), _column(out)
     _product(e, out, one, other)
 
 
 @_form("addmm", "addmv", "baddbmm")
 def _added_product(e: Emitter, op: Op, out: Ref) -> None:
     bias, one, other = op.args[:3]
-    beta, alpha = argument(op, "beta"), argument(op, "alpha")
-    e.assign(out, "{0}" if beta == 1 else "{0} * {1}", bias, *([] if beta == 1 else [beta]))
-    if op.name == "addmv":
+    beta, alpha = _argument(op, "beta"), _argument(op, "alpha")
+    e.assign(out, "{0} * {1}" if beta else "0", bias, beta)
+    if _name(op) == "addmv":
         other, out = _column(other), _column(out)
-    lead = [f"i{d}" for d in range(len(out.shape) - 2)]
-    _product(e, out, one, other, e.at(out, *lead, "r", "c"), alpha)
+    _product(e, out, one, other, alpha, start=None)
+
+
+def _transposed(ref: Ref) -> Ref:
+    return _view(ref, lambda t: t.mT)
+
+
+def _solve(
+    e: Emitter, out: Ref, matrix: Ref, right: Ref, *, upper: bool, unit: bool = False
+) -> None:
+    """The solution of a triangular system, along rows or columns as they lie in memory."""
+    batch, size, columns = out.shape[:-2], *out.shape[-2:]
+    index = _indices(batch)
+    matrix, right = (_view(one, lambda t: t.expand(*batch, -1, -1)) for one in (matrix, right))
+    first, rest = "long k = 0; k < r", f"long k = r + 1; k < {size}"
+    rows = f"long r = {size - 1}; r >= 0; r--" if upper else f"long r = 0; r < {size}; r++"
+    x, y = (e.at(out, *index, one, "c") for one in "rk")
+    b, pivot = e.at(right, *index, "r", "c"), e.at(matrix, *index, "r", "r")
+    kind, last = ctype(out.dtype), "" if unit else f" / {pivot}"
+    if matrix.stride[-2] == 1:
+        lines = [
+            f"for (long r = 0; r < {size}; r++) {x} = {b};",
+            f"for ({rows}) {{ const {kind} w = {x} = {x}{last};",
+            "#pragma omp simd",
+            f"for ({first if upper else rest}; k++)",
+            f"  {y} -= {e.at(matrix, *index, 'k', 'r')} * w; }}",
+        ]
+    else:
+        lines = [
+            f"for ({rows}) {{ {kind} total = 0;",
+            "#pragma omp simd reduction(+ : total)",
+            f"for ({rest if upper else first}; k++)",
+            f"  total += {e.at(matrix, *index, 'r', 'k')} * {y};",
+            f"{x} = ({b} - total){last}; }}",
+        ]
+    head = f"for (long c = 0; c < {columns}; c++) {{"
+    _code(e, batch, [head, *lines, "}"], [matrix, right], [out], size * size * columns)
 
 
 @_form("linalg_solve_triangular")
 def _solve_triangular(e: Emitter, op: Op, out: Ref) -> None:
     matrix, right = op.args[:2]
-    upper, left = argument(op, "upper"), argument(op, "left")
-    if not left:  # X A = B is A' X' = B'
-        matrix, right, out = (
-            ref._replace(
-                shape=(*ref.shape[:-2], ref.shape[-1], ref.shape[-2]),
-                stride=(*ref.stride[:-2], ref.stride[-1], ref.stride[-2]),
-            )
-            for ref in (matrix, right, out)
-        )
+    upper, unit = _argument(op, "upper"), _argument(op, "unitriangular")
+    if not _argument(op, "left"):  # X A = B is A' X' = B'
+        matrix, right, out = map(_transposed, (matrix, right, out))
         upper = not upper
-    size, columns = out.shape[-2:]
-    lead = len(out.shape) - 2
-    index = [f"i{d}" for d in range(lead)]
-    if len({len(matrix.shape), len(right.shape), len(out.shape)}) > 1:
-        raise _Unknown
-    held = [
-        ["0" if n == 1 else i for n, i in zip(m.shape, index, strict=False)]
-        for m in (matrix, right)
-    ]
-    loops = "".join(f"for (long i{d} = 0; i{d} < {out.shape[d]}; i{d}++) " for d in range(lead))
-    rows = (
-        f"for (long r = {size - 1}; r >= 0; r--)" if upper else f"for (long r = 0; r < {size}; r++)"
-    )
-    others = f"for (long k = r + 1; k < {size}; k++)" if upper else "for (long k = 0; k < r; k++)"
-    last = "" if argument(op, "unitriangular") else f" / {e.at(matrix, *held[0], 'r', 'r')}"
-    kind = ctype(out.dtype)
-    lines = [
-        f"{loops}for (long c = 0; c < {columns}; c++) {rows} {{",
-        f"  {kind} total = {e.at(right, *held[1], 'r', 'c')};",
-        f"  {others} total -= {e.at(matrix, *held[0], 'r', 'k')} * {e.at(out, *index, 'k', 'c')};",
-        f"  {e.at(out, *index, 'r', 'c')} = total{last};",
-        "}",
-    ]
-    e.code(lines, [matrix, right], [out], out.numel * size)
+    _solve(e, out, matrix, right, upper=upper, unit=unit)
+
+
+@_form("cholesky_solve", "cholesky_inverse")
+def _cholesky_solve(e: Emitter, op: Op, out: Ref) -> None:
+    if op.name == "cholesky_solve":
+        right, factor = op.args[:2]
+    else:
+        factor = op.args[0]
+        right = e.constant(torch.eye(out.shape[-1], dtype=out.dtype))
+    lower = _transposed(factor) if _argument(op, "upper") else factor
+    between = _scratch(e, out)
+    _solve(e, between, lower, right, upper=False)
+    _solve(e, out, _transposed(lower), between, upper=True)
 
 
 @_form("linalg_cholesky_ex")
 def _cholesky(e: Emitter, op: Op, out: Ref) -> None:
-    if argument(op, "upper") or argument(op, "check_errors"):
-        raise _Unknown
     source, info = op.args[0], op.outs[1]
-    size = out.shape[-1]
-    lead = len(out.shape) - 2
-    index = [f"i{d}" for d in range(lead)]
-    loops = "".join(f"for (long i{d} = 0; i{d} < {out.shape[d]}; i{d}++) " for d in range(lead))
+    if _argument(op, "upper"):
+        source, out = _transposed(source), _transposed(out)
+    size, index, kind = out.shape[-1], _indices(info.shape), ctype(out.dtype)
 
-    def place(r: str, c: str) -> str:
-        return e.at(out, *index, r, c)
+    def at(ref: Ref, *place: str) -> str:
+        return e.at(ref, *index, *place)
 
-    kind = ctype(out.dtype)
     lines = [
-        f"{loops}{{ {e.at(info, *index)} = 0;",
-        f"  for (long r = 0; r < {size}; r++) for (long c = 0; c < {size}; c++) {{",
-        f"    if (c > r) {{ {place('r', 'c')} = 0; continue; }}",
-        f"    {kind} total = {e.at(source, *index, 'r', 'c')};",
-        f"    for (long k = 0; k < c; k++) total -= {place('r', 'k')} * {place('c', 'k')};",
-        f"    if (r == c && !(total > 0) && !{e.at(info, *index)}) {e.at(info, *index)} = r + 1;",
-        f"    {place('r', 'c')} = r == c ? sqrt(total) : total / {place('c', 'c')};",
-        "  } }",
+        f"{at(info)} = 0;",
+        f"for (long c = 0; c < {size}; c++) {{",
+        f"for (long r = 0; r < {size}; r++)",
+        f"  {at(out, 'r', 'c')} = r < c ? 0 : {at(source, 'r', 'c')};",
+        f"for (long k = 0; k < c; k++) {{ const {kind} w = {at(out, 'c', 'k')};",
+        "#pragma omp simd",
+        f"for (long r = c; r < {size}; r++) {at(out, 'r', 'c')} -= w * {at(out, 'r', 'k')}; }}",
+        f"if (!({at(out, 'c', 'c')} > 0) && !{at(info)}) {at(info)} = c + 1;",
+        f"const {kind} pivot = {at(out, 'c', 'c')} = sqrt({at(out, 'c', 'c')});",
+        f"for (long r = c + 1; r < {size}; r++) {at(out, 'r', 'c')} /= pivot; }}",
     ]
-    e.code(lines, [source], [out, info], out.numel * size)
+    _code(e, info.shape, lines, [source], [out, info], size**3 // 3)
