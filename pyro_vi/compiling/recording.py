@@ -231,7 +231,9 @@ class Recording:
             status=status.storage,
             batch=[i for i in map(tape.index, self._batch) if i is not None],
             numbers=None if self._update is None else tape.index(self._numbers),
-            scheduled=[(at, t) for t in self._svi._scheduled() if (at := tape.index(t)) is not None],
+            scheduled=[
+                (at, t) for t in self._svi._scheduled() if (at := tape.index(t)) is not None
+            ],
             private=private,
         )
 

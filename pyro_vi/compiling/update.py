@@ -60,7 +60,7 @@ class Update:
                 for p in group["params"]:
                     if id(p) not in used:
                         continue
-                    state = optimizer.state.setdefault(p, {})
+                    state = optimizer.state.get(p, {})
                     row = self._row(group, state)
                     self._moves.append((p, _FORMULAS[type(optimizer)], group, state, row))
                     self.state += [
@@ -164,13 +164,13 @@ def make_state(optimizer: Optimizer) -> None:
     """Gives parameters with a gradient the state that their optimizer begins with."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            state = optimizer.state[p]
-            if p.grad is None or state:
+            if p.grad is None or optimizer.state.get(p):
                 continue
             if isinstance(optimizer, SGD):
                 if group["momentum"] != 0:
-                    state["momentum_buffer"] = None
+                    optimizer.state[p]["momentum_buffer"] = None
                 continue
+            state = optimizer.state[p]
             state["step"] = 0 if isinstance(optimizer, ClippedAdam) else torch.tensor(0.0)
             names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group.get("amsgrad") else [])]
             for name in names:

@@ -26,7 +26,7 @@ OPTIMIZERS = {
 
 def parameters() -> list[torch.Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(*shape, requires_grad=True) for shape in ((3,), (2, 2), ())]
+    return [torch.randn(shape, requires_grad=True) for shape in ((3,), (2, 2), ())]
 
 
 def gradients(found: list[torch.Tensor]) -> None:
@@ -35,7 +35,7 @@ def gradients(found: list[torch.Tensor]) -> None:
 
 
 def state(optimizer: Optimizer) -> list[Any]:
-    return [sorted(s.items()) for s in optimizer.state_dict()["state"].values()]
+    return list(optimizer.state_dict()["state"].values())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -120,7 +120,7 @@ def test_a_process_does_not_import_torchs_compiler() -> None:
         "from pyro_vi.optimizers import OneOptimizer;"
         "p = torch.zeros(2, requires_grad=True); p.grad = torch.ones(2);"
         "OneOptimizer(partial(torch.optim.Adam, lr=0.1))([p]);"
-        "assert p[0] == -0.1, p;"
+        "assert abs(float(p[0]) + 0.1) < 1e-6, p;"
         "assert 'torch._dynamo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

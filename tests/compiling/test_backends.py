@@ -1,0 +1,130 @@
+"""What compiles a step, and what happens where that fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+from programs import normal_mean, normal_mean_guide
+from pyro.infer import Trace_ELBO
+
+from pyro_vi import SVI, fit
+from pyro_vi.compiling import backends
+from pyro_vi.compiling import build as building
+
+X = torch.arange(5.0)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache of compiled functions."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    forget()
+    yield tmp_path / "pyro_vi"
+    forget()
+
+
+def forget() -> None:
+    building._folder.cache_clear()
+    building._compiler.cache_clear()
+
+
+def losses(compile: bool, steps: int = 12) -> tuple[list[float], SVI]:
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    optim = pyro.optim.Adam({"lr": 0.01})
+    svi = SVI(normal_mean, normal_mean_guide, optim, Trace_ELBO(), compile=compile)
+    return [svi.step(X) for _ in range(steps)], svi
+
+
+def check(by: str) -> None:
+    """Compiled steps have the losses of eager ones."""
+    expected, _ = losses(False)
+    found, svi = losses(True)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert svi.compiled_steps == 8 and by in svi.explain()
+
+
+def test_c_is_kept_and_found_again(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check("the C compiler")
+    (kept,) = own_cache.glob("*.so")
+    monkeypatch.setattr(building, "_compile", None)  # which would fail
+    check("the C compiler")
+    assert list(own_cache.iterdir()) == [kept]
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
+def test_without_a_compiler_torchscript_takes_steps(
+    compiler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    with pytest.warns(UserWarning, match="a step is compiled by TorchScript") as caught:
+        check("TorchScript")
+    assert len(caught) == 1
+
+
+def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "cc"
+    broken.write_text(
+        "#!/bin/sh\n[ $1 = --version ] && exit 0\necho 'error: full disk' >&2\nexit 1\n"
+    )
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    with pytest.warns(UserWarning, match="TorchScript.*error: full disk"):
+        check("TorchScript")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="compiled functions are not kept") as caught:
+        check("the C compiler")
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x7fELF" + bytes(100)])
+def test_a_damaged_file_is_compiled_again(
+    content: bytes, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check("the C compiler")
+    (kept,) = own_cache.glob("*.so")
+    damaged = tmp_path / "other" / "pyro_vi" / kept.name  # another path, so it is loaded anew
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(content)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    forget()
+    check("the C compiler")
+    assert damaged.read_bytes() != content
+
+
+def test_two_processes_compile_at_once(own_cache: Path) -> None:
+    script = (
+        "import torch, warnings; warnings.simplefilter('error');"
+        "from pyro_vi import fit; from programs import normal_mean, normal_mean_guide;"
+        "f = fit(normal_mean, normal_mean_guide, torch.arange(5.0), steps=20, compile=True,"
+        " progress=False); assert 'C compiler' in f.compiled, f.compiled;"
+        "print(f.losses.tolist())"
+    )
+    tests = str(Path(__file__).parent.parent)
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {tests!r}); {script}"]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    found = [process.communicate()[0] for process in running]
+    assert all(process.returncode == 0 for process in running)
+    assert found[0] == found[1]
+    assert len(list(own_cache.iterdir())) == 1  # and no temporary files
+
+
+def test_large_steps_stay_eager_in_short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "LARGE", 1)
+    fitted = fit(normal_mean, normal_mean_guide, X, steps=300, progress=False)
+    assert "do not pay for TorchInductor" in fitted.compiled
+
+
+def test_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "LARGE", 1)
+    check("TorchInductor")
