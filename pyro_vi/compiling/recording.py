@@ -208,8 +208,8 @@ class Recording:
         pairs = [(tape.index(tensor), copy) for tensor, copy in self._svi._copies()]
         commit(record, keep, {i: outer(copy).storage for i, copy in pairs if i is not None})
         status = outer(torch.zeros(5, dtype=torch.float64, device=self._device))
-        for i, part in enumerate([*record.outputs[:4], 1.0 if sound is None else sound]):
-            place = Ref(status.storage, i, (), (), torch.float64)
+        for row, part in enumerate([*record.outputs[:4], 1.0 if sound is None else sound]):
+            place = Ref(status.storage, row, (), (), torch.float64)
             if isinstance(part, Ref):
                 record.write(place, part)
             else:
