@@ -215,7 +215,7 @@ class Emitter:
 
     def reduce(
         self, out: Ref, text: str, *operands: Any, shape: Sequence[int], dims: Sequence[int],
-        combine: str = ADD, start: str | None = "0", compute: torch.dtype | None = None,
+        combine: str | None = ADD, start: str | None = "0", compute: torch.dtype | None = None,
         total: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         """Joins the elements of an expression over a shape along some of its dimensions.
@@ -232,7 +232,7 @@ class Emitter:
         steps = iter([s for n, s in zip(out.shape, out.stride, strict=True) if n != 1])
         stride = [0 if d in dims or n == 1 else next(steps) for d, n in enumerate(shape)]
         place = Access(out.storage, out.offset, tuple(stride), out.dtype)
-        keys = {"compute": compute or out.dtype, "combine": combine, "start": start}
+        keys: Any = {"compute": compute or out.dtype, "combine": combine, "start": start}
         if total is None and out.dtype is torch.float32:
             total = torch.float64
         self.assign(place, text, *operands, shape=shape, total=total, **keys)

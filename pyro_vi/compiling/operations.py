@@ -12,6 +12,7 @@ __all__ = ["FORMS", "emit"]
 import math
 import re
 from collections.abc import Callable, Sequence
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -350,7 +351,7 @@ def _variance(e: Emitter, op: Op, out: Ref) -> None:
     count = math.prod(source.shape[d] for d in dims)
     rest = count - (1 if correction is None else correction)
     mean, total = _kept(e, out, source.shape, dims), _scratch(e, out)
-    keys = {"dims": dims, "shape": source.shape}
+    keys: Any = {"dims": dims, "shape": source.shape}
     _join(e, "sum", mean, "{0} * {1}", source, 1 / count if count else math.nan, **keys)
     factor = 1 / rest if rest > 0 else math.nan
     _join(e, "sum", total, "({0} - {1}) * ({0} - {1}) * {2}", source, mean, factor, **keys)
@@ -363,7 +364,7 @@ def _variance(e: Emitter, op: Op, out: Ref) -> None:
 def _logsumexp(e: Emitter, op: Op, out: Ref) -> None:
     source, dims = op.args[0], _dims(op)
     top, shift, total = (_kept(e, out, source.shape, dims) for _ in range(3))
-    keys = {"dims": dims, "shape": source.shape}
+    keys: Any = {"dims": dims, "shape": source.shape}
     _join(e, "max", top, "{0}", source, **keys)
     e.assign(shift, "(isfinite({0}) ? {0} : 0)", top)
     _join(e, "sum", total, "exp{f}({0} - {1})", source, shift, **keys)
@@ -372,7 +373,8 @@ def _logsumexp(e: Emitter, op: Op, out: Ref) -> None:
 
 @_form("_softmax", "_log_softmax")
 def _softmax(e: Emitter, op: Op, out: Ref) -> None:
-    source, keys = op.args[0], {"dims": _dims(op), "shape": out.shape}
+    source = op.args[0]
+    keys: Any = {"dims": _dims(op), "shape": out.shape}
     top, total = (_kept(e, out, out.shape, keys["dims"]) for _ in range(2))
     _join(e, "max", top, "{0}", source, **keys)
     _join(e, "sum", total, "exp{f}({0} - {1})", source, top, **keys)
@@ -384,7 +386,8 @@ def _softmax(e: Emitter, op: Op, out: Ref) -> None:
 def _softmax_backward(e: Emitter, op: Op, out: Ref) -> None:
     gradient, result = op.args[:2]
     total, is_log = _kept(e, out, out.shape, _dims(op)), op.name.startswith("_log")
-    text, keys = "{0}" if is_log else "{0} * {1}", {"dims": _dims(op), "shape": out.shape}
+    text = "{0}" if is_log else "{0} * {1}"
+    keys: Any = {"dims": _dims(op), "shape": out.shape}
     _join(e, "sum", total, text, gradient, result, **keys)
     final = "{0} - exp{f}({1}) * {2}" if is_log else "{1} * ({0} - {2})"
     e.assign(out, final, gradient, result, total)
@@ -434,10 +437,10 @@ def _cat(e: Emitter, op: Op, out: Ref) -> None:
     dim, start = _argument(op, "dim"), 0
     for i, one in enumerate(op.args[0]):
         if op.name == "stack":
-            e.assign(_view(out, lambda t, i=i: t.select(dim, i)), "{0}", one)
+            e.assign(_view(out, methodcaller("select", dim, i)), "{0}", one)
         elif one.shape != (0,):
             size = one.shape[dim]
-            e.assign(_view(out, lambda t, s=start, n=size: t.narrow(dim, s, n)), "{0}", one)
+            e.assign(_view(out, methodcaller("narrow", dim, start, size)), "{0}", one)
             start += size
 
 
@@ -491,8 +494,8 @@ def _pad(e: Emitter, op: Op, out: Ref) -> None:
         d, low, high = len(out.shape) - 1 - i, pad[2 * i], pad[2 * i + 1]
         size = source.shape[d] + min(low, 0) + min(high, 0)
         own, other = (d, max(-low, 0), size), (d, max(low, 0), size)
-        source = _view(source, lambda t, a=own: t.narrow(*a))
-        part = _view(part, lambda t, a=other: t.narrow(*a))
+        source = _view(source, methodcaller("narrow", *own))
+        part = _view(part, methodcaller("narrow", *other))
     e.assign(out, "{0}", _argument(op, "value"))
     e.assign(part, "{0}", source)
 
