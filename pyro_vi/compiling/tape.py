@@ -310,6 +310,8 @@ class Tape(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is _aten._local_scalar_dense.default:
             return self._asked(args[0])
+        if torch.Tag.inplace_view in func.tags and func not in _RESIZING:
+            return func(*args, **kwargs)  # such as `squeeze_`, which changes nothing in memory
         if func is _aten.native_batch_norm.default and args[3] is not None:
             func = _aten._native_batch_norm_legit.default  # which says what it changes
         elif func is _aten._efficientzerotensor.default:
