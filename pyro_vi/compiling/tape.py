@@ -45,6 +45,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -446,7 +447,8 @@ class Tape(TorchDispatchMode):
         if module in _WARNING:
             return value
         if isinstance(value, bool) and module.startswith(_CHECKING):
-            self.record.conditions.append((ref, value))
+            if frame is None or not _fails_by_nan_alone(frame):
+                self.record.conditions.append((ref, value))
         else:
             self.refuse(
                 f"a tensor was asked for its value (item, float, a branch, a shape){_line()}"
@@ -506,6 +508,14 @@ def _asking(frame: FrameType | None) -> FrameType | None:
     while frame is not None and frame.f_code.co_name == "__torch_function__":
         frame = frame.f_back
     return frame
+
+
+def _fails_by_nan_alone(frame: FrameType) -> bool:
+    """Whether a check of a distribution is one for NaN, which the loss shows too."""
+    checked = frame.f_locals.get("constraint", frame.f_locals.get("support"))
+    while hasattr(checked, "base_constraint"):
+        checked = checked.base_constraint
+    return checked is constraints.real
 
 
 class _Answers(TorchFunctionMode):
