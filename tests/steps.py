@@ -1,13 +1,15 @@
-"""Programs and steps that the tests of recorded steps share."""
+"""Programs and steps that the tests of compiled steps share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import pyro.infer
+import pytest
 import torch
 from programs import SCHOOLS_SIGMA, SCHOOLS_Y
 from pyro.distributions import constraints
@@ -17,7 +19,6 @@ from torch import Tensor, nn
 
 from pyro_vi.guides import Encoder
 from pyro_vi.models import VAE
-from pyro_vi.optimizers import OneOptimizer
 from pyro_vi.svi import SVI
 
 Programs = tuple[Callable[..., Any], Callable[..., Any], ELBO, tuple[Any, ...]]
@@ -69,15 +70,74 @@ def by_pyro_module() -> Programs:
     return model, guide, Trace_ELBO(), (IMAGES,)
 
 
-def adam() -> OneOptimizer:
-    return OneOptimizer(partial(torch.optim.Adam, lr=0.01))
+X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 
 
-def run(optim: PyroOptim, compile: bool, steps: int = 6) -> tuple[SVI, list[float], Any]:
-    """Losses, and the optimizer's state after them."""
-    pyro.clear_param_store()
-    torch.manual_seed(0)
-    model, guide, loss, args = beta_bernoulli()
-    svi = SVI(model, guide, optim, loss, compile=compile)
-    losses = [svi.step(*args) for _ in range(steps)]
-    return svi, losses, optim.get_state()
+def draw() -> Tensor:
+    return pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def observe(z: Any, x: Tensor) -> None:
+    pyro.sample("x", dist.Normal(z, 1.0).expand(x.shape).to_event(1), obs=x)
+
+
+def plain(x: Tensor) -> None:
+    """A latent and its observations; `plain_guide` is for every model that draws so."""
+    observe(draw(), x)
+
+
+def plain_guide(x: Tensor, *args: Any, **kwargs: Any) -> None:
+    pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 0.5))
+
+
+def plain_adam() -> PyroOptim:
+    return pyro.optim.Adam({"lr": 0.02})
+
+
+def both(
+    make: Callable[[], Callable[..., Any]] = lambda: plain,
+    batches: Callable[[int], tuple[Any, ...]] = lambda i: (X,),
+    *,
+    guide: Callable[..., Any] = plain_guide,
+    optim: Callable[[], PyroOptim] = plain_adam,
+    loss: Callable[[], ELBO] = Trace_ELBO,
+    around: Callable[[int], AbstractContextManager[Any]] = lambda i: nullcontext(),
+    between: Callable[[int, Any], Any] = lambda i, svi: None,
+    steps: int = 10,
+    compiled: int | None = 6,
+    fails: str = "",
+) -> SVI:
+    """Takes the same steps by Pyro's SVI and by a compiled one, which must come to the same.
+
+    Args:
+        make: the model, made anew for each.
+        batches: the arguments of each step.
+        around: what each step is taken in.
+        between: what is done before each step.
+        compiled: how many steps are compiled.
+        fails: how the error begins that both end with.
+    """
+    found = []
+    for kind, options in ((pyro.infer.SVI, {}), (SVI, {"compile": True})):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        svi = kind(make(), guide, optim(), loss(), **options)
+        losses, error = list[float](), ""
+        try:
+            for i in range(steps):
+                between(i, svi)
+                with around(i):
+                    losses.append(svi.step(*batches(i)))
+        except (ValueError, RuntimeError, IndexError) as caught:
+            error = f"{type(caught).__name__}: {caught}"
+        values = {name: p.detach().clone() for name, p in pyro.get_param_store().items()}
+        found.append((losses, values, error, torch.get_rng_state()))
+    (expected, values, error, drawn), (losses, mine, other, generator) = found
+    assert bool(error) == bool(fails) and error.startswith(fails), error
+    assert other == error
+    assert losses == pytest.approx(expected, rel=1e-9)
+    assert fails or torch.equal(generator, drawn)
+    for name, value in values.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-9, atol=1e-12)
+    assert compiled is None or svi.compiled_steps == compiled, svi.explain()
+    return svi

@@ -248,7 +248,8 @@ def has_formula(optimizer: Any) -> bool:
     groups = optimizer.param_groups
     odd = any(g.get("differentiable") or isinstance(g["lr"], Tensor) for g in groups)
     fused = any(g.get("fused") or g.get("capturable") for g in groups)
-    return not (odd or fused or any(HOOKS_OF_ALL))
+    is_complex = any(p.is_complex() for g in groups for p in g["params"])
+    return not (odd or fused or is_complex or any(HOOKS_OF_ALL))
 
 
 def update_of(optim: PyroOptim, parameters: Sequence[Tensor]) -> Update | None:

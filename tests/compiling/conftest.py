@@ -8,6 +8,8 @@ import pytest
 
 from pyro_vi.compiling import backends
 
+pytest.register_assert_rewrite("steps")
+
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, double: None) -> None:

@@ -184,6 +184,7 @@ UNKNOWN: dict[str, Callable[[], Any]] = {
     "a hook": hooked,
     "a rate that is a tensor": lambda: Adam(parameters(), lr=torch.tensor(0.1), foreach=False),
     "differentiable": lambda: SGD(parameters(), lr=0.1, differentiable=True),
+    "complex": lambda: Adam([torch.tensor(1j).requires_grad_()], lr=0.1),
     "fused": lambda: Adam(parameters(), lr=0.1, fused=True),
     "no optimizer": lambda: None,
 }
