@@ -119,12 +119,18 @@ class _Statement:
 
 @dataclass
 class _Group:
-    """Statements in one loop nest over a shape, or lines of C."""
+    """Statements in one loop nest over a shape, or lines of C and the storages that they touch."""
 
     shape: tuple[int, ...] = ()
     statements: list[_Statement] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
-    touched: set[int] = field(default_factory=set)
+    by_lines: set[int] = field(default_factory=set)
+
+    @property
+    def touched(self) -> set[int]:
+        """The storages that it reads and writes."""
+        every = (one for s in self.statements for one in (s.out, *s.reads))
+        return self.by_lines | {one.storage for one in every}
 
 
 class Source(NamedTuple):
@@ -168,74 +174,118 @@ class Emitter:
         # The last group that writes or reads a storage, by the key of the access.
         self._writers: dict[int, dict[Any, int]] = {}
         self._readers: dict[int, dict[Any, int]] = {}
+        # What lies in a storage as long as it is not written again: a number, or fewer elements.
+        self._same: dict[int, tuple[Ref, Any]] = {}
 
     # What operations are made of.
 
     def assign(
         self, out: Ref | Access, text: str, *operands: Any, shape: Sequence[int] | None = None,
-        compute: torch.dtype | None = None, combine: str | None = None, start: str | None = None,
-        total: torch.dtype | None = None,
+        compute: torch.dtype | None = None, adds: bool = False,
     ) -> None:  # fmt: skip
         """out[i] = text for every index i; operands are broadcast, and numbers are written out.
 
         Args:
             shape: that the index runs over; that of `out` by default.
             compute: the dtype that operands are cast to; that of `out` by default.
-            combine, start, total: how a value joins what is there; see `_Statement`.
+            adds: whether the value is added to what is there.
         """
-        shape = out.shape if isinstance(out, Ref) and shape is None else tuple(shape or ())
-        kind = ctype(compute or out.dtype)
-        if 0 in shape:
-            return
-        self.cost += math.prod(shape)
-        names, loaded = list[str](), list[Access]()
-        for one in operands:
-            if isinstance(one, (Ref, Access)):
-                names.append(f"{{{len(loaded)}}}")
-                loaded.append(access(one, shape))
-            else:
-                names.append(number(one, kind))
-        text = text.format(*names, f="f" if kind == "float" else "")
-        place, kept = access(out, shape), total or out.dtype
-        s = _Statement(place, text, tuple(loaded), kind, combine, start, ctype(kept))
-        shape, s = _arranged(shape, s)
-        if not s.is_in_memory or kept is out.dtype:
-            self._add(shape, s)
-            return
-        moving = [d for d, step in enumerate(s.out.stride) if step]
-        sums = self.record.allocate([shape[d] for d in moving], kept, torch.device("cpu"))
-        steps = [0] * len(shape)
-        for d, step in zip(moving, sums.stride, strict=True):
-            steps[d] = step
-        place = Access(sums.storage, 0, tuple(steps), kept)
-        self._add(shape, replace(s, out=place, start=start or "0"))
-        place = s.out._replace(stride=tuple(s.out.stride[d] for d in moving))
-        text = "{0}" if start else ADD
-        self.assign(place, text, sums, place, shape=sums.shape, compute=kept)
+        shape = tuple(out.shape if isinstance(out, Ref) and shape is None else shape or ())
+        found = self._inputs(operands, shape)
+        self._same.pop(out.storage, None)
+        if isinstance(out, Ref) and not adds and 0 not in shape:
+            if text == "{0}" and not isinstance(found[0], Access):
+                value = torch.tensor(found[0], dtype=out.dtype).item()
+                found, self._same[out.storage] = (value,), (out, value)
+            elif text != "{0}" and (moving := _moving(shape, found)) != [n > 1 for n in shape]:
+                part = self.scratch(
+                    [n if m else 1 for n, m in zip(shape, moving, strict=True)], out.dtype
+                )
+                self._state(access(part, shape), text, found, part.shape, compute or out.dtype)
+                same = part._replace(shape=shape, stride=access(part, shape).stride)
+                self._same[out.storage] = (out, same)
+                text, found, compute = "{0}", (access(same, shape),), None
+        kind = compute or out.dtype
+        self._state(access(out, shape), text, found, shape, kind, ADD if adds else None)
 
     def reduce(
         self, out: Ref, text: str, *operands: Any, shape: Sequence[int], dims: Sequence[int],
-        combine: str | None = ADD, start: str | None = "0", compute: torch.dtype | None = None,
+        combine: str = ADD, start: str | None = "0", compute: torch.dtype | None = None,
         total: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         """Joins the elements of an expression over a shape along some of its dimensions.
 
         Args:
             out: has these dimensions with size 1, or does not have them.
-            others: as of `assign`; single precision is added up in double.
+            combine: how an element {1} joins those before it, {0}.
+            start: what is there at first; None for what lies in `out`.
+            total: the dtype in which they are joined; double for single precision by default.
         """
         if 0 in shape:
             self.assign(out, start or "{0}", *([] if start else [out]))
             return
-        if start is not None and all(shape[d] == 1 for d in dims):
-            combine = start = None
         steps = iter([s for n, s in zip(out.shape, out.stride, strict=True) if n != 1])
         stride = [0 if d in dims or n == 1 else next(steps) for d, n in enumerate(shape)]
         place = Access(out.storage, out.offset, tuple(stride), out.dtype)
-        keys: Any = {"compute": compute or out.dtype, "combine": combine, "start": start}
-        if total is None and out.dtype is torch.float32:
-            total = torch.float64
-        self.assign(place, text, *operands, shape=shape, total=total, **keys)
+        found = self._inputs(operands, shape)
+        self._same.pop(out.storage, None)
+        same = [d for d in dims if shape[d] > 1 and not _moving(shape, found)[d]]
+        if combine == ADD and same:
+            found = (*found, math.prod(shape[d] for d in same))
+            text = f"{{{len(found) - 1}}} * ({text})"
+            shape = [1 if d in same else n for d, n in enumerate(shape)]
+        is_one = start is not None and all(shape[d] == 1 for d in dims)
+        if total is None:
+            total = torch.float64 if out.dtype is torch.float32 else out.dtype
+        joined = (None, None) if is_one else (combine, start)
+        self._state(place, text, found, shape, compute or out.dtype, *joined, total)
+
+    def _inputs(self, operands: Sequence[Any], shape: Sequence[int]) -> tuple[Any, ...]:
+        """Operands as accesses and numbers."""
+        found = []
+        for one in operands:
+            if isinstance(one, Ref) and self._same.get(one.storage, (None,))[0] == one:
+                one = self._same[one.storage][1]
+            found.append(access(one, shape) if isinstance(one, (Ref, Access)) else one)
+        return tuple(found)
+
+    def _state(
+        self, out: Access, text: str, found: Sequence[Any], shape: Sequence[int],
+        compute: torch.dtype, combine: str | None = None, start: str | None = None,
+        total: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        """Adds a statement."""
+        if 0 in shape:
+            return
+        kind, total = ctype(compute), total or out.dtype
+        self.cost += math.prod(shape)
+        names, loaded = list[str](), list[Access]()
+        for one in found:
+            if isinstance(one, Access):
+                names.append(f"{{{len(loaded)}}}")
+                loaded.append(one)
+            else:
+                names.append(number(one, kind))
+        text = text.format(*names, f="f" if kind == "float" else "")
+        s = _Statement(out, text, tuple(loaded), kind, combine, start, ctype(total))
+        shape, s = _arranged(shape, s)
+        if not s.is_in_memory or total is out.dtype:
+            self._add(shape, s)
+            return
+        # Totals in memory have the precision of those in registers.
+        moving = [d for d, step in enumerate(s.out.stride) if step]
+        sums = self.scratch([shape[d] for d in moving], total)
+        steps = iter(sums.stride)
+        stride = tuple(next(steps) if step else 0 for step in s.out.stride)
+        place = s.out._replace(stride=tuple(s.out.stride[d] for d in moving))
+        total_at = Access(sums.storage, 0, stride, total)
+        self._add(shape, replace(s, out=total_at, start=start or "0"))
+        found = (access(sums, sums.shape), place)
+        self._state(place, "{0}" if start else ADD, found, sums.shape, total)
+
+    def scratch(self, shape: Sequence[int], dtype: torch.dtype) -> Ref:
+        """Memory for a result in between."""
+        return self.record.allocate(shape, dtype, torch.device("cpu"))
 
     def constant(self, tensor: Tensor) -> Ref:
         """A contiguous tensor that does not change."""
@@ -255,7 +305,8 @@ class Emitter:
         for uses, refs in ((self._readers, reads), (self._writers, writes)):
             for ref in refs:
                 uses.setdefault(ref.storage, {})[None] = len(self._groups)
-                group.touched.add(ref.storage)
+                group.by_lines.add(ref.storage)
+                self._same.pop(ref.storage, None)
         self._groups.append(group)
 
     def call(self, op: Op) -> None:
@@ -279,14 +330,12 @@ class Emitter:
         first = max(_after(self._writers, one, key) for one, key in [*reads, (out, written)])
         first = max(first, _after(self._readers, out, written))
         place = self._group(shape, statement.is_serial and math.prod(shape) > _SHORT, first)
-        group = self._groups[place]
-        group.statements.append(statement)
+        self._groups[place].statements.append(statement)
         for uses, one, key in [(self._readers, *read) for read in reads] + [
             (self._writers, out, written)
         ]:
             held = uses.setdefault(one.storage, {})
             held[key] = max(held.get(key, 0), place)
-            group.touched.add(one.storage)
 
     def _group(self, shape: tuple[int, ...], is_serial: bool, first: int) -> int:
         """The last group for such a statement, if it does not come before `first`; or a new one."""
@@ -300,6 +349,7 @@ class Emitter:
 
     def source(self) -> Source:
         """The function."""
+        self._drop_unread()
         stored = self._stored()
         used = {s for group in self._groups for s in group.touched if s in stored}
         used |= {ref.storage for ref in self.record.outputs}
@@ -345,12 +395,24 @@ class Emitter:
         body = "\n".join([_HEAD, *helpers, body])
         return Source(body, outer, max(work, 64), places, self.calls, self.cost)
 
+    def _drop_unread(self) -> None:
+        """Drops statements whose result nothing reads."""
+        live = self._outer | {ref.storage for ref in self.record.outputs}
+        for group in reversed(self._groups):
+            kept = list[_Statement]()
+            for s in reversed(group.statements):
+                if s.out.storage in live:
+                    kept.append(s)
+                    live |= {one.storage for one in s.reads}
+            group.statements = kept[::-1]
+            live |= group.by_lines
+        self._groups = [one for one in self._groups if one.statements or one.lines]
+
     def _stored(self) -> set[int]:
         """The storages that lie in memory: all but those whose values stay within one loop."""
         stored = self._outer | {ref.storage for ref in self.record.outputs}
         for group in self._groups:
-            if group.lines:
-                stored |= group.touched
+            stored |= group.by_lines
             local = set[Any]()
             for statement in group.statements:
                 keys = ((one.storage, _key(group.shape, one)) for one in statement.reads)
@@ -369,6 +431,13 @@ def access(one: Ref | Access, shape: Sequence[int]) -> Access:
     lead = [0] * (len(shape) - len(one.shape))
     steps = [0 if n == 1 else s for n, s in zip(one.shape, one.stride, strict=True)]
     return Access(one.storage, one.offset, (*lead, *steps), one.dtype)
+
+
+def _moving(shape: Sequence[int], found: Sequence[Any]) -> list[bool]:
+    """Which dimensions operands move along."""
+    every = [one for one in found if isinstance(one, Access)]
+    every += [index for one in every for index, _, _ in one.gathered]
+    return [n > 1 and any(one.stride[d] for one in every) for d, n in enumerate(shape)]
 
 
 def _key(shape: tuple[int, ...], one: Access) -> Any:

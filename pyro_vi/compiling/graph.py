@@ -134,24 +134,29 @@ def module_of(record: Record) -> tuple[fx.GraphModule, list[int]]:
     outer = [i for i in sorted(used) if not record.storages[i].is_inner]
     bases: dict[int, fx.Node] = {}  # of each storage: a node, whose memory it is
     nodes: dict[Ref, fx.Node] = {}
+    flat: set[int] = set()  # whose base is contiguous, and all of the storage
+
+    def found_base(ref: Ref, made: fx.Node) -> None:
+        nodes.setdefault(ref, made)
+        if ref.storage not in bases:
+            bases[ref.storage] = made
+            if _is_whole(record, ref):
+                flat.add(ref.storage)
+
     for i in outer:
-        bases[i] = graph.placeholder(f"m{i}")
-        size = record.storages[i].size
-        nodes[Ref(i, 0, (size,), (1,), record.storages[i].dtype)] = bases[i]
+        storage = record.storages[i]
+        found_base(Ref(i, 0, (storage.size,), (1,), storage.dtype), graph.placeholder(f"m{i}"))
 
     def node(ref: Ref) -> fx.Node:
         if (found := nodes.get(ref)) is not None:
             return found
         storage = record.storages[ref.storage]
         if ref.storage not in bases:
-            bases[ref.storage] = graph.call_function(
-                _aten.empty.memory_format,
-                ([storage.size],),
-                {"dtype": storage.dtype, "device": storage.device},
-            )
+            options = {"dtype": storage.dtype, "device": storage.device}
+            empty = graph.call_function(_aten.empty.memory_format, ([storage.size],), options)
+            found_base(Ref(ref.storage, 0, (storage.size,), (1,), storage.dtype), empty)
         base = bases[ref.storage]
-        is_whole = ref.offset == 0 and ref.numel == storage.size and _is_contiguous(ref)
-        if is_whole and ref.storage in outer:
+        if ref.storage in flat and _is_whole(record, ref):
             made = graph.call_function(_aten.view.default, (base, list(ref.shape)))
         else:
             made = graph.call_function(
@@ -172,7 +177,7 @@ def module_of(record: Record) -> tuple[fx.GraphModule, list[int]]:
         if op.func is _aten.copy_.default and first is not None and first.storage not in bases:
             if first.numel == record.storages[first.storage].size:  # the first values of memory
                 made = graph.call_function(_aten.clone.default, (filled(op.args[1]),))
-                bases[first.storage] = nodes[first] = made
+                found_base(first, made)
                 continue
         args = tuple(filled(one) for one in op.args)
         kwargs = {name: filled(value) for name, value in op.kwargs.items()}
@@ -181,21 +186,21 @@ def module_of(record: Record) -> tuple[fx.GraphModule, list[int]]:
         many = len(returned) > 1 or isinstance(returned[0].type, torch.ListType)
         for i, ref in enumerate(op.outs):
             one = graph.call_function(getitem, (made, i)) if many else made
-            nodes.setdefault(ref, one)
-            bases.setdefault(ref.storage, one)
+            found_base(ref, one)
     graph.output(())
     graph.eliminate_dead_code()
     graph.lint()
     return fx.GraphModule(torch.nn.Module(), graph), outer
 
 
-def _is_contiguous(ref: Ref) -> bool:
+def _is_whole(record: Record, ref: Ref) -> bool:
+    """Whether a place is contiguous, and all of its storage."""
     expected = 1
     for size, step in zip(reversed(ref.shape), reversed(ref.stride), strict=True):
         if size != 1 and step != expected:
             return False
         expected *= size
-    return True
+    return ref.offset == 0 and expected == record.storages[ref.storage].size
 
 
 def torchscript(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

@@ -94,12 +94,6 @@ def _view(ref: Ref, change: Callable[[Tensor], Tensor]) -> Ref:
     return Ref(ref.storage, offset, tuple(view.shape), view.stride(), ref.dtype)
 
 
-def _scratch(e: Emitter, like: Ref, shape: Sequence[int] | None = None) -> Ref:
-    """Memory for a result in between."""
-    shape = like.shape if shape is None else shape
-    return e.record.allocate(shape, like.dtype, torch.device("cpu"))
-
-
 # Operations on each element.
 #
 # {0}, {1}... are the operands, {alpha} is an argument by its name, and {f} is the suffix of C
@@ -113,9 +107,7 @@ _ELEMENTWISE = {
         "exp exp2 expm1 log log2 log10 log1p sqrt tanh sin cos tan asin acos atan sinh cosh asinh"
         " acosh atanh erf erfc floor ceil trunc").split()},
     **{name: f"{name}{{f}}({{0}}, {{1}})" for name in "atan2 hypot fmax fmin copysign".split()},
-    "clone": "{0}", "lift_fresh": "{0}", "zero": "0", "zeros_like": "0", "new_zeros": "0",
-    "ones_like": "1", "new_ones": "1", "full_like": "{fill_value}", "new_full": "{fill_value}",
-    "fill": "{value}", "neg": "-{0}", "abs": "({0} > 0 ? {0} : 0 - {0})",
+    "clone": "{0}", "lift_fresh": "{0}", "neg": "-{0}", "abs": "({0} > 0 ? {0} : 0 - {0})",
     "reciprocal": "1 / {0}", "rsqrt": "1 / sqrt{f}({0})",
     "frac": "{0} - trunc{f}({0})", "round": "rint{f}({0})", "sgn": "({0} > 0) - ({0} < 0)",
     "sign": "({0} > 0) - ({0} < 0)", "lgamma": "lgamma({0})", "digamma": "digamma({0})",
@@ -216,6 +208,16 @@ def _promoted(*operands: Any) -> torch.dtype:
     return torch.result_type(like(operands[0]), like(operands[-1]))
 
 
+@_form("zero", "zeros_like", "new_zeros", "ones_like", "new_ones")
+@_form("fill", "full_like", "new_full")
+def _fill(e: Emitter, op: Op, out: Ref) -> None:
+    value = next(
+        (one for one in (_argument(op, "value"), _argument(op, "fill_value")) if one is not None),
+        int("ones" in op.name),
+    )
+    e.assign(out, "{0}", value)
+
+
 @_form("pow")
 def _pow(e: Emitter, op: Op, out: Ref) -> None:
     texts: dict[Any, str] = {1: "{0}", 2: "{0} * {0}", 3: "{0} * {0} * {0}"}
@@ -271,7 +273,7 @@ def _dims(op: Op) -> list[int]:
 
 def _kept(e: Emitter, like: Ref, shape: Sequence[int], dims: Sequence[int]) -> Ref:
     """Memory for a reduction over a shape, with the dimensions that are reduced."""
-    return _scratch(e, like, [1 if d in dims else n for d, n in enumerate(shape)])
+    return e.scratch([1 if d in dims else n for d, n in enumerate(shape)], like.dtype)
 
 
 def _fitted(ref: Ref, out: Ref, dims: Sequence[int]) -> Ref:
@@ -334,7 +336,7 @@ def _best(e: Emitter, op: Op, out: Ref) -> None:
 
 @_form("linalg_vector_norm")
 def _norm(e: Emitter, op: Op, out: Ref) -> None:
-    source, order, total = op.args[0], _argument(op, "ord"), _scratch(e, out)
+    source, order, total = op.args[0], _argument(op, "ord"), e.scratch(out.shape, out.dtype)
     kinds = {1: ("sum", _ABS), 2: ("sum", "{0} * {0}"), math.inf: ("max", _ABS)}
     if order not in kinds or _argument(op, "dtype") is not None:
         raise _Unknown
@@ -350,7 +352,7 @@ def _variance(e: Emitter, op: Op, out: Ref) -> None:
     correction = _argument(op, "correction")
     count = math.prod(source.shape[d] for d in dims)
     rest = count - (1 if correction is None else correction)
-    mean, total = _kept(e, out, source.shape, dims), _scratch(e, out)
+    mean, total = _kept(e, out, source.shape, dims), e.scratch(out.shape, out.dtype)
     keys: Any = {"dims": dims, "shape": source.shape}
     _join(e, "sum", mean, "{0} * {1}", source, 1 / count if count else math.nan, **keys)
     factor = 1 / rest if rest > 0 else math.nan
@@ -591,7 +593,7 @@ def _index_put(e: Emitter, op: Op, out: Ref) -> None:
         values,
         factor,
         shape=shape,
-        combine=ADD if adds else None,
+        adds=bool(adds),
     )
 
 
@@ -600,11 +602,11 @@ def _embedding_backward(e: Emitter, op: Op, out: Ref) -> None:
     gradient, index = op.args[:2]
     if _argument(op, "scale_grad_by_freq"):
         raise _Unknown
-    e.assign(out, "0")
+    e.assign(out, "{0}", 0)
     place, shape = _at(out, [index])
     column = index._replace(shape=(*index.shape, 1), stride=(*index.stride, 0))
     text = "({1} == {2} ? 0 : {0})"
-    e.assign(place, text, gradient, column, _argument(op, "padding_idx"), shape=shape, combine=ADD)
+    e.assign(place, text, gradient, column, _argument(op, "padding_idx"), shape=shape, adds=True)
 
 
 # Matrices.
@@ -639,7 +641,7 @@ def _matrix_product(e: Emitter, op: Op, out: Ref) -> None:
 def _added_product(e: Emitter, op: Op, out: Ref) -> None:
     bias, one, other = op.args[:3]
     beta, alpha = _argument(op, "beta"), _argument(op, "alpha")
-    e.assign(out, "{0} * {1}" if beta else "0", bias, beta)
+    e.assign(out, "{0} * {1}" if beta else "{1}", bias, beta)
     if _name(op) == "addmv":
         other, out = _column(other), _column(out)
     _product(e, out, one, other, alpha, start=None)
@@ -652,33 +654,40 @@ def _transposed(ref: Ref) -> Ref:
 def _solve(
     e: Emitter, out: Ref, matrix: Ref, right: Ref, *, upper: bool, unit: bool = False
 ) -> None:
-    """The solution of a triangular system, along rows or columns as they lie in memory."""
+    """The solution of a triangular system; the last loop walks along what is contiguous."""
     batch, size, columns = out.shape[:-2], *out.shape[-2:]
-    index = _indices(batch)
+    index, kind = _indices(batch), ctype(out.dtype)
     matrix, right = (_view(one, lambda t: t.expand(*batch, -1, -1)) for one in (matrix, right))
-    first, rest = "long k = 0; k < r", f"long k = r + 1; k < {size}"
+    lower, rest = "for (long k = 0; k < r; k++)", f"for (long k = r + 1; k < {size}; k++)"
+    solved, unsolved = (rest, lower) if upper else (lower, rest)
     rows = f"long r = {size - 1}; r >= 0; r--" if upper else f"long r = 0; r < {size}; r++"
+    each = f"for (long c = 0; c < {columns}; c++)"
     x, y = (e.at(out, *index, one, "c") for one in "rk")
-    b, pivot = e.at(right, *index, "r", "c"), e.at(matrix, *index, "r", "r")
-    kind, last = ctype(out.dtype), "" if unit else f" / {pivot}"
-    if matrix.stride[-2] == 1:
+    b, last = e.at(right, *index, "r", "c"), e.at(matrix, *index, "r", "r")
+    last = "1" if unit else last
+    if columns > 1 and out.stride[-1] == 1:
         lines = [
-            f"for (long r = 0; r < {size}; r++) {x} = {b};",
-            f"for ({rows}) {{ const {kind} w = {x} = {x}{last};",
+            f"for ({rows}) {{ {each} {x} = {b};",
+            f"{solved} {{ const {kind} w = {e.at(matrix, *index, 'r', 'k')};",
             "#pragma omp simd",
-            f"for ({first if upper else rest}; k++)",
-            f"  {y} -= {e.at(matrix, *index, 'k', 'r')} * w; }}",
+            f"{each} {x} -= w * {y}; }}",
+            f"{each} {x} /= {last}; }}",
+        ]
+    elif matrix.stride[-2] == 1:
+        lines = [
+            f"{each} {{ for (long r = 0; r < {size}; r++) {x} = {b};",
+            f"for ({rows}) {{ const {kind} w = {x} /= {last};",
+            "#pragma omp simd",
+            f"{unsolved} {y} -= {e.at(matrix, *index, 'k', 'r')} * w; }} }}",
         ]
     else:
         lines = [
-            f"for ({rows}) {{ {kind} total = 0;",
+            f"{each} for ({rows}) {{ {kind} total = 0;",
             "#pragma omp simd reduction(+ : total)",
-            f"for ({rest if upper else first}; k++)",
-            f"  total += {e.at(matrix, *index, 'r', 'k')} * {y};",
-            f"{x} = ({b} - total){last}; }}",
+            f"{solved} total += {e.at(matrix, *index, 'r', 'k')} * {y};",
+            f"{x} = ({b} - total) / {last}; }}",
         ]
-    head = f"for (long c = 0; c < {columns}; c++) {{"
-    _code(e, batch, [head, *lines, "}"], [matrix, right], [out], size * size * columns)
+    _code(e, batch, lines, [matrix, right], [out], size * size * columns)
 
 
 @_form("linalg_solve_triangular")
@@ -699,7 +708,7 @@ def _cholesky_solve(e: Emitter, op: Op, out: Ref) -> None:
         factor = op.args[0]
         right = e.constant(torch.eye(out.shape[-1], dtype=out.dtype))
     lower = _transposed(factor) if _argument(op, "upper") else factor
-    between = _scratch(e, out)
+    between = e.scratch(out.shape, out.dtype)
     _solve(e, between, lower, right, upper=False)
     _solve(e, out, _transposed(lower), between, upper=True)
 
