@@ -101,11 +101,13 @@ def both(
     guide: Callable[..., Any] = plain_guide,
     optim: Callable[[], PyroOptim] = plain_adam,
     loss: Callable[[], ELBO] = Trace_ELBO,
+    eager: type[pyro.infer.SVI] = pyro.infer.SVI,
     around: Callable[[int], AbstractContextManager[Any]] = lambda i: nullcontext(),
     between: Callable[[int, Any], Any] = lambda i, svi: None,
     steps: int = 10,
     compiled: int | None = 6,
     fails: str = "",
+    rel: float = 1e-9,
 ) -> SVI:
     """Takes the same steps by Pyro's SVI and by a compiled one, which must come to the same.
 
@@ -116,9 +118,10 @@ def both(
         between: what is done before each step.
         compiled: how many steps are compiled.
         fails: how the error begins that both end with.
+        rel: the error of losses and parameters.
     """
     found = []
-    for kind, options in ((pyro.infer.SVI, {}), (SVI, {"compile": True})):
+    for kind, options in ((eager, {}), (SVI, {"compile": True})):
         pyro.clear_param_store()
         torch.manual_seed(0)
         svi = kind(make(), guide, optim(), loss(), **options)
@@ -134,10 +137,10 @@ def both(
         found.append((losses, values, error, torch.get_rng_state()))
     (expected, values, error, drawn), (losses, mine, other, generator) = found
     assert bool(error) == bool(fails) and error.startswith(fails), error
-    assert other == error
-    assert losses == pytest.approx(expected, rel=1e-9)
+    assert other.partition("(")[0] == error.partition("(")[0]  # numbers follow
+    assert losses == pytest.approx(expected, rel=rel)
     assert fails or torch.equal(generator, drawn)
     for name, value in values.items():
-        torch.testing.assert_close(mine[name], value, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(mine[name], value, rtol=rel, atol=rel / 1000)
     assert compiled is None or svi.compiled_steps == compiled, svi.explain()
     return svi
