@@ -152,6 +152,9 @@ class Prediction:
         changes: tensors that a step changes, before it and after it.
         drawn: where the generators are then.
         gradients: those that the record ends with.
+
+    Attributes:
+        is_sound: whether the conditions of the record hold.
     """
 
     def __init__(
@@ -165,6 +168,7 @@ class Prediction:
     ) -> None:
         self._compiled, self._step, self._row = compiled, step, row
         self._changes, self._drawn, self._gradients = changes, drawn, gradients
+        self.is_sound = bool(row[4])
         self._differs: str | None = None
         self._noise: set[int] = set()  # addresses of what gradients of nothing but rounding move
 
@@ -185,16 +189,21 @@ class Prediction:
         for (parameter, _), gradient in zip(self._step.gradients, self._gradients, strict=True):
             if parameter.grad is None or not _is_alike(gradient, parameter.grad):
                 self._differs = self._differs or "gradient"
+        if self._step.update is None:  # the record ends here
+            self._compare_changes()
+
+    def _compare_changes(self) -> None:
+        for now, before, after in self._changes:
+            is_noise = now.data_ptr() in self._noise or not self._row[3]
+            if not is_noise and not _is_alike(after, now, before):
+                self._differs = self._differs or "update"
 
     def differs(self) -> str | None:
         """After the step: in what it is another one than was predicted; None if in nothing."""
-        if not self._row[4]:
+        if not self.is_sound:
             return "mask, scale, constraint or support, or a NaN for a loss,"
-        changes = [change for change in self._changes if change[0].data_ptr() not in self._noise]
-        if self._row[3] and not all(
-            _is_alike(after, now, before) for now, before, after in changes
-        ):
-            self._differs = self._differs or "update"
+        if self._step.update is not None:
+            self._compare_changes()
         if not all(map(torch.equal, self._compiled.states(), self._drawn)):
             self._differs = self._differs or "number of draws"
         return self._differs

@@ -45,6 +45,7 @@ CTYPES = {
 }
 ADD = "{0} + {1}"
 _PART = 150  # statements of a C function: compilers take more than linear time for longer ones
+_LONG = 20_000  # multiplications and additions for which the compiler may take longer
 _SHORT = 15  # iterations that are not worth vector instructions
 _LINE = 8  # steps after which memory is another line of the cache
 _SCALAR = ("gamma(", "fmod", "_of(")  # what has no vector instructions
@@ -68,6 +69,11 @@ class Access(NamedTuple):
     stride: tuple[int, ...]
     dtype: torch.dtype
     gathered: tuple[tuple[Access, int, int], ...] = ()
+
+    @property
+    def level(self) -> int:
+        """In how many loops the address moves, or an outer one does."""
+        return max((d + 1 for d, step in enumerate(self.stride) if step), default=0)
 
 
 @dataclass(frozen=True)
@@ -107,14 +113,9 @@ class _Statement:
         return is_ordered or any(name in self.text for name in _SCALAR)
 
     @property
-    def level(self) -> int:
-        """How many loops are around the place that a value joins."""
-        return max((d + 1 for d, step in enumerate(self.out.stride) if step), default=0)
-
-    @property
     def is_in_memory(self) -> bool:
         """Whether values that are joined take turns, so that no register holds the total."""
-        return self.combine is not None and 0 in self.out.stride[: self.level]
+        return self.combine is not None and 0 in self.out.stride[: self.out.level]
 
 
 @dataclass
@@ -392,7 +393,8 @@ class Emitter:
         ]
         body = "\n".join(text) + "\n"
         helpers = [code for name, code in _HELPERS.items() if f"{name}(" in body]
-        body = "\n".join([_HEAD, *helpers, body])
+        pragma = ['#pragma GCC optimize ("O3")'] if self.cost > _LONG else []
+        body = "\n".join([_HEAD, *pragma, *helpers, body])
         return Source(body, outer, max(work, 64), places, self.calls, self.cost)
 
     def _drop_unread(self) -> None:
@@ -491,16 +493,22 @@ def _nest(group: _Group, stored: set[int]) -> list[str]:
     known: dict[Any, str] = {}
 
     def address(one: Access) -> str:
-        terms = [str(one.offset), *(f"i{d} * {step}" for d, step in enumerate(one.stride) if step)]
-        terms += [f"within({load(i)}, {size}) * {step}" for i, step, size in one.gathered]
+        terms = [str(one.offset)] if one.offset or not any(one.stride) else []
+        terms += [f"i{d}" + f" * {n}" * (n != 1) for d, n in enumerate(one.stride) if n]
+        terms += [f"within({load(i, 'long')}, {size}) * {step}" for i, step, size in one.gathered]
         return f"m{one.storage}[{' + '.join(terms)}]"
 
-    def load(one: Access) -> str:
-        return known.get(_key(shape, one)) or address(one)
+    def load(one: Access, kind: str) -> str:
+        key, level = _key(shape, one), one.level
+        if key not in known and key is not None and level < depth:  # once, before the loop
+            known[key] = f"c{len(known)}"
+            before[level].append(f"const {ctype(one.dtype)} {known[key]} = {address(one)};")
+        value = known.get(key) or address(one)
+        return value if ctype(one.dtype) == kind else f"({kind}){value}"
 
     for n, s in enumerate(group.statements):
         place, kind = address(s.out), ctype(s.out.dtype)
-        value = s.text.format(*(f"({s.compute})({load(one)})" for one in s.operands))
+        value = s.text.format(*(load(one, s.compute) for one in s.operands))
         if s.out.dtype is torch.bool:
             value = f"({value}) != 0"
         if s.combine is None:
@@ -517,10 +525,10 @@ def _nest(group: _Group, stored: set[int]) -> list[str]:
                 loops = [_for(d, shape[d]) for d, step in enumerate(s.out.stride) if step]
                 ahead.append(f"{' '.join(loops)} {place} = {start};")
                 start = place
-            before[s.level].append(f"{s.total} r{n} = {start};")
+            before[s.out.level].append(f"{s.total} r{n} = {start};")
             body.append(f"r{n} = {s.combine.format(f'r{n}', f'({s.total})({value})')};")
-            after[s.level].append(f"{place} = r{n};")
-            sums += [f"r{n}"] if s.level < depth else []
+            after[s.out.level].append(f"{place} = r{n};")
+            sums += [f"r{n}"] if s.out.level < depth else []
     lines = ["{", *ahead]
     for d, size in enumerate(shape):
         lines += before[d]
@@ -559,7 +567,8 @@ def number(value: Any, kind: str) -> str:
         return "NAN"
     if math.isinf(value):
         return "INFINITY" if value > 0 else "(-INFINITY)"
-    return f"({value.hex()}{'f' if kind == 'float' else ''})"
+    text = repr(value) if value.is_integer() and abs(value) < 1e15 else value.hex()
+    return f"({text}{'f' if kind == 'float' else ''})"
 
 
 _ARGUMENTS = "char **in, char *work, long step, long (*call)(long, long)"
@@ -573,17 +582,16 @@ _HELPERS = {
   return i < 0 ? 0 : i >= n ? n - 1 : i;
 }""",
     "digamma": """static double digamma(double x) {
-  double found = 0;
   if (x == 0) return copysign(INFINITY, -x);
+  if (x > 1e20) return log(x);
   if (x < 0) {
-    double whole;
-    if (modf(x, &whole) == 0) return NAN;
-    found = -M_PI / tan(M_PI * (x - whole));
-    x = 1 - x;
+    double whole, rest = modf(x, &whole);
+    return rest == 0 ? NAN : digamma(1 - x) - M_PI / tan(M_PI * rest);
   }
-  for (; x < 10; x += 1) found -= 1 / x;
-  double z = 1 / (x * x);
-  return found + log(x) - 0.5 / x
+  /* The sum of 1 / (x + i) for i < 10, of which two make one fraction, and the series at x + 10. */
+  double t = x * (x + 9), y = x + 10, z = 1 / (y * y), sum = (2 * t + 8) / (t * (t + 8))
+    + (2 * t + 32) / ((t + 14) * (t + 18)) + 1 / (t + 20);
+  return log(y) - 0.5 / y - (2 * x + 9) * sum
     - z * (1.0 / 12 - z * (1.0 / 120 - z * (1.0 / 252 - z * (1.0 / 240 - z * (1.0 / 132
     - z * (691.0 / 32760 - z / 12))))));
 }""",

@@ -30,6 +30,8 @@ from torch.distributions import Distribution
 from torch.utils import _pytree as tree
 from torch.utils._device import DeviceContext
 
+from pyro_vi.compiling.update import HOOKS_OF_ALL
+
 if TYPE_CHECKING:
     from pyro_vi.compiling.recording import StepRecord
     from pyro_vi.svi import SVI
@@ -67,6 +69,14 @@ class Guards:
             "an option of the loss": lambda: [*map(id, vars(given).values())],
             "the state of the optimizer": lambda: [*map(id, map(_STATE, optimizers))],
             "an option of the optimizer": lambda: [*map(call, options, groups)],
+            "a hook of an optimizer": lambda: [
+                *map(len, HOOKS_OF_ALL),
+                *(len(o._optimizer_step_pre_hooks) for o in optimizers),
+                *(len(o._optimizer_step_post_hooks) for o in optimizers),
+            ],
+            "whether an unused parameter has a gradient": lambda: [
+                p.grad is None for p in step.unused
+            ],
             "the learning rate of some parameters": lambda: (
                 step.update.are_rates_shared() if step.update is not None else []
             ),

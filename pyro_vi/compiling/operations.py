@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from operator import methodcaller
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -189,7 +190,8 @@ def _elementwise(e: Emitter, op: Op, out: Ref) -> None:
         text = "!{0}"
     fields = [one for one in dict.fromkeys(re.findall(r"{(\w+)}", text)) if one != "f"]
     operands = [op.args[int(one)] if one.isdigit() else _argument(op, one) for one in fields]
-    for i, one in enumerate(fields):
+    for i, (one, value) in enumerate(zip(fields, operands, strict=True)):
+        text = text.replace(f"{{{one}}} * ", "") if value == 1 and not one.isdigit() else text
         text = text.replace(f"{{{one}}}", f"{{_{i}}}")
     e.assign(
         out, text.replace("{_", "{"), *operands,
@@ -362,26 +364,35 @@ def _variance(e: Emitter, op: Op, out: Ref) -> None:
         e.assign(op.outs[1], "{0}", _fitted(mean, op.outs[1], dims))
 
 
+def _exponentials(e: Emitter, source: Ref, top: Ref, total: Ref, dims: Sequence[int]) -> Ref:
+    """exp(source - top), in one flat loop; their sum goes to `total`."""
+    less, found = (e.scratch(source.shape, total.dtype) for _ in range(2))
+    e.assign(less, "{0} - {1}", source, top)
+    e.assign(found, "exp{f}({0})", less)
+    _join(e, "sum", total, "{0}", found, dims=dims, shape=source.shape)
+    return found
+
+
 @_form("logsumexp")
 def _logsumexp(e: Emitter, op: Op, out: Ref) -> None:
     source, dims = op.args[0], _dims(op)
     top, shift, total = (_kept(e, out, source.shape, dims) for _ in range(3))
-    keys: Any = {"dims": dims, "shape": source.shape}
-    _join(e, "max", top, "{0}", source, **keys)
+    _join(e, "max", top, "{0}", source, dims=dims, shape=source.shape)
     e.assign(shift, "(isfinite({0}) ? {0} : 0)", top)
-    _join(e, "sum", total, "exp{f}({0} - {1})", source, shift, **keys)
+    _exponentials(e, source, shift, total, dims)
     e.assign(out, "log{f}({0}) + {1}", _fitted(total, out, dims), _fitted(shift, out, dims))
 
 
 @_form("_softmax", "_log_softmax")
 def _softmax(e: Emitter, op: Op, out: Ref) -> None:
-    source = op.args[0]
-    keys: Any = {"dims": _dims(op), "shape": out.shape}
-    top, total = (_kept(e, out, out.shape, keys["dims"]) for _ in range(2))
-    _join(e, "max", top, "{0}", source, **keys)
-    _join(e, "sum", total, "exp{f}({0} - {1})", source, top, **keys)
-    text = "exp{f}({0} - {1}) / {2}" if op.name == "_softmax" else "{0} - {1} - log{f}({2})"
-    e.assign(out, text, source, top, total)
+    source, dims = op.args[0], _dims(op)
+    top, total = (_kept(e, out, out.shape, dims) for _ in range(2))
+    _join(e, "max", top, "{0}", source, dims=dims, shape=out.shape)
+    found = _exponentials(e, source, top, total, dims)
+    if op.name == "_softmax":
+        e.assign(out, "{0} / {1}", found, total)
+    else:
+        e.assign(out, "{0} - {1} - log{f}({2})", source, top, total)
 
 
 @_form("_softmax_backward_data", "_log_softmax_backward_data")
@@ -518,7 +529,7 @@ def _at(target: Ref, indices: Sequence[Ref | None]) -> tuple[Access, tuple[int, 
     given = [one for one in indices if one is not None]
     if any(one.dtype not in (torch.int64, torch.int32) for one in given):
         raise _Unknown
-    shape = torch.broadcast_shapes(*(one.shape for one in given))
+    shape = np.broadcast_shapes(*(one.shape for one in given))  # torch's imports SymPy
     lead = used[0] if used[-1] - used[0] < len(used) else 0  # indices that are apart go first
     sizes = [n for d, n in enumerate(target.shape) if d not in used]
     steps = [target.stride[d] for d in range(len(target.shape)) if d not in used]
@@ -665,6 +676,11 @@ def _solve(
     x, y = (e.at(out, *index, one, "c") for one in "rk")
     b, last = e.at(right, *index, "r", "c"), e.at(matrix, *index, "r", "r")
     last = "1" if unit else last
+    if columns > 4 and out.stride[-1] != 1:
+        between = e.scratch(out.shape, out.dtype)
+        _solve(e, between, matrix, right, upper=upper, unit=unit)
+        e.assign(out, "{0}", between)
+        return
     if columns > 1 and out.stride[-1] == 1:
         lines = [
             f"for ({rows}) {{ {each} {x} = {b};",

@@ -38,6 +38,7 @@ class StepRecord:
     Attributes:
         record: the operations, clean.
         parameters: those that have gradients.
+        unused: parameters that have no gradient in the step.
         update: the optimizers' step; None if the record ends with the gradients.
         gradients: then, parameters and the tensors that their gradients are written to.
         alive: whether steps update anything. A step that does not hold makes it False.
@@ -52,6 +53,7 @@ class StepRecord:
     record: Record
     parameters: list[Tensor]
     update: Update | None
+    unused: list[Tensor]
     gradients: list[tuple[Tensor, Tensor]]
     alive: Tensor
     status: int
@@ -113,6 +115,7 @@ class Recording:
         self._tape = Tape(inputs, fixed=HELD if is_owner else CONSTANT)
         self._parts: list[Tensor] = []
         self._graded: list[Tensor] = []
+        self._unused: list[Tensor] = []
         if not parameters:
             self._tape.refuse("the programs have no parameters")
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
@@ -168,6 +171,7 @@ class Recording:
         """What the record computes besides the update: four numbers, and gradients if need be."""
         told = self._svi.told
         gradients = [p.grad for p in parameters if p.grad is not None]
+        self._unused = [p for p in parameters if p.grad is None]
         finite = loss.isfinite()
         if self._is_owner:
             for gradient in gradients:
@@ -226,6 +230,7 @@ class Recording:
             record=clean(record),
             parameters=self._parameters,
             update=self._update,
+            unused=self._unused,
             gradients=gradients,
             alive=alive,
             status=status.storage,

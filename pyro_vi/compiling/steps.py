@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pyro.infer.util import zero_grads
 from torch import Tensor
 
 from pyro_vi.compiling.backends import compile_step
@@ -116,7 +117,7 @@ class Compiler:
         kind.seen += 1
         if isinstance(key, Strange):
             self._refuse(kind, str(key))
-        if kind.refused or kind.seen <= self._due(kind):
+        if kind.refused or kind.is_proven or kind.seen <= self._due(kind):
             loss = self._eager(args, kwargs)
             self._compare_leftovers(kind)
             return loss
@@ -234,11 +235,9 @@ class Compiler:
     ) -> None:
         """Takes a step both ways, and takes it back: so audits change no run."""
         self._unsound = 0
-        if compiled.update is None:  # what its optimizer keeps cannot be taken back
-            return
         restore, differs = compiled.restorer(), ""
         try:
-            _, differs = self._both_ways(compiled, args, kwargs, batch)
+            _, differs = self._both_ways(compiled, args, kwargs, batch, is_audit=True)
         except (ArithmeticError, ValueError, RuntimeError):  # the step itself says it again
             pass
         finally:
@@ -256,6 +255,8 @@ class Compiler:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         batch: list[Tensor],
+        *,
+        is_audit: bool = False,
     ) -> tuple[Any, str]:
         """Takes a step eagerly; its loss, and how the compiled step differs from it, in words."""
         try:
@@ -264,8 +265,12 @@ class Compiler:
             return self._eager(args, kwargs), f"ended with {type(error).__name__}: {error}"
         loss, parameters = self.svi._evaluated(args, kwargs)
         prediction.compare(loss, parameters)
-        self.svi._update(parameters)
-        if (differs := prediction.differs()) is None:
+        if is_audit and compiled.update is None:  # what its optimizer keeps cannot be taken back
+            zero_grads(parameters)
+        else:
+            self.svi._update(parameters)
+        differs = prediction.differs()
+        if differs is None or (is_audit and not prediction.is_sound):
             return loss, ""
         return loss, (
             f"has another {differs} than its compiled form: the programs read something that"

@@ -244,7 +244,7 @@ class Tape(TorchDispatchMode):
         token = _recording.set(True)
         try:
             with ExitStack() as stack:
-                stack.enter_context(_Answers())
+                stack.enter_context(_Answers(self))
                 stack.enter_context(self)
                 yield
         finally:
@@ -283,6 +283,13 @@ class Tape(TorchDispatchMode):
         if self._refused is not None:
             raise Unrecordable(self._refused)
         return self.record
+
+    def read(self, tensor: Tensor) -> None:
+        """Refuses a record that depends on the values of a tensor, unless they are fixed."""
+        if not self._is_paused:
+            ref = self.ref(tensor)
+            if self.record.storages[ref.storage].level > self._fixed:
+                self.refuse(f"a tensor was read as a list or an array{_line()}")
 
     def index(self, tensor: Tensor) -> int | None:
         """The storage of a tensor in the record; None if the tape has not met it."""
@@ -344,6 +351,9 @@ class Tape(TorchDispatchMode):
         out = func(*args, **kwargs)
         outs = [one for one in (out if isinstance(out, (list, tuple)) else [out])]
         tensors = [one for one in outs if isinstance(one, Tensor)]
+        if any(one.layout is not torch.strided for one in tensors):
+            self.refuse(f"a tensor that is not dense{_line()}")
+            return out
         is_view = not writes and bool(tensors) and all(map(self._is_known, tensors))
         if level <= self._fixed and not writes and not is_view:
             for tensor in tensors:
@@ -519,7 +529,15 @@ def _fails_by_nan_alone(frame: FrameType) -> bool:
 
 
 class _Answers(TorchFunctionMode):
-    """Lets the losses that Pyro's ELBOs read as numbers stay tensors, so that they are recorded."""
+    """Sees what asks tensors for values before torch's dispatcher does.
+
+    The losses that Pyro's ELBOs read as numbers stay tensors, so that they are recorded. Lists and
+    arrays are read without the dispatcher.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self._tape = tape
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -528,9 +546,12 @@ class _Answers(TorchFunctionMode):
             asking = sys._getframe(1).f_globals.get("__name__", "")
             if asking in _ELBOS:
                 return args[0].detach()
+        if func in _ARRAYS and args and isinstance(args[0], Tensor):
+            self._tape.read(args[0])
         return func(*args, **(kwargs or {}))
 
 
+_ARRAYS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
 _ELBOS = {"pyro.infer.util"} | {
     f"pyro.infer.{kind}_elbo" for kind in ("trace", "trace_mean_field", "renyi")
 }
