@@ -175,7 +175,7 @@ class Prediction:
     def compare(self, loss: Any, parameters: Sequence[Tensor]) -> None:
         """Looks at the evaluated step: its loss, and its gradients if the record ends with them."""
         found, loss = self._row[0], float(loss)
-        eps = torch.finfo(self._step.parameters[0].dtype).eps
+        eps = self._step.eps
         norms = {p: float(p.grad.norm()) for p in parameters if p.grad is not None}
         least = 1000 * eps * max(norms.values(), default=0.0)
         if (update := self._step.update) is not None:
@@ -187,7 +187,7 @@ class Prediction:
         elif not (found == loss or abs(found - loss) <= rounding or loss != loss):
             self._differs = f"loss, {loss:g} and {found:g},"
         for (parameter, _), gradient in zip(self._step.gradients, self._gradients, strict=True):
-            if parameter.grad is None or not _is_alike(gradient, parameter.grad):
+            if parameter.grad is None or not _is_alike(gradient, parameter.grad, self._step.eps):
                 self._differs = self._differs or "gradient"
         if self._step.update is None:  # the record ends here
             self._compare_changes()
@@ -195,7 +195,7 @@ class Prediction:
     def _compare_changes(self) -> None:
         for now, before, after in self._changes:
             is_noise = now.data_ptr() in self._noise or not self._row[3]
-            if not is_noise and not _is_alike(after, now, before):
+            if not is_noise and not _is_alike(after, now, self._step.eps, before):
                 self._differs = self._differs or "update"
 
     def differs(self) -> str | None:
@@ -209,11 +209,10 @@ class Prediction:
         return self._differs
 
 
-def _is_alike(found: Tensor, expected: Tensor, before: Tensor | None = None) -> bool:
+def _is_alike(found: Tensor, expected: Tensor, eps: float, before: Tensor | None = None) -> bool:
     """Whether two tensors, or their changes, are equal but for rounding."""
     if not expected.dtype.is_floating_point:
         return torch.equal(found, expected)
-    eps = torch.finfo(expected.dtype).eps
     found, expected = found.detach().double(), expected.detach().double()
     change = expected if before is None else expected - before.double()
     bound = 10 * eps**0.5 * change.norm() + 100 * eps * expected.norm()

@@ -68,6 +68,13 @@ class StepRecord:
         numbers = [] if self.numbers is None else [self.numbers]
         return [self.status, *self.batch, *numbers, *(index for index, _ in self.scheduled)]
 
+    @property
+    def eps(self) -> float:
+        """The rounding of the coarsest floating dtype that the record computes in."""
+        dtypes = {ref.dtype for op in self.record.ops for ref in op.outs}
+        dtypes.add(self.parameters[0].dtype)
+        return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+
     def held(self) -> list[Tensor]:
         """The tensors from outside that the record reads or changes."""
         own = {*self.private, *self.per_step}

@@ -32,7 +32,8 @@ _FIRST = 2  # eager steps of a kind of batch before its record
 _OTHERS = 100  # the same, once there is a record of another kind
 _RECORDS = 4  # of an SVI
 _KINDS = 100  # kinds of batches that are counted
-_UNSOUND = 3  # steps whose conditions did not hold, after which the records are dropped
+_UNSOUND = 3  # steps whose conditions did not hold, after which the records are dropped,
+_SHARE = 10  # if they are more than one in so many
 _LONG = 5_000  # eager steps before a record, at most, after records were dropped
 
 
@@ -137,7 +138,8 @@ class Compiler:
     def was_unsound(self) -> None:
         """Counts a compiled step whose conditions did not hold."""
         self._unsound += 1
-        if self._unsound == _UNSOUND:
+        uses = sum(kind.uses for kind in self._kinds.values())
+        if self._unsound >= _UNSOUND and _SHARE * self._unsound > uses:
             self._drop(
                 "losses are NaN, parameters and values are outside of their constraints and"
                 " supports, or masks and scales that were alike in model and guide are not always"
@@ -234,7 +236,6 @@ class Compiler:
         batch: list[Tensor],
     ) -> None:
         """Takes a step both ways, and takes it back: so audits change no run."""
-        self._unsound = 0
         restore, differs = compiled.restorer(), ""
         try:
             _, differs = self._both_ways(compiled, args, kwargs, batch, is_audit=True)
