@@ -45,7 +45,7 @@ CTYPES = {
 }
 ADD = "{0} + {1}"
 _PART = 150  # statements of a C function: compilers take more than linear time for longer ones
-_LONG = 20_000  # multiplications and additions for which the compiler may take longer
+_LONG = 50_000  # multiplications and additions for which the compiler may take longer
 _SHORT = 15  # iterations that are not worth vector instructions
 _LINE = 8  # steps after which memory is another line of the cache
 _SCALAR = ("gamma(", "fmod", "_of(")  # what has no vector instructions
