@@ -1,6 +1,6 @@
 """Noise on a program's input: its sites, the bounds that it gives, and where it is not."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +18,11 @@ from torch import Tensor, nn
 
 from pyro_vi import Fit, compare, fit
 from pyro_vi.augmentation import InputNoise, UniformSteps
-from pyro_vi.calls import Calls
-from pyro_vi.compiled import record
 from pyro_vi.elbo import told
 from pyro_vi.families import FullCovariance, MeanField
 from pyro_vi.guides import Encoder, PairEncoder
 from pyro_vi.models import (
     VAE,
-    Bernoulli,
     DiscretizedLogistic,
     Gaussian,
     LearnedGaussian,
@@ -33,9 +30,7 @@ from pyro_vi.models import (
     PixelGaussian,
     PredictiveVAE,
 )
-from pyro_vi.optimizers import OneOptimizer
 from pyro_vi.schedules import Cosine, Given, Learned, Linear
-from pyro_vi.svi import SVI
 
 STILL = partial(torch.optim.SGD, lr=0.0)
 MANY = 400  # particles in one evaluation
@@ -270,8 +265,12 @@ def test_noisy_guides_stand_beside_clean_ones() -> None:
 
 
 def test_predictors_with_noise_are_compared() -> None:
-    model, guide, _, (x, y) = augmented(False, Trace_ELBO)
-    other = PairEncoder((3,), (4,), MeanField(2, 8), noise=guide.noise).double()
+    noise = InputNoise(Cosine(20), 8)
+    likelihood = Gaussian(0.5)
+    model = PredictiveVAE((3,), (4,), MeanField(2, 8), likelihood=likelihood, noise=noise).double()
+    guide = PairEncoder((3,), (4,), FullCovariance(2, 8), noise=noise).double()
+    x, y = torch.randn(6, 3).double(), torch.randn(6, 4).double()
+    other = PairEncoder((3,), (4,), MeanField(2, 8), noise=noise).double()
     splits = SimpleNamespace(train=(x, y), test=(x[:4], y[:4]))
     options: dict[str, Any] = {"steps": 3, "batch_size": 3, "num_samples": 30, "progress": False}
     result = compare(model, {"full": guide, "mean-field": other}, splits, **options)
@@ -290,80 +289,6 @@ def test_minibatches_are_scaled_without_bias() -> None:
         found.append((float(fitted.losses.mean()), float(fitted.losses.std()) / 150**0.5))
     (one, one_se), (other, other_se) = found
     assert abs(one - other) < 4.5 * np.hypot(one_se, other_se) < 2
-
-
-def augmented(add_back: bool, elbo: type[Trace_ELBO], *, target: bool = False) -> Any:
-    noise = InputNoise(Cosine(20), 8, add_back=add_back)
-    noises = {"noise": noise, "target_noise": InputNoise(Cosine(20), 3) if target else None}
-    family = MeanField(2, 8)
-    model = PredictiveVAE((3,), (4,), family, likelihood=Gaussian(0.5), **noises).double()
-    guide = PairEncoder((3,), (4,), FullCovariance(2, 8), **noises).double()
-    return model, guide, elbo(), (torch.randn(6, 3).double(), torch.randn(6, 4).double())
-
-
-def noisy_vae(elbo: type[Trace_ELBO]) -> Any:
-    noise = InputNoise(Given([0.99, 0.9, 0.7, 0.2]), 3)
-    guide = Encoder((1, 4, 4), FullCovariance(2, 8), noise=noise).double()
-    model = VAE((1, 4, 4), 2, likelihood=Bernoulli()).double()
-    return model, guide, elbo(), (torch.rand(6, 1, 4, 4).double().round(),)
-
-
-RECORDED: dict[str, Callable[[], Any]] = {
-    "predictor": partial(augmented, False, TraceMeanField_ELBO),
-    "predictor, x_0 added back, noisy targets": partial(augmented, True, Trace_ELBO, target=True),
-    "noisy encoder": partial(noisy_vae, TraceMeanField_ELBO),
-}
-
-
-@pytest.fixture
-def local() -> Iterator[None]:
-    """Parameters of a model and a guide do not meet by their names."""
-    with pyro.settings.context(module_local_params=True):
-        yield
-
-
-@pytest.mark.usefixtures("local")
-@pytest.mark.parametrize("name", RECORDED)
-def test_a_recorded_step_is_the_eager_one(name: str) -> None:
-    torch.manual_seed(0)
-    model, guide, loss, args = RECORDED[name]()
-    svi = SVI(model, guide, OneOptimizer(partial(torch.optim.SGD, lr=0.01)), loss)
-    _, parameters = svi._evaluate(*args)
-    svi._update(parameters)
-    start = [p.detach().clone() for p in parameters]
-    recorded = record(svi, Calls(), parameters, args, {})
-
-    def replay() -> float:
-        found = float(recorded(list(args))[0])
-        recorded.finish()
-        return found
-
-    runs = []
-    for step in (lambda: svi.step(*args), replay):
-        with torch.no_grad():
-            for p, value in zip(parameters, start, strict=True):
-                p.copy_(value)
-        torch.manual_seed(1)
-        runs.append(([step() for _ in range(3)], [p.detach().clone() for p in parameters]))
-    (eager, moved), (graph, other) = runs
-    assert graph == pytest.approx(eager, rel=1e-10) and eager[0] != eager[1]
-    for p, q in zip(moved, other, strict=True):
-        torch.testing.assert_close(q, p, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.usefixtures("local", "recorded_alone")
-def test_svi_records_it_and_sees_its_end() -> None:
-    torch.manual_seed(0)
-    model, guide, loss, args = augmented(False, Trace_ELBO)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss, compile=True)
-    for _ in range(4):
-        svi.step(*args)
-    assert len(svi._recorder.recorded) == 1
-    model.eval()
-    guide.eval()
-    with pytest.warns(UserWarning, match="training' is False"):
-        svi.step(*args)
-    assert not svi._recorder.recorded
 
 
 # -------------------------------------------------------------------------------------- errors

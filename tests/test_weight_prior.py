@@ -523,23 +523,6 @@ def test_a_fit_of_a_bayesian_decoder(tmp_path: Path) -> None:
     assert torch.equal(again.log_p, posterior.log_p)
 
 
-@pytest.mark.usefixtures("recorded_alone")
-@pytest.mark.parametrize("kind", [AutoDelta, AutoNormal])
-def test_recorded_steps_are_the_eager_ones(kind: type) -> None:
-    fits = []
-    for compile in (False, True):
-        torch.manual_seed(0)
-        model, guide, _ = bayesian(kind)
-        fits.append(
-            fit(model, guide, IMAGES, steps=8, batch_size=3, compile=compile, progress=False)
-        )
-    eager, recorded = fits
-    torch.testing.assert_close(recorded.losses, eager.losses, rtol=1e-9, atol=1e-10)
-    tensors = recorded.guide.state.tensors()
-    for name, tensor in eager.guide.state.tensors().items():
-        torch.testing.assert_close(tensors[name], tensor, rtol=1e-6, atol=1e-8)
-
-
 # --------------------------------------------------------------------- Bayesian linear regression
 
 
@@ -696,7 +679,6 @@ class InOnePlate(PyroModule):
                 pyro.sample(guide.name, dist.Normal(guide.loc + 0.1 * x, 0.9))
 
 
-@pytest.mark.usefixtures("recorded_alone")
 def test_guides_share_a_plate() -> None:
     """As one guide that has both sites in one plate, eager and recorded, in minibatches too."""
     one, other, x = Shift("a", whole), Shift("b", whole), torch.randn(6)

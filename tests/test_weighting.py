@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -24,12 +24,10 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from test_ddpm import trio
 from torch import Tensor
 
-from pyro_vi import SVI, Fit, fit, fitting
-from pyro_vi.compiled import Recorded
+from pyro_vi import SVI, fit
 from pyro_vi.diffusion import Diffusion
 from pyro_vi.elbo import told
-from pyro_vi.engine import Engine
-from pyro_vi.families import FullCovariance, MeanField
+from pyro_vi.families import MeanField
 from pyro_vi.guides import Encoder, ForwardProcess
 from pyro_vi.models import VAE
 from pyro_vi.networks import MLPDecoder, MLPEncoder
@@ -487,91 +485,6 @@ def test_fits_report_terms_and_heldout_bounds_without_the_weights() -> None:
     without = fit(model, guide, IMAGES, kl_weight=0.0, reconstruction_weight=0.0, **options)
     assert bool((without.losses == 0).all())
     torch.testing.assert_close(without.bounds, plain.bounds)
-
-
-def late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled steps are read as on a GPU, many at once."""
-    monkeypatch.setattr(
-        fitting, "Engine", lambda *args, **options: Engine(*args, **{**options, "late": True})
-    )
-
-
-def scheduled(compile: bool) -> Fit:
-    torch.manual_seed(0)
-    model, guide = vae(FullCovariance)
-    return fit(
-        *(model, guide, IMAGES),
-        loss=TraceMeanField_ELBO(),
-        steps=12,
-        batch_size=3,
-        kl_weight=cyclical(5),
-        reconstruction_weight=warmup(9),
-        compile=compile,
-        progress=False,
-    )
-
-
-def assert_same(one: Fit, other: Fit) -> None:
-    for part in ("losses", "reconstruction", "kl"):
-        torch.testing.assert_close(
-            getattr(one, part), getattr(other, part), rtol=1e-9, atol=1e-10, equal_nan=True
-        )
-
-
-@pytest.mark.usefixtures("recorded_alone")
-@pytest.mark.parametrize("read", [lambda monkeypatch: None, late])
-def test_recorded_steps_follow_the_schedules(
-    read: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    eager = scheduled(compile=False)
-    read(monkeypatch)
-    calls = []
-    run = Recorded.__call__
-    monkeypatch.setattr(
-        Recorded, "__call__", lambda self, batch: calls.append(None) or run(self, batch)
-    )
-    assert_same(scheduled(compile=True), eager)
-    assert len(calls) == 9
-
-
-@pytest.mark.usefixtures("recorded_alone")
-def test_late_steps_that_are_taken_again_have_their_own_weights(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    eager = scheduled(compile=False)
-    run, calls = Recorded.__call__, []
-
-    def once_bad(self: Recorded, batch: Any) -> Tensor:
-        calls.append(None)
-        if len(calls) == 4:
-            self._step.alive.fill_(False)
-        status = run(self, batch)
-        if len(calls) == 4:
-            status[3] = 0.0
-        return status
-
-    monkeypatch.setattr(Recorded, "__call__", once_bad)
-    late(monkeypatch)
-    assert_same(scheduled(compile=True), eager)
-    assert len(calls) == 9 + 5  # five after the bad one, twice
-
-
-@pytest.mark.usefixtures("recorded_alone")
-def test_a_recorded_step_by_hand_follows_the_schedules() -> None:
-    runs = []
-    for compile in (False, True):
-        pyro.clear_param_store()
-        torch.manual_seed(0)
-        weights = TermWeights(kl=warmup(6), reconstruction=cyclical(3))
-        pair = weights.model(normal_mean), weights.guide(normal_mean_guide)
-        svi = SVI(*pair, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), compile=compile)
-        losses = []
-        for step in range(7):
-            weights.at(step)
-            losses.append(svi.step(torch.ones(4)))
-        runs.append(losses)
-    assert svi._recorder.recorded
-    assert runs[1] == pytest.approx(runs[0], rel=1e-10)
 
 
 def test_weights_live_where_the_programs_do(device: torch.device) -> None:

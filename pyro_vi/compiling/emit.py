@@ -238,8 +238,10 @@ class Emitter:
         is_one = start is not None and all(shape[d] == 1 for d in dims)
         if total is None:
             total = torch.float64 if out.dtype is torch.float32 else out.dtype
-        joined = (None, None) if is_one else (combine, start)
-        self._state(place, text, found, shape, compute or out.dtype, *joined, total)
+        if is_one:
+            self._state(place, text, found, shape, compute or out.dtype, total=total)
+        else:
+            self._state(place, text, found, shape, compute or out.dtype, combine, start, total)
 
     def _inputs(self, operands: Sequence[Any], shape: Sequence[int]) -> tuple[Any, ...]:
         """Operands as accesses and numbers."""

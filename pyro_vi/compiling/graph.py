@@ -152,7 +152,7 @@ def module_of(record: Record) -> tuple[fx.GraphModule, list[int]]:
             return found
         storage = record.storages[ref.storage]
         if ref.storage not in bases:
-            options = {"dtype": storage.dtype, "device": storage.device}
+            options: Any = {"dtype": storage.dtype, "device": storage.device}
             empty = graph.call_function(_aten.empty.memory_format, ([storage.size],), options)
             found_base(Ref(ref.storage, 0, (storage.size,), (1,), storage.dtype), empty)
         base = bases[ref.storage]

@@ -70,7 +70,7 @@ class Guards:
             "the state of the optimizer": lambda: [*map(id, map(_STATE, optimizers))],
             "an option of the optimizer": lambda: [*map(call, options, groups)],
             "a hook of an optimizer": lambda: [
-                *map(len, HOOKS_OF_ALL),
+                *(len(hooks) for hooks in HOOKS_OF_ALL),
                 *(len(o._optimizer_step_pre_hooks) for o in optimizers),
                 *(len(o._optimizer_step_post_hooks) for o in optimizers),
             ],

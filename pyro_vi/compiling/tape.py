@@ -522,7 +522,7 @@ def _asking(frame: FrameType | None) -> FrameType | None:
 
 def _fails_by_nan_alone(frame: FrameType) -> bool:
     """Whether a check of a distribution is one for NaN, which the loss shows too."""
-    checked = frame.f_locals.get("constraint", frame.f_locals.get("support"))
+    checked: Any = frame.f_locals.get("constraint", frame.f_locals.get("support"))
     while hasattr(checked, "base_constraint"):
         checked = checked.base_constraint
     return checked is constraints.real

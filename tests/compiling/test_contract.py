@@ -526,7 +526,7 @@ def test_modes_of_gradients_around_a_step_are_eager_once() -> None:
     assert svi.compiled_steps == 3
 
 
-# --------------------------------------------------------------------- gradients, errors, conditions
+# ------------------------------------------------------------------- gradients, errors, conditions
 
 
 @pytest.mark.filterwarnings("ignore:the compiled step is dropped")
