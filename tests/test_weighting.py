@@ -494,4 +494,4 @@ def test_weights_live_where_the_programs_do(device: torch.device) -> None:
     )
     assert bool(fitted.losses.isfinite().all())
     weights = TermWeights(kl=warmup(3), device=device)
-    assert weights._kl._tensor.device.type == device.type
+    assert weights._kl.tensor.device.type == device.type
