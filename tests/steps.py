@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import pyro
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from pyro_vi.guides import Encoder
 from pyro_vi.models import VAE
+from pyro_vi.networks import MLPDecoder, MLPEncoder
 from pyro_vi.svi import SVI
 
 Programs = tuple[Callable[..., Any], Callable[..., Any], ELBO, tuple[Any, ...]]
@@ -44,8 +46,13 @@ def beta_bernoulli() -> Programs:
     return coin, coin_guide, Trace_ELBO(), (torch.tensor([1.0] * 6 + [0.0] * 4),)
 
 
+small_encoder = partial(MLPEncoder, hidden=())
+small_decoder = partial(MLPDecoder, hidden=(6,))
+
+
 def vae(family: Callable[[int, int], nn.Module], loss: ELBO) -> Programs:
-    model, guide = VAE((1, 4, 4), 3), Encoder((1, 4, 4), family(3, 8))
+    model = VAE((1, 4, 4), 3, decoder=small_decoder)
+    guide = Encoder((1, 4, 4), family(3, 8), network=small_encoder)
     return model.double(), guide.double(), loss, (IMAGES,)
 
 

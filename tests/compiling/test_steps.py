@@ -24,7 +24,16 @@ from pyro.infer.autoguide import (
     AutoNormal,
 )
 from pyro.optim import PyroOptim
-from steps import IMAGES, SCHOOLS, Programs, beta_bernoulli, by_pyro_module, vae
+from steps import (
+    IMAGES,
+    SCHOOLS,
+    Programs,
+    beta_bernoulli,
+    by_pyro_module,
+    small_decoder,
+    small_encoder,
+    vae,
+)
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, StepLR
 from torch.utils._pytree import tree_leaves
@@ -35,7 +44,7 @@ from pyro_vi.denoisers import MLPDenoiser, UNet
 from pyro_vi.diffusion import Diffusion
 from pyro_vi.families import FullCovariance, LowRank, MeanField
 from pyro_vi.flows import Flow
-from pyro_vi.guides import Encoder, ForwardOrder, ForwardProcess, Joint, PairEncoder, ReverseOrder
+from pyro_vi.guides import Encoder, ForwardProcess, Joint, PairEncoder, ReverseOrder
 from pyro_vi.models import DDPM, VAE, Bernoulli, DDPMChain, Gaussian, PredictiveVAE
 from pyro_vi.optimizers import OneOptimizer
 from pyro_vi.schedules import Cosine, Given, Learned
@@ -141,12 +150,10 @@ def recurrent() -> Programs:
 
 
 def weight_prior() -> Programs:
-    model = VAE((1, 4, 4), 2, decoder=lambda dim, shape: nn.Sequential(
-        nn.Linear(dim, 5), nn.Tanh(), nn.Linear(5, 16), nn.Unflatten(-1, shape)
-    ))  # fmt: skip
+    model = VAE((1, 4, 4), 2, decoder=small_decoder)
     prior = WeightPrior(model, model.decoder, 1.0)
-    guide = Joint(AutoNormal(prior.weights), Encoder((1, 4, 4), MeanField(2, 8)))
-    return prior, guide, Trace_ELBO(), (IMAGES,)
+    encoder = Encoder((1, 4, 4), MeanField(2, 8), network=small_encoder)
+    return prior, Joint(AutoNormal(prior.weights), encoder), Trace_ELBO(), (IMAGES,)
 
 
 def augmented(add_back: bool, loss: ELBO, target: bool) -> Programs:
@@ -154,15 +161,18 @@ def augmented(add_back: bool, loss: ELBO, target: bool) -> Programs:
         "noise": InputNoise(Cosine(20), 8, add_back=add_back),
         "target_noise": InputNoise(Cosine(20), 3) if target else None,
     }
-    model = PredictiveVAE((3,), (4,), MeanField(2, 8), likelihood=Gaussian(0.5), **noises)
-    guide = PairEncoder((3,), (4,), FullCovariance(2, 8), **noises)
+    nets = {"network": small_encoder, "decoder": small_decoder}
+    likelihood = Gaussian(0.5)
+    model = PredictiveVAE((3,), (4,), MeanField(2, 8), likelihood=likelihood, **nets, **noises)
+    guide = PairEncoder((3,), (4,), FullCovariance(2, 8), network=small_encoder, **noises)
     return model, guide, loss, (torch.randn(6, 3), torch.randn(6, 4))
 
 
 def noisy_encoder() -> Programs:
     noise = InputNoise(Given([0.99, 0.9, 0.7, 0.2]), 3)
-    guide = Encoder((1, 4, 4), FullCovariance(2, 8), noise=noise)
-    return VAE((1, 4, 4), 2, likelihood=Bernoulli()), guide, TraceMeanField_ELBO(), (IMAGES,)
+    guide = Encoder((1, 4, 4), FullCovariance(2, 8), network=small_encoder, noise=noise)
+    model = VAE((1, 4, 4), 2, likelihood=Bernoulli(), decoder=small_decoder)
+    return model, guide, TraceMeanField_ELBO(), (IMAGES,)
 
 
 def ddpm(
@@ -176,10 +186,10 @@ def ddpm(
     return model, guide, loss, (IMAGES,)
 
 
-def chain(order: Callable[[Diffusion], nn.Module], loss: ELBO) -> Programs:
-    diffusion = Diffusion((1, 4, 4), Cosine(3))
-    model = DDPM(diffusion, MLPDenoiser((1, 4, 4), 3, hidden=(8,))).double()
-    return DDPMChain(model), order(diffusion), loss, (IMAGES,)
+def chain() -> Programs:
+    diffusion = Diffusion((1, 4, 4), Cosine(2))
+    model = DDPM(diffusion, MLPDenoiser((1, 4, 4), 2, hidden=(8,))).double()
+    return DDPMChain(model), ReverseOrder(diffusion), TraceMeanField_ELBO(), (IMAGES,)
 
 
 unet = partial(UNet, (1, 4, 4), 20, channels=(8,), attention=())
@@ -206,7 +216,7 @@ PROGRAMS: dict[str, Callable[[], Programs]] = {
     "VAE, mean-field": partial(vae, MeanField, TraceMeanField_ELBO()),
     "VAE, full covariance": partial(vae, FullCovariance, TraceMeanField_ELBO()),
     "VAE, low-rank": partial(vae, LowRank, TraceMeanField_ELBO()),
-    "VAE, flow": partial(vae, Flow, Trace_ELBO()),
+    "VAE, flow": partial(vae, partial(Flow, transforms=2, hidden=(8,)), Trace_ELBO()),
     "pyro.module, dropout, batch norm": by_pyro_module,
     "recurrent layer": recurrent,
     "prior on weights": weight_prior,
@@ -217,8 +227,7 @@ PROGRAMS: dict[str, Callable[[], Programs]] = {
     "DDPM, learned schedule": partial(ddpm, mlp, TraceMeanField_ELBO(), learned=True),
     "DDPM, sampled KLs": partial(ddpm, mlp, Trace_ELBO()),
     "DDPM, simple weights": partial(ddpm, mlp, TraceMeanField_ELBO(), simple=True),
-    "DDPM chain": partial(chain, ReverseOrder, TraceMeanField_ELBO()),
-    "DDPM chain, forward order": partial(chain, ForwardOrder, Trace_ELBO()),
+    "DDPM chain": chain,
 }
 
 
