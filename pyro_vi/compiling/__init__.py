@@ -8,15 +8,19 @@ The contract:
 
 How a step becomes a function:
 
-    tape.py        records the operations of one real step
-    clean.py       makes the record a transaction, and removes what nothing needs
-    emit.py        groups the operations into loops, and writes them as C
+    tape.py        records the operations of one real run
+    recording.py   records a step of an SVI, as a transaction
+    clean.py       the transaction; removes what nothing needs
     operations.py  the C form of each operation
-    native.py      compiles C, keeps it on disk, and runs many steps in one call
-    graph.py       the record as a graph, for TorchInductor, CUDA graphs and TorchScript
+    emit.py        groups operations into loops, and writes them as C
+    build.py       compiles C, and keeps it on disk
+    native.py      a record as a C function that takes many steps in one call
+    graph.py       a record as a graph, for TorchInductor, CUDA graphs and TorchScript
     backends.py    which compiler a record gets
     update.py      the formulas of the optimizers
+    compiled.py    a compiled step: takes steps, and predicts one to be compared
     guards.py      what is compared before each compiled step, outside of `fit`
     leftovers.py   what a step leaves behind in Python, compared once in `fit`
-    steps.py       records, proves, takes and audits steps
+    steps.py       which steps are recorded, proven, compiled and audited
+    functions.py   any function of tensors as a C function
 """
