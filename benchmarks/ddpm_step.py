@@ -12,12 +12,13 @@ medians compared. The second table is the program's eager step by the number T o
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from pyro.infer import TraceMeanField_ELBO
-from side_by_side import Own, microseconds
+from side_by_side import Contender, Own, Plain, microseconds
 from torch import Tensor, nn
 
 from pyro_vi import SVI
@@ -28,10 +29,8 @@ from pyro_vi.models import DDPM, Gaussian
 from pyro_vi.optimizers import OneOptimizer
 from pyro_vi.schedules import Cosine
 
-Step = Callable[[], object]
 
-
-def by_hand(net: nn.Module, steps: int, x: Tensor) -> Step:
+def by_hand(net: nn.Module, steps: int, x: Tensor) -> Plain:
     """DDPM's own loss: the squared error of the noise, over steps drawn at random."""
     levels = Cosine(steps).levels(torch.arange(1, steps + 1))
     signal, noise = (level.float() for level in levels)
@@ -47,7 +46,7 @@ def by_hand(net: nn.Module, steps: int, x: Tensor) -> Step:
         adam.step()
         return float(loss.detach())
 
-    return step
+    return Plain(step)
 
 
 def as_program(net: nn.Module, steps: int, x: Tensor, *, compile: bool = False) -> Own:
@@ -59,7 +58,7 @@ def as_program(net: nn.Module, steps: int, x: Tensor, *, compile: bool = False) 
     return Own(SVI(model, ForwardProcess(diffusion), adam, loss, compile=compile), x)
 
 
-def medians(steps: Mapping[str, Step], rounds: int) -> dict[str, float]:
+def medians(steps: Mapping[str, Contender], rounds: int) -> dict[str, float]:
     """Milliseconds by name, interleaved."""
     return {name: found / 1_000 for name, found in microseconds(steps, rounds).items()}
 
@@ -77,7 +76,7 @@ def main() -> None:
         x = torch.rand(options.batch if shape[1] == 8 else options.batch // 4, *shape)
         nets = [UNet(shape, 1_000, channels=channels) for _ in range(3)]
         size = sum(p.numel() for p in nets[0].parameters())
-        steps: dict[str, Step] = {
+        steps: dict[str, Any] = {
             "hand": by_hand(nets[0], 1_000, x),
             "program": as_program(nets[1], 1_000, x),
         }
@@ -93,6 +92,7 @@ def main() -> None:
         if options.compile:
             ratio = found["compiled"] / found["hand"]
             print(f"  compiled {found['compiled']:.1f} ms, ratio {ratio:.3f}", flush=True)
+            print(f"  {steps['compiled'].svi.explain()}", flush=True)
     x = torch.rand(options.batch, 1, 8, 8)
     chains = {
         f"T = {count:,}": as_program(UNet((1, 8, 8), count, channels=(16, 32)), count, x)

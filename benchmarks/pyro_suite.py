@@ -204,7 +204,7 @@ def main() -> None:
     options = parser.parse_args()
     results: dict[str, list[Outcomes]] = {}
     print(f"{'':22}{'tests':>6}  passed:", *(f"{kind:>8}" for kind in KINDS), end="")
-    print(f"{'compiled':>10}{'refused':>9}   seconds")
+    print(f"{'in C':>10}{'refused':>9}   seconds")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copytree(options.checkout / "tests", folder / "tests")
