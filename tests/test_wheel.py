@@ -59,7 +59,8 @@ def test_wheel_holds_the_folders_and_nothing_else(unpacked: Path) -> None:
     files = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()}
     (info,) = {name.split("/")[0] for name in files if ".dist-info/" in name}
     packed = {name for name in files if not name.startswith(f"{info}/")}
-    assert packed == sources(ROOT) | {"pyro_vi/py.typed", "pyro_vi/report.html.jinja"}
+    data = {"py.typed", "report.html.jinja", "compiling/special.h", "compiling/matrices.h"}
+    assert packed == sources(ROOT) | {f"pyro_vi/{name}" for name in data}
     assert f"{info}/licenses/LICENSE" in files
 
 

@@ -12,7 +12,7 @@ How a step becomes a function:
     recording.py   records a step of an SVI, as a transaction
     clean.py       the transaction; removes what nothing needs
     operations.py  the C form of each operation
-    emit.py        groups operations into loops, and writes them as C
+    emit.py        groups operations into loops, writes them as C (with special.h, matrices.h)
     build.py       compiles C, and keeps it on disk
     native.py      a record as a C function that takes many steps in one call
     graph.py       a record as a graph, for TorchInductor, CUDA graphs and TorchScript

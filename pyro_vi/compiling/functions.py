@@ -7,9 +7,8 @@ A caller in C, such as a sampler, gets its address. The C function is
 
 - `in` holds addresses: of the inputs, of the outputs, of `holds` (a byte), and of memory that is
   only read. Tensors are contiguous there, and do not overlap.
-- `stride` holds a zero for each address.
+- `stride` holds a zero for each address; `count` is 1, and `call` is NULL.
 - `work` is scratch memory; its address is a multiple of 64.
-- `count` is 1, and `call` is NULL.
 
 It returns 1. It has no memory of its own and needs no lock: threads may run it at the same time, if
 each has inputs, outputs, `holds` and `work` of its own. `CompiledFunction.fork` makes them.
@@ -43,8 +42,7 @@ def compile_function(
     values of Python, the other tensors that it reads, and the shapes and dtypes of its arguments.
 
     Args:
-        function: takes tensors on the CPU, and returns a tensor or several. It may compute
-            gradients.
+        function: of tensors on the CPU; it returns one or several, and may compute gradients.
         examples: its arguments in that run.
 
     Raises:
@@ -63,10 +61,9 @@ def compile_function(
         (tensor(-2.5000), tensor([-1., -2.]))
     """
     inputs = [one.detach().clone(memory_format=torch.contiguous_format) for one in examples]
-    arguments = [one.detach() for one in inputs]
     tape = Tape(inputs, fixed=HELD)
     with tape.recording():
-        found = function(*arguments)
+        found = function(*(one.detach() for one in inputs))
     results = [found] if isinstance(found, Tensor) else list(found)
     try:
         record = tape.finish(results)
@@ -77,15 +74,14 @@ def compile_function(
             if any(ref.storage in record.inputs for ref in op.writes()):
                 raise Unrecordable(f"the function changes its argument ({op.func})")
         outputs = [torch.empty(ref.shape, dtype=ref.dtype) for ref in record.outputs]
-        holds = torch.ones((), dtype=torch.bool)
+        outputs.append(torch.ones((), dtype=torch.bool))
         first = list(record.inputs)
-        for tensor, ref in zip([*outputs, holds], [*record.outputs, sound], strict=True):
-            flat, index = tensor.view(-1), len(record.storages)
+        for tensor, ref in zip(outputs, [*record.outputs, sound], strict=True):
+            first.append(len(record.storages))
+            flat, shape = tensor.view(-1), tuple(tensor.shape)
             record.storages.append(Storage(flat.numel(), flat.dtype, flat.device, flat))
-            first.append(index)
             if ref is not None:
-                place = Ref(index, 0, tuple(tensor.shape), tensor.stride(), tensor.dtype)
-                record.write(place, ref)
+                record.write(Ref(first[-1], 0, shape, tensor.stride(), tensor.dtype), ref)
         record = clean(replace(record, outputs=[]))
         source = emit(record, first).source()
         if source.calls:
@@ -96,9 +92,8 @@ def compile_function(
         raise CannotCompile(str(error)) from error
     held = [record.storages[index].tensor for index in source.outer[len(first) :]]
     rest = [one.clone() for one in held if one is not None]
-    return CompiledFunction(
-        run, inputs, outputs, holds, rest, source.work, isinstance(found, Tensor)
-    )
+    how = (len(inputs), run, rest, source.work, isinstance(found, Tensor))
+    return CompiledFunction([*inputs, *outputs], *how)
 
 
 class CompiledFunction:
@@ -106,33 +101,28 @@ class CompiledFunction:
 
     Attributes:
         inputs, outputs: tensors that the C function reads, and those that it writes.
-        holds: whether what is checked in the function, such as that values are within a support,
-            was as it was in the first run; the C function writes it too. If not, the outputs are
-            not those of the function.
-        address: of the C function.
-        addresses, strides: its `in` and `stride`.
-        work: its scratch memory.
+        holds: whether what the function checks, such as that values are within a support, is as it
+            was in the first run; the C function writes it. If not, the outputs are meaningless.
+        address, addresses, strides, work: of the C function; its `in`, `stride` and `work`.
     """
 
     def __init__(
-        self, run: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor], holds: Tensor,
-        rest: Sequence[Any], size: int, is_one: bool,
+        self, own: Sequence[Tensor], inputs: int, run: Any, rest: Sequence[Tensor], size: int,
+        is_one: bool,
     ) -> None:  # fmt: skip
-        self.inputs, self.outputs, self.holds = tuple(inputs), tuple(outputs), holds
-        self._run, self._rest, self._is_one = run, rest, is_one
+        self._own, self._made = own, (inputs, run, rest, size, is_one)
+        self.inputs, self.outputs, self.holds = tuple(own[:inputs]), tuple(own[inputs:-1]), own[-1]
         self.address = int(ctypes.cast(run, ctypes.c_void_p).value or 0)
-        memory = [one.data_ptr() for one in (*inputs, *outputs, holds, *rest)]
+        memory = [one.data_ptr() for one in (*own, *rest)]
         self.addresses = (ctypes.c_void_p * len(memory))(*memory)
         self.strides = (ctypes.c_long * len(memory))()
-        self._size, aligned = size, torch.zeros(size + 64, dtype=torch.uint8)
+        aligned = torch.zeros(size + 64, dtype=torch.uint8)
         self.work = aligned[-aligned.data_ptr() % 64 :][:size]
+        self._run, self._is_one = run, is_one
 
     def fork(self) -> CompiledFunction:
         """The same C function with inputs, outputs, `holds` and `work` of its own."""
-        inputs, outputs = ([one.clone() for one in many] for many in (self.inputs, self.outputs))
-        return CompiledFunction(
-            self._run, inputs, outputs, self.holds.clone(), self._rest, self._size, self._is_one
-        )
+        return CompiledFunction([one.clone() for one in self._own], *self._made)
 
     def __call__(self, *tensors: Tensor) -> Any:
         """The function's result for some tensors.
@@ -140,9 +130,8 @@ class CompiledFunction:
         Raises:
             ValueError: the arguments have other shapes than the examples, or `holds` is false.
         """
-        shapes = [tuple(one.shape) for one in tensors]
-        if shapes != [tuple(one.shape) for one in self.inputs]:
-            raise ValueError(f"arguments of shapes {shapes} for a function of other shapes")
+        if [one.shape for one in tensors] != [one.shape for one in self.inputs]:
+            raise ValueError("the arguments have other shapes than those of the first run")
         for place, one in zip(self.inputs, tensors, strict=True):
             place.copy_(one.detach())
         self._run(self.addresses, self.strides, self.work.data_ptr(), 1, CALL())

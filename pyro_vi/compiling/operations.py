@@ -1,8 +1,8 @@
 """The C forms of torch's operations.
 
 `FORMS` has a function for each operation's name, which adds its statements to an `Emitter`. An
-operation without one is run by torch. An operation in place, such as `add_`, has the form of the
-other: its result is a place that it also reads.
+operation without one is run by torch; so is one whose form raises `NotImplementedError`, because it
+does not know the arguments. An operation in place, such as `add_`, has the form of the other.
 """
 
 from __future__ import annotations
@@ -12,53 +12,42 @@ __all__ = ["FORMS", "emit"]
 import math
 import re
 from collections.abc import Callable, Sequence
-from operator import methodcaller
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vi.compiling.emit import ADD, Access, Emitter, Unemittable, access, ctype
+from pyro_vi.compiling.emit import Access, Emitter, Unemittable, access, ctype
 from pyro_vi.compiling.tape import UNSET, Op, Record, Ref
 
 Form = Callable[[Emitter, Op, Ref], None]
 FORMS: dict[str, Form] = {}
-_aten = torch.ops.aten
 
 
-class _Unknown(Exception):
-    """A form that does not know these arguments; torch runs the operation."""
+def emit(record: Record, first: Sequence[int] = ()) -> Emitter:
+    """The statements of a clean record; random numbers that lie in `first` are not drawn.
 
-
-def emit(record: Record, outer: Sequence[int] = ()) -> Emitter:
-    """The statements of a clean record.
-
-    Args:
-        outer: see `Emitter`.
-
-    Raises:
-        Unemittable: memory of a kind that C code does not handle here.
+    It raises `Unemittable` for memory of a kind that C code does not handle here.
     """
-    emitter = Emitter(record, outer)
+    emitter = Emitter(record, first)
     for storage in record.storages:
         if storage.device.type != "cpu":
             raise Unemittable(f"a tensor on {storage.device}")
     for op in record.ops:
-        for ref in (*op.reads(), *op.outs):
-            if ref.dtype is not record.storages[ref.storage].dtype:
-                raise Unemittable("memory of two dtypes")
-        if op.is_view or op.func in UNSET:
+        if any(r.dtype is not record.storages[r.storage].dtype for r in (*op.reads(), *op.outs)):
+            raise Unemittable("memory of two dtypes")
+        is_drawn = op.is_random and op.outs[0].storage in first
+        is_empty = bool(op.outs) and not any(ref.numel for ref in op.outs)
+        if op.is_view or op.func in UNSET or is_drawn or is_empty:
             continue
-        if op.is_random:
-            if op.outs[0].storage not in outer:
-                emitter.call(op)
-            continue
-        if op.outs and not any(ref.numel for ref in op.outs):
-            continue
+        form = None if op.is_random else FORMS.get(_name(op))
         try:
-            FORMS[_name(op)](emitter, op, op.outs[0])
-        except (KeyError, _Unknown):
+            if form is None:
+                raise NotImplementedError
+            form(emitter, op, op.outs[0])
+        except NotImplementedError:
             emitter.call(op)
     return emitter
 
@@ -75,90 +64,90 @@ def _form(*names: str) -> Callable[[Form], Form]:
 
 def _name(op: Op) -> str:
     """An operation's name, without what marks one in place."""
-    return op.name if op.name.startswith("__") else op.name.removesuffix("_")
+    return op.name.removesuffix("_")
 
 
 def _argument(op: Op, name: str) -> Any:
     """An argument by its name, or its default."""
     for i, one in enumerate(op.func._schema.arguments):
         if one.name == name:
-            if i < len(op.args):
-                return op.args[i]
-            return op.kwargs.get(name, one.default_value if one.has_default_value() else None)
+            given = op.args[i : i + 1] or (op.kwargs.get(name, one.default_value),)
+            return given[0]
     return None
 
 
-def _view(ref: Ref, change: Callable[[Tensor], Tensor]) -> Ref:
-    """A view of a tensor."""
-    view = change(torch.empty_strided(ref.shape, ref.stride, device="meta"))
-    offset = ref.offset + int(view.storage_offset())
-    return Ref(ref.storage, offset, tuple(view.shape), view.stride(), ref.dtype)
+def _view(ref: Ref, function: Callable[..., Tensor], *args: Any) -> Ref:
+    """What a function that makes a view of a tensor gives."""
+    view = function(torch.empty_strided(ref.shape, ref.stride, device="meta"), *args)
+    start = ref.offset + int(view.storage_offset())
+    return Ref(ref.storage, start, tuple(view.shape), view.stride(), ref.dtype)
 
 
-# Operations on each element.
-#
-# {0}, {1}... are the operands, {alpha} is an argument by its name, and {f} is the suffix of C
-# functions and numbers of single precision. They are computed in the result's dtype.
+# Operations on each element: {0}, {1}... are the operands, {alpha} is an argument by its name, and
+# {f} is the suffix of C functions and numbers of single precision.
 
 _MAX = "({0} != {0} || {0} > {1} ? {0} : {1})"
 _MIN = "({0} != {0} || {0} < {1} ? {0} : {1})"
+_LOW, _HIGH = _MAX.replace("{1}", "{min}"), _MIN.replace("{1}", "{max}")
+_CDF = "0.5{f} * (1 + erf{f}(X * 0.7071067811865476{f}))"
+_LOG1P_EXP = "log1p{f}(exp{f}(-fabs{f}(X)))"
 # fmt: off
+# These are computed in the dtype of the result.
 _ELEMENTWISE = {
     **{name: f"{name}{{f}}({{0}})" for name in (
         "exp exp2 expm1 log log2 log10 log1p sqrt tanh sin cos tan asin acos atan sinh cosh asinh"
         " acosh atanh erf erfc floor ceil trunc").split()},
     **{name: f"{name}{{f}}({{0}}, {{1}})" for name in "atan2 hypot fmax fmin copysign".split()},
     "clone": "{0}", "lift_fresh": "{0}", "neg": "-{0}", "abs": "({0} > 0 ? {0} : 0 - {0})",
-    "reciprocal": "1 / {0}", "rsqrt": "1 / sqrt{f}({0})",
-    "frac": "{0} - trunc{f}({0})", "round": "rint{f}({0})", "sgn": "({0} > 0) - ({0} < 0)",
-    "sign": "({0} > 0) - ({0} < 0)", "lgamma": "lgamma({0})", "digamma": "digamma({0})",
-    "polygamma": "trigamma({1})", "add": "{0} + {alpha} * {1}", "sub": "{0} - {alpha} * {1}",
-    "rsub": "{1} - {alpha} * {0}", "mul": "{0} * {1}", "div": "{0} / {1}",
-    "div.trunc": "trunc{f}({0} / {1})", "div.floor": "floor_of({0}, {1})",
-    "floor_divide": "floor_of({0}, {1})", "remainder": "remainder_of({0}, {1})",
-    "fmod": "fmod{f}({0}, {1})", "addcmul": "{0} + {value} * {1} * {2}",
-    "addcdiv": "{0} + {value} * {1} / {2}", "maximum": _MAX, "minimum": _MIN,
+    "reciprocal": "1 / {0}", "rsqrt": "1 / sqrt{f}({0})", "frac": "{0} - trunc{f}({0})",
+    "round": "rint{f}({0})", "sgn": "({0} > 0) - ({0} < 0)", "sign": "({0} > 0) - ({0} < 0)",
+    "lgamma": "lgamma({0})", "digamma": "digamma({0})", "polygamma": "trigamma({1})",
+    "add": "{0} + {alpha} * {1}", "sub": "{0} - {alpha} * {1}", "rsub": "{1} - {alpha} * {0}",
+    "mul": "{0} * {1}", "div": "{0} / {1}", "div.trunc": "trunc{f}({0} / {1})",
+    "div.floor": "floor_of({0}, {1})", "floor_divide": "floor_of({0}, {1})",
+    "remainder": "remainder_of({0}, {1})", "fmod": "fmod{f}({0}, {1})",
+    "addcmul": "{0} + {value} * {1} * {2}", "addcdiv": "{0} + {value} * {1} / {2}",
     "lerp": "({2} < 0.5{f} ? {0} + {2} * ({1} - {0}) : {1} - ({1} - {0}) * (1 - {2}))",
-    "where": "({0} ? {1} : {2})", "masked_fill": "({1} ? {2} : {0})",
+    "maximum": _MAX, "minimum": _MIN, "max.other": _MAX, "min.other": _MIN,
+    "clamp": _HIGH.replace("{0}", _LOW), "clamp_min": _LOW, "clamp_max": _HIGH,
+    "pow": "pow{f}({0}, {1})", "pow.1": "{0}", "pow.2": "{0} * {0}", "pow.3": "{0} * {0} * {0}",
+    "pow.-1": "1 / {0}", "pow.-2": "1 / ({0} * {0})", "pow.0.5": "sqrt{f}({0})",
+    "pow.-0.5": "1 / sqrt{f}({0})", "where": "({0} ? {1} : {2})",
+    "masked_fill": "({1} ? {2} : {0})",
     "xlogy": "({1} != {1} ? {1} : {0} == 0 ? 0 : {0} * log{f}({1}))",
-    "logaddexp": f"({{0}} == {{1}} ? {{0}} + M_LN2 :"
-        f" {_MAX} + log1p{{f}}(exp{{f}}(-fabs{{f}}({{0}} - {{1}}))))",
-    "logit": "log{f}({0} / (1 - {0}))",
+    "logaddexp": "({0} == {1} ? {0} + M_LN2 : "
+        + f"{_MAX} + {_LOG1P_EXP})".replace("X", "{0} - {1}"), "logit": "log{f}({0} / (1 - {0}))",
     "logit_backward": "({1} < 0 || {1} > 1 ? NAN : {0} / ({1} * (1 - {1})))",
     "bitwise_and": "{0} & {1}", "bitwise_or": "{0} | {1}", "bitwise_xor": "{0} ^ {1}",
-    "bitwise_not": "~{0}",
+    "bitwise_not": "~{0}", "zero": "0", "zeros_like": "0", "new_zeros": "0", "ones_like": "1",
+    "new_ones": "1", "full_like": "{fill_value}", "new_full": "{fill_value}", "fill": "{value}",
     # Activations and losses of networks. Of a gradient, {0} is what comes from the result.
     "sigmoid": "1 / (1 + exp{f}(-{0}))", "sigmoid_backward": "{0} * (1 - {1}) * {1}",
     "tanh_backward": "{0} * (1 - {1} * {1})", "relu": "({0} < 0 ? 0 : {0})",
     "threshold": "({0} <= {1} ? {2} : {0})", "threshold_backward": "({1} <= {2} ? 0 : {0})",
     "hardtanh": "({0} < {min_val} ? {min_val} : {0} > {max_val} ? {max_val} : {0})",
-    "hardtanh_backward": "({1} > {min_val} && {1} < {max_val} ? {0} : 0)",
     "leaky_relu": "({0} > 0 ? {0} : {0} * {negative_slope})",
     "leaky_relu_backward": "({1} > 0 ? {0} : {0} * {negative_slope})",
-    "elu": "({0} > 0 ? {0} * {scale} : expm1{f}({0} * {input_scale}) * {alpha} * {scale})",
-    "elu_backward": "({5} > 0 ? {0} * {scale} : {0} * {input_scale} * {scale} *"
-        " ({is_result} ? {5} / {scale} + {alpha} : {alpha} * exp{f}({5} * {input_scale})))",
     "silu": "{0} / (1 + exp{f}(-{0}))",
     "silu_backward": "{0} * (1 + {1} - {1} / (1 + exp{f}(-{1}))) / (1 + exp{f}(-{1}))",
-    "gelu": "{0} * 0.5{f} * (1 + erf{f}({0} * 0.7071067811865476{f}))",
-    "gelu_backward": "{0} * (0.5{f} * (1 + erf{f}({1} * 0.7071067811865476{f}))"
-        " + {1} * exp{f}({1} * {1} / -2) * 0.3989422804014327{f})",
+    "gelu": "{0} * " + _CDF.replace("X", "{0}"),
+    "gelu_backward": "{0} * (" + _CDF.replace("X", "{1}")
+        + " + {1} * exp{f}({1} * {1} / -2) * 0.3989422804014327{f})",
     "softplus": "({0} * {beta} > {threshold} ? {0} : log1p{f}(exp{f}({0} * {beta})) / {beta})",
     "softplus_backward": "({1} * {beta} > {threshold} ? {0} : {0} / (1 + exp{f}(-{1} * {beta})))",
-    "log_sigmoid_forward": "({0} < 0 ? {0} : 0) - log1p{f}(exp{f}(-fabs{f}({0})))",
+    "log_sigmoid_forward": "({0} < 0 ? {0} : 0) - " + _LOG1P_EXP.replace("X", "{0}"),
     "log_sigmoid_backward": "{0} / (1 + exp{f}({1}))",
-    "binary_cross_entropy_with_logits":
-        "(1 - {1}) * {0} + ({0} < 0 ? -{0} : 0) + log1p{f}(exp{f}(-fabs{f}({0})))",
+    "binary_cross_entropy_with_logits": "(1 - {1}) * {0} + ({0} < 0 ? -{0} : 0) + "
+        + _LOG1P_EXP.replace("X", "{0}"),
 }
 # These are computed in the dtype to which torch promotes the operands.
 _COMPARING = {
     "eq": "{0} == {1}", "ne": "{0} != {1}", "lt": "{0} < {1}", "le": "{0} <= {1}",
-    "gt": "{0} > {1}", "ge": "{0} >= {1}", "isnan": "{0} != {0}",
-    "isinf": "{0} == INFINITY || {0} == -INFINITY", "signbit": "signbit({0})",
+    "gt": "{0} > {1}", "ge": "{0} >= {1}", "isnan": "{0} != {0}", "logical_not": "!{0}",
     "logical_and": "{0} && {1}", "logical_or": "{0} || {1}", "logical_xor": "!{0} != !{1}",
-    "logical_not": "!{0}", "_to_copy": "{0}", "copy": "{1}",
+    "isinf": "fabs({0}) == INFINITY", "signbit": "signbit({0})", "_to_copy": "{0}", "copy": "{1}",
 }
-# These are for integers.
+# These are for integers, with another one as a number; torch raises an error for a division by 0.
 _INTEGERS = {
     "div.trunc": "{0} / {1}", "fmod": "{0} % {1}", "remainder": "({0} % {1} + {1}) % {1}",
     **dict.fromkeys(("div.floor", "floor_divide"),
@@ -178,92 +167,48 @@ _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
 def _elementwise(e: Emitter, op: Op, out: Ref) -> None:
     name = _name(op)
     if any(_argument(op, key) not in values for key, values in _ONLY.get(name, {}).items()):
-        raise _Unknown
-    if (rounding := _argument(op, "rounding_mode")) is not None:
-        name = f"{name}.{rounding}"
+        raise NotImplementedError
+    if name == "clamp" and None in (_argument(op, "min"), _argument(op, "max")):
+        name = "clamp_max" if _argument(op, "min") is None else "clamp_min"
+    variant = _argument(op, "rounding_mode") or op.func._overloadname
+    if name == "pow" and not isinstance(op.args[1], Ref):
+        variant = f"{op.args[1]:g}"
+    name = f"{name}.{variant}" if f"{name}.{variant}" in _ELEMENTWISE else name
     text = _COMPARING.get(name) or _ELEMENTWISE[name]
-    if name in _INTEGERS and not out.dtype.is_floating_point:
-        if not isinstance(op.args[1], int) or op.args[1] == 0:  # torch raises an error for 0
-            raise _Unknown
+    if name in (*_INTEGERS, "pow") and not out.dtype.is_floating_point:
+        if name == "pow" or not isinstance(op.args[1], int) or op.args[1] == 0:
+            raise NotImplementedError
         text = _INTEGERS[name]
-    if name == "bitwise_not" and out.dtype is torch.bool:
-        text = "!{0}"
-    fields = [one for one in dict.fromkeys(re.findall(r"{(\w+)}", text)) if one != "f"]
-    operands = [op.args[int(one)] if one.isdigit() else _argument(op, one) for one in fields]
-    for i, (one, value) in enumerate(zip(fields, operands, strict=True)):
-        text = text.replace(f"{{{one}}} * ", "") if value == 1 and not one.isdigit() else text
-        text = text.replace(f"{{{one}}}", f"{{_{i}}}")
-    e.assign(
-        out, text.replace("{_", "{"), *operands,
-        compute=_promoted(*operands) if name in _COMPARING else None,
-    )  # fmt: skip
+    text = "!{0}" if name == "bitwise_not" and out.dtype is torch.bool else text
+    names = [one for one in dict.fromkeys(re.findall(r"{(\w+)}", text)) if one != "f"]
+    operands = [op.args[int(one)] if one.isdigit() else _argument(op, one) for one in names]
+    for i, (one, value) in enumerate(zip(names, operands, strict=True)):
+        if value == 1 and not one.isdigit():  # a factor that need not be there
+            text = text.replace(f"{{{one}}} * ", "")
+        text = text.replace(f"{{{one}}}", f"{{_{i}}}")  # its number among the operands
+    text, operands = ("{0}", [int(text)]) if text in ("0", "1") else (text, operands)
+    compute = _promoted(operands) if name in _COMPARING else None
+    e.assign(out, text.replace("{_", "{"), *operands, compute=compute)
 
 
-def _promoted(*operands: Any) -> torch.dtype:
+def _promoted(operands: Sequence[Any]) -> torch.dtype:
     """The dtype in which torch compares operands."""
-
-    def like(one: Any) -> Any:
-        if not isinstance(one, Ref):
-            return one
-        return torch.empty([1] * min(1, len(one.shape)), dtype=one.dtype, device="meta")
-
-    return torch.result_type(like(operands[0]), like(operands[-1]))
+    like = {
+        one: torch.empty([1] * min(1, len(one.shape)), dtype=one.dtype, device="meta")
+        for one in operands if isinstance(one, Ref)
+    }  # fmt: skip
+    return torch.result_type(*(like.get(one, one) for one in (operands[0], operands[-1])))
 
 
-@_form("zero", "zeros_like", "new_zeros", "ones_like", "new_ones")
-@_form("fill", "full_like", "new_full")
-def _fill(e: Emitter, op: Op, out: Ref) -> None:
-    value = next(
-        (one for one in (_argument(op, "value"), _argument(op, "fill_value")) if one is not None),
-        int("ones" in op.name),
-    )
-    e.assign(out, "{0}", value)
-
-
-@_form("pow")
-def _pow(e: Emitter, op: Op, out: Ref) -> None:
-    texts: dict[Any, str] = {1: "{0}", 2: "{0} * {0}", 3: "{0} * {0} * {0}"}
-    if out.dtype.is_floating_point:
-        texts |= {-1: "1 / {0}", -2: "1 / ({0} * {0})", 0.5: "sqrt{f}({0})"}
-        texts |= {-0.5: "1 / sqrt{f}({0})"}
-    elif op.args[1] not in texts:
-        raise _Unknown
-    e.assign(out, texts.get(op.args[1], "pow{f}({0}, {1})"), *op.args[:2])
-
-
-@_form("clamp", "clamp_min", "clamp_max")
-def _clamp(e: Emitter, op: Op, out: Ref) -> None:
-    text, operands = "{0}", [op.args[0]]
-    for name, limited in (("min", _MAX), ("max", _MIN)):
-        if (bound := _argument(op, name)) is not None:
-            text = limited.format(text, f"{{{len(operands)}}}")
-            operands.append(bound)
-    e.assign(out, text, *operands)
-
-
-# Reductions.
-
-_JOINED = {
-    "sum": (ADD, "0"), "prod": ("{0} * {1}", "1"), "any": ("{0} || {1}", "0"),
-    "all": ("{0} && {1}", "1"), "max": ("({1} != {1} || {1} > {0} ? {1} : {0})", "-INFINITY"),
-    "min": ("({1} != {1} || {1} < {0} ? {1} : {0})", "INFINITY"),
+# Reductions: their kind, and what they join, where {1} is one over the number of elements.
+_REDUCED = {
+    "sum": ("sum", "{0}"), "mean": ("sum", "{0} * {1}"), "prod": ("prod", "{0}"),
+    "nansum": ("sum", "({0} == {0} ? {0} : 0)"), "any": ("any", "({0} != 0)"),
+    "all": ("all", "({0} != 0)"), "_is_all_true": ("all", "{0}"), "max": ("max", "{0}"),
+    "min": ("min", "{0}"), "amax": ("max", "{0}"), "amin": ("min", "{0}"),
+    "linalg_vector_norm.1": ("sum", "fabs({0})"), "linalg_vector_norm.2": ("sum", "{0} * {0}"),
+    "linalg_vector_norm.inf": ("max", "fabs({0})"),
 }  # fmt: skip
-_ABS = "fabs({0})"
-
-
-def _join(
-    e: Emitter, kind: str, out: Ref, text: str, *operands: Any, dims: Sequence[int],
-    shape: Sequence[int], compute: torch.dtype | None = None,
-) -> None:  # fmt: skip
-    """A reduction of a kind of an expression over a shape."""
-    combine, start = _JOINED[kind]
-    if kind in ("max", "min") and not out.dtype.is_floating_point:
-        limits = (0, 1) if out.dtype is torch.bool else torch.iinfo(out.dtype)
-        low, high = limits if isinstance(limits, tuple) else (limits.min + 1, limits.max)
-        start = f"({low if kind == 'max' else high}L)"
-    e.reduce(
-        out, text, *operands, dims=dims, shape=shape, combine=combine, start=start, compute=compute
-    )
 
 
 def _dims(op: Op) -> list[int]:
@@ -273,176 +218,83 @@ def _dims(op: Op) -> list[int]:
     return sorted({d % rank for d in given}) if given and rank else list(range(rank))
 
 
-def _kept(e: Emitter, like: Ref, shape: Sequence[int], dims: Sequence[int]) -> Ref:
-    """Memory for a reduction over a shape, with the dimensions that are reduced."""
-    return e.scratch([1 if d in dims else n for d, n in enumerate(shape)], like.dtype)
-
-
-def _fitted(ref: Ref, out: Ref, dims: Sequence[int]) -> Ref:
-    """A reduction without the reduced dimensions, if the result does not have them."""
-    has = len(out.shape) == len(ref.shape)
-    return ref if has else _view(ref, lambda t: t.squeeze(tuple(dims)))
-
-
-@_form("sum", "nansum", "mean", "prod", "any", "all", "_is_all_true", "amax", "amin")
+@_form(*(name for name in _REDUCED if "." not in name), "linalg_vector_norm")
 def _reduction(e: Emitter, op: Op, out: Ref) -> None:
-    source, dims = op.args[0], _dims(op)
-    kind = {"mean": "sum", "nansum": "sum", "_is_all_true": "all"}.get(op.name, op.name)
-    kind, compute, text, operands = (
-        kind.removeprefix("a") if "am" in kind else kind,
-        None,
-        "{0}",
-        [],
-    )
-    if op.name == "mean":
-        text, operands = "{0} * {1}", [1 / max(1, math.prod(source.shape[d] for d in dims))]
-    elif op.name == "nansum":
-        text = "({0} == {0} ? {0} : 0)"
-    elif kind in ("any", "all"):
-        text, compute = "({0} != 0)", source.dtype
-    _join(e, kind, out, text, source, *operands, dims=dims, shape=source.shape, compute=compute)
-
-
-@_form("max", "min", "argmax", "argmin")
-def _best(e: Emitter, op: Op, out: Ref) -> None:
-    """The largest or smallest element, and the first place of it along a dimension."""
-    source, overload = op.args[0], op.func._overloadname
-    kind = op.name.removeprefix("arg")
-    if overload == "other":
-        e.assign(out, _MAX if kind == "max" else _MIN, *op.args[:2])
-        return
-    dim = _argument(op, "dim")
-    if kind == op.name and dim is None:
-        _join(e, kind, out, "{0}", source, dims=_dims(op), shape=source.shape)
-        return
-    if not source.shape or (dim is None and len(source.shape) > 1):
-        raise _Unknown
-    dim = (dim or 0) % len(source.shape)
-    moved = _view(source, lambda t: t.movedim(dim, -1))
-    shape, size, type_ = moved.shape[:-1], moved.shape[-1], ctype(source.dtype)
-    index = _indices(shape)
-    outs = [
-        _view(one, lambda t: t.squeeze(dim)) if len(one.shape) > len(shape) else one
-        for one in op.outs
-    ]
-    lines = [
-        f"{type_} best = {e.at(moved, *index, '0')}; long place = 0;",
-        f"for (long k = 1; k < {size}; k++) {{ const {type_} x = {e.at(moved, *index, 'k')};",
-        f"if (x {'>' if kind == 'max' else '<'} best || (x != x && best == best))"
-        " { best = x; place = k; } }",
-        f"{e.at(outs[-1], *index)} = place;",
-        *(f"{e.at(one, *index)} = best;" for one in outs[:-1]),
-    ]
-    _code(e, shape, lines, [source], op.outs, size)
-
-
-@_form("linalg_vector_norm")
-def _norm(e: Emitter, op: Op, out: Ref) -> None:
-    source, order, total = op.args[0], _argument(op, "ord"), e.scratch(out.shape, out.dtype)
-    kinds = {1: ("sum", _ABS), 2: ("sum", "{0} * {0}"), math.inf: ("max", _ABS)}
-    if order not in kinds or _argument(op, "dtype") is not None:
-        raise _Unknown
-    _join(e, kinds[order][0], total, kinds[order][1], source, dims=_dims(op), shape=source.shape)
-    e.assign(out, "sqrt{f}({0})" if order == 2 else "{0}", total)
-
-
-@_form("var", "std", "var_mean", "std_mean")
-def _variance(e: Emitter, op: Op, out: Ref) -> None:
-    source, dims = op.args[0], _dims(op)
-    if op.func._overloadname != "correction":
-        raise _Unknown
-    correction = _argument(op, "correction")
-    count = math.prod(source.shape[d] for d in dims)
-    rest = count - (1 if correction is None else correction)
-    mean, total = _kept(e, out, source.shape, dims), e.scratch(out.shape, out.dtype)
-    keys: Any = {"dims": dims, "shape": source.shape}
-    _join(e, "sum", mean, "{0} * {1}", source, 1 / count if count else math.nan, **keys)
-    factor = 1 / rest if rest > 0 else math.nan
-    _join(e, "sum", total, "({0} - {1}) * ({0} - {1}) * {2}", source, mean, factor, **keys)
-    e.assign(out, "sqrt{f}({0})" if op.name.startswith("std") else "{0}", total)
-    if len(op.outs) > 1:
-        e.assign(op.outs[1], "{0}", _fitted(mean, op.outs[1], dims))
-
-
-def _exponentials(e: Emitter, source: Ref, top: Ref, total: Ref, dims: Sequence[int]) -> Ref:
-    """exp(source - top), in one flat loop; their sum goes to `total`."""
-    less, found = (e.scratch(source.shape, total.dtype) for _ in range(2))
-    e.assign(less, "{0} - {1}", source, top)
-    e.assign(found, "exp{f}({0})", less)
-    _join(e, "sum", total, "{0}", found, dims=dims, shape=source.shape)
-    return found
-
-
-@_form("logsumexp")
-def _logsumexp(e: Emitter, op: Op, out: Ref) -> None:
-    source, dims = op.args[0], _dims(op)
-    top, shift, total = (_kept(e, out, source.shape, dims) for _ in range(3))
-    _join(e, "max", top, "{0}", source, dims=dims, shape=source.shape)
-    e.assign(shift, "(isfinite({0}) ? {0} : 0)", top)
-    _exponentials(e, source, shift, total, dims)
-    e.assign(out, "log{f}({0}) + {1}", _fitted(total, out, dims), _fitted(shift, out, dims))
-
-
-@_form("_softmax", "_log_softmax")
-def _softmax(e: Emitter, op: Op, out: Ref) -> None:
-    source, dims = op.args[0], _dims(op)
-    top, total = (_kept(e, out, out.shape, dims) for _ in range(2))
-    _join(e, "max", top, "{0}", source, dims=dims, shape=out.shape)
-    found = _exponentials(e, source, top, total, dims)
-    if op.name == "_softmax":
-        e.assign(out, "{0} / {1}", found, total)
+    order = _argument(op, "ord")
+    kind, text = _REDUCED.get(op.name if order is None else f"{op.name}.{order:g}", ("", ""))
+    if op.func._overloadname == "other":  # of two tensors
+        _elementwise(e, op, out)
+    elif len(op.outs) > 1:
+        _best(e, op, out)
+    elif not kind or (kind in ("max", "min") and not out.dtype.is_floating_point):
+        raise NotImplementedError
     else:
-        e.assign(out, "{0} - {1} - log{f}({2})", source, top, total)
+        source, dims = op.args[0], _dims(op)
+        part = 1 / max(1, math.prod(source.shape[d] for d in dims))
+        keys: Any = {"compute": source.dtype} if kind in ("any", "all") else {}
+        e.reduce(out, text, source, part, dims=dims, shape=source.shape, kind=kind, **keys)
+        if order == 2:
+            e.assign(out, "sqrt{f}({0})", out)
+
+
+@_form("argmax", "argmin")
+def _best(e: Emitter, op: Op, out: Ref) -> None:
+    """The largest or smallest element along a dimension, and its first place, the last result."""
+    source, dim, rank = op.args[0], _argument(op, "dim"), len(op.args[0].shape)
+    if dim is None or not rank:
+        raise NotImplementedError
+    outs = [_view(o, Tensor.squeeze, dim) if len(o.shape) == rank else o for o in op.outs]
+    moved, better = _view(source, Tensor.movedim, dim, -1), ">" if "max" in op.name else "<"
+    lines = [f"const long k = FIRST({moved.shape[-1]}, {e.at(moved, 'k')}, {better});"]
+    lines += [f"{e.at(outs[-1])} = k;", *(f"{e.at(o)} = {e.at(moved, 'k')};" for o in outs[:-1])]
+    e.code(lines, [source], outs, moved.shape[:-1], cost=moved.shape[-1])
+
+
+@_form("logsumexp", "_softmax", "_log_softmax")
+def _exponentials(e: Emitter, op: Op, out: Ref) -> None:
+    source, dims = op.args[0], _dims(op)
+    kept = [1 if d in dims else n for d, n in enumerate(source.shape)]
+    top, shift, total = (e.scratch(kept, out.dtype) for _ in range(3))
+    less, each = (e.scratch(source.shape, out.dtype) for _ in range(2))
+    e.reduce(top, "{0}", source, dims=dims, shape=source.shape, kind="max")
+    e.assign(shift, "(isfinite({0}) ? {0} : 0)" if op.name == "logsumexp" else "{0}", top)
+    e.assign(less, "{0} - {1}", source, shift)
+    e.assign(each, "exp{f}({0})", less)  # in one flat loop
+    e.reduce(total, "{0}", each, dims=dims, shape=source.shape)
+    if op.name == "_softmax":
+        e.assign(out, "{0} / {1}", each, total)
+    elif op.name == "_log_softmax":
+        e.assign(out, "{0} - log{f}({1})", less, total)
+    else:
+        total, shift = (_view(one, Tensor.view, out.shape) for one in (total, shift))
+        e.assign(out, "log{f}({0}) + {1}", total, shift)
 
 
 @_form("_softmax_backward_data", "_log_softmax_backward_data")
 def _softmax_backward(e: Emitter, op: Op, out: Ref) -> None:
     gradient, result = op.args[:2]
-    total, is_log = _kept(e, out, out.shape, _dims(op)), op.name.startswith("_log")
-    text = "{0}" if is_log else "{0} * {1}"
-    keys: Any = {"dims": _dims(op), "shape": out.shape}
-    _join(e, "sum", total, text, gradient, result, **keys)
+    dims, is_log = _dims(op), op.name.startswith("_log")
+    total = e.scratch([1 if d in dims else n for d, n in enumerate(out.shape)], out.dtype)
+    summed = "{0}" if is_log else "{0} * {1}"
+    e.reduce(total, summed, gradient, result, dims=dims, shape=out.shape)
     final = "{0} - exp{f}({1}) * {2}" if is_log else "{1} * ({0} - {2})"
     e.assign(out, final, gradient, result, total)
 
 
-def _indices(shape: Sequence[int]) -> list[str]:
-    return [f"i{d}" for d in range(len(shape))]
-
-
-def _code(
-    e: Emitter, shape: Sequence[int], lines: Sequence[str], reads: Sequence[Ref],
-    writes: Sequence[Ref], cost: int,
-) -> None:  # fmt: skip
-    """Lines of C in loops over a shape, with indices `_indices`."""
-    loops = [f"for (long i{d} = 0; i{d} < {n}; i{d}++)" for d, n in enumerate(shape)]
-    e.code(
-        [*loops, "{", *(f"  {line}" for line in lines), "}"], reads, writes, math.prod(shape) * cost
-    )
-
-
 @_form("cumsum", "cumprod", "logcumsumexp")
 def _cumulative(e: Emitter, op: Op, out: Ref) -> None:
-    if not out.shape:
-        e.assign(out, "{0}", op.args[0])
-        return
     start, text = {
         "cumsum": ("0", "total + x"), "cumprod": ("1", "total * x"),
         "logcumsumexp": ("-INFINITY", _ELEMENTWISE["logaddexp"].format("total", "x", f="")),
     }[_name(op)]  # fmt: skip
-    source, to = (
-        _view(one, lambda t: t.movedim(_argument(op, "dim"), -1)) for one in (op.args[0], out)
-    )
-    index, total = _indices(to.shape), "double" if out.dtype.is_floating_point else "long"
+    change = (Tensor.movedim, _argument(op, "dim"), -1) if out.shape else (Tensor.unsqueeze, 0)
+    source, to = (_view(one, *change) for one in (op.args[0], out))
+    total = "double" if out.dtype.is_floating_point else "long"
     lines = [
-        f"{total} total = {start};",
-        f"for (long {index[-1]} = 0; {index[-1]} < {to.shape[-1]}; {index[-1]}++) {{",
-        f"  const {total} x = {e.at(source, *index)}; {e.at(to, *index)} = total = {text}; }}",
+        f"{total} total = {start}; for (long k = 0; k < {to.shape[-1]}; k++) {{",
+        f"const {total} x = {e.at(source, 'k')}; {e.at(to, 'k')} = total = {text}; }}",
     ]
-    _code(e, to.shape[:-1], lines, [source], [out], to.shape[-1])
-
-
-# Parts of tensors.
+    e.code(lines, [source], [out], to.shape[:-1], cost=to.shape[-1])
 
 
 @_form("cat", "stack")
@@ -450,54 +302,41 @@ def _cat(e: Emitter, op: Op, out: Ref) -> None:
     dim, start = _argument(op, "dim"), 0
     for i, one in enumerate(op.args[0]):
         if op.name == "stack":
-            e.assign(_view(out, methodcaller("select", dim, i)), "{0}", one)
+            e.assign(_view(out, Tensor.select, dim, i), "{0}", one)
         elif one.shape != (0,):
-            size = one.shape[dim]
-            e.assign(_view(out, methodcaller("narrow", dim, start, size)), "{0}", one)
-            start += size
+            e.assign(_view(out, Tensor.narrow, dim, start, one.shape[dim]), "{0}", one)
+            start += one.shape[dim]
 
 
 @_form("repeat")
 def _repeat(e: Emitter, op: Op, out: Ref) -> None:
-    source = op.args[0]
-    shape = (1,) * (len(out.shape) - len(source.shape)) + source.shape
-
-    def split(t: Tensor) -> Tensor:
-        for d in reversed(range(len(shape))):
-            t = t.unflatten(d, (-1, shape[d]))
-        return t
-
-    def spread(t: Tensor) -> Tensor:
-        for d in reversed(range(len(source.shape))):
-            t = t.unsqueeze(d)
-        return t
-
-    e.assign(_view(out, split), "{0}", _view(source, spread))
+    source, lead = op.args[0], len(out.shape) - len(op.args[0].shape)
+    for d, n in reversed([*enumerate((*[1] * lead, *source.shape))]):
+        out = _view(out, Tensor.unflatten, d, (-1, n))
+        source = _view(source, Tensor.unsqueeze, d - lead) if d >= lead else source
+    e.assign(out, "{0}", source)
 
 
 @_form("flip")
 def _flip(e: Emitter, op: Op, out: Ref) -> None:
     source = op.args[0]
-    stride, offset = list(source.stride), source.offset
-    for d in op.args[1]:
-        offset += (source.shape[d] - 1) * stride[d]
-        stride[d] = -stride[d]
-    e.assign(out, "{0}", source._replace(stride=tuple(stride), offset=offset))
+    dims = [d % len(source.shape) for d in op.args[1]]
+    offset = source.offset + sum((source.shape[d] - 1) * source.stride[d] for d in dims)
+    stride = tuple(-s if d in dims else s for d, s in enumerate(source.stride))
+    e.assign(out, "{0}", source._replace(stride=stride, offset=offset))
 
 
 @_form("slice_backward", "select_backward", "diagonal_backward", "diag_embed")
 @_form("slice_scatter", "select_scatter", "diagonal_scatter")
 def _put_part(e: Emitter, op: Op, out: Ref) -> None:
     """Zeros, or a copy of a tensor, with a part that comes from another tensor."""
-    is_scatter = op.name.endswith("_scatter")
-    e.assign(out, "{0}", op.args[0] if is_scatter else 0)
+    is_scatter, name = op.name.endswith("_scatter"), op.name.rpartition("_")[0]
     if op.name == "diag_embed":
-        keys = {name: _argument(op, name) for name in ("offset", "dim1", "dim2")}
-        part = _view(out, lambda t: t.diagonal(**keys))
+        part = _view(out, torch.diagonal, *map(partial(_argument, op), ("offset", "dim1", "dim2")))
     else:
-        function = getattr(_aten, op.name.rpartition("_")[0])
-        part = _view(out, lambda t: function(t, *op.args[2:], **op.kwargs))
-    e.assign(part, "{0}", op.args[1 if is_scatter else 0])
+        part = _view(out, partial(getattr(torch.ops.aten, name), **op.kwargs), *op.args[2:])
+    e.assign(out, "{0}", op.args[0] if is_scatter else 0)
+    e.assign(part, "{0}", op.args[is_scatter])
 
 
 @_form("constant_pad_nd")
@@ -506,249 +345,115 @@ def _pad(e: Emitter, op: Op, out: Ref) -> None:
     for i in range(len(pad) // 2):
         d, low, high = len(out.shape) - 1 - i, pad[2 * i], pad[2 * i + 1]
         size = source.shape[d] + min(low, 0) + min(high, 0)
-        own, other = (d, max(-low, 0), size), (d, max(low, 0), size)
-        source = _view(source, methodcaller("narrow", *own))
-        part = _view(part, methodcaller("narrow", *other))
+        source = _view(source, Tensor.narrow, d, max(-low, 0), size)
+        part = _view(part, Tensor.narrow, d, max(low, 0), size)
     e.assign(out, "{0}", _argument(op, "value"))
     e.assign(part, "{0}", source)
 
 
 @_form("tril", "triu")
 def _triangle(e: Emitter, op: Op, out: Ref) -> None:
-    mask = torch.ones(out.shape[-2:], dtype=torch.bool)
-    mask = getattr(mask, _name(op))(_argument(op, "diagonal"))
-    e.assign(out, "({1} ? {0} : 0)", op.args[0], e.constant(mask))
+    sign, d, source = "<=" if _name(op) == "tril" else ">=", len(out.shape), op.args[0]
+    inside = f"i{d - 1} {sign} i{d - 2} + {_argument(op, 'diagonal')}"
+    e.code([f"{e.at(out)} = {inside} ? {e.at(source)} : 0;"], [source], [out], out.shape)
 
 
-# Indices.
-
-
-def _at(target: Ref, indices: Sequence[Ref | None]) -> tuple[Access, tuple[int, ...]]:
-    """A tensor at some indices, and the shape of what they select."""
-    used = [i for i, one in enumerate(indices) if one is not None]
-    given = [one for one in indices if one is not None]
-    if any(one.dtype not in (torch.int64, torch.int32) for one in given):
-        raise _Unknown
-    shape = np.broadcast_shapes(*(one.shape for one in given))  # torch's imports SymPy
-    lead = used[0] if used[-1] - used[0] < len(used) else 0  # indices that are apart go first
-    sizes = [n for d, n in enumerate(target.shape) if d not in used]
-    steps = [target.stride[d] for d in range(len(target.shape)) if d not in used]
-    steps = [s if n > 1 else 0 for n, s in zip(sizes, steps, strict=True)]
-    whole = (*sizes[:lead], *shape, *sizes[lead:])
-    stride = (*steps[:lead], *[0] * len(shape), *steps[lead:])
+def _at(op: Op, target: Ref) -> tuple[Access, tuple[int, ...]]:
+    """A tensor at the indices of an operation, and the shape of what they select."""
+    target = target if target.shape else target._replace(shape=(1,), stride=(1,))
+    name, rank = _name(op), len(target.shape)
+    own = [*zip(target.shape, target.stride, strict=True)]
+    if name in ("gather", "scatter", "scatter_add"):
+        dim, index, behind = op.args[1] % rank, op.args[2], 0
+        used = {dim: index}
+        dims = [(n, 0 if d == dim else own[d][1]) for d, n in enumerate(index.shape)]
+    else:
+        given = op.args[1] if name in ("index", "index_put") else [op.args[1]]
+        if name in ("index_select", "index_add", "index_copy", "index_fill"):
+            given = [*[None] * (op.args[1] % rank), op.args[2]]
+        used = {d: index for d, index in enumerate(given) if index is not None}
+        middle = np.broadcast_shapes(*(one.shape for one in used.values()))  # torch's needs SymPy
+        lead = min(used) if max(used) - min(used) < len(used) else 0  # those apart come first
+        rest = [one for d, one in enumerate(own) if d not in used]
+        dims, behind = [*rest[:lead], *((n, 0) for n in middle), *rest[lead:]], len(rest) - lead
+    if any(one.dtype not in (torch.int32, torch.int64) for one in used.values()):
+        raise NotImplementedError
+    shape, stride = tuple(n for n, _ in dims), tuple(step for _, step in dims)
     gathered = []
-    for i, one in zip(used, given, strict=True):
-        own = access(one, shape).stride
-        own = (*[0] * lead, *own, *[0] * len(sizes[lead:]))
-        place = Access(one.storage, one.offset, own, one.dtype)
-        gathered.append((place, target.stride[i], target.shape[i]))
-    return Access(target.storage, target.offset, stride, target.dtype, tuple(gathered)), whole
-
-
-def _along(target: Ref, dim: int, index: Ref) -> Access:
-    """A tensor at indices along one dimension, as `gather` reads it."""
-    if not target.shape:
-        raise _Unknown
-    dim %= len(target.shape)
-    sizes = zip(index.shape, target.stride, strict=True)
-    stride = tuple(0 if d == dim or n == 1 else s for d, (n, s) in enumerate(sizes))
-    gathered = (access(index, index.shape), target.stride[dim], target.shape[dim])
-    return Access(target.storage, target.offset, stride, target.dtype, (gathered,))
-
-
-def _in_dim(op: Op) -> list[Ref | None]:
-    """The indices of an operation that indexes one dimension."""
-    dim, index = op.args[1:3]
-    if not op.args[0].shape:
-        raise _Unknown
-    return [*[None] * (dim % len(op.args[0].shape)), index]
+    for d, one in used.items():
+        sizes, steps = (*one.shape, *[1] * behind), (*one.stride, *[0] * behind)
+        index = access(one._replace(shape=sizes, stride=steps), shape)
+        gathered.append((index, target.stride[d], target.shape[d]))
+    place = access(target._replace(shape=shape, stride=stride), shape)
+    return place._replace(gathered=tuple(gathered)), shape
 
 
 @_form("index", "index_select", "embedding", "gather")
 def _index(e: Emitter, op: Op, out: Ref) -> None:
-    target = op.args[0]
-    if op.name == "gather":
-        e.assign(out, "{0}", _along(target, *op.args[1:3]))
-        return
-    if op.name == "index_select":
-        indices = _in_dim(op)
-    else:
-        indices = [op.args[1]] if op.name == "embedding" else op.args[1]
-    e.assign(out, "{0}", _at(target, indices)[0])
+    e.assign(out, "{0}", _at(op, op.args[0])[0])
 
 
-@_form("index_put", "index_add", "index_copy", "index_fill")
-@_form("scatter", "scatter_add")
+@_form("index_put", "index_add", "index_copy", "index_fill", "scatter", "scatter_add")
 def _index_put(e: Emitter, op: Op, out: Ref) -> None:
-    name = _name(op)
-    if "scatter" in name:
-        if op.func._overloadname not in ("default", "src", "value"):
-            raise _Unknown
-        index, values = op.args[2:4]
-        place, shape = _along(out, op.args[1], index), index.shape
-        if isinstance(values, Ref):
-            values = values._replace(shape=shape)
-    elif name == "index_put":
-        place, shape = _at(out, op.args[1])
-        values = op.args[2]
-    else:
-        place, shape = _at(out, _in_dim(op))
-        values = op.args[3]
+    if op.func._overloadname in ("reduce", "value_reduce"):
+        raise NotImplementedError
+    place, shape = _at(op, out)
+    values = op.args[2 if _name(op) == "index_put" else 3]
+    if isinstance(values, Ref) and "scatter" in op.name:
+        values = values._replace(shape=shape)  # a part of them
     if out.storage != op.args[0].storage:
         e.assign(out, "{0}", op.args[0])
-    adds = name.endswith("_add") or _argument(op, "accumulate")
-    factor = _argument(op, "alpha") if name == "index_add" else 1
-    e.assign(
-        place,
-        "{1} * {0}" if factor != 1 else "{0}",
-        values,
-        factor,
-        shape=shape,
-        adds=bool(adds),
-    )
+    adds, alpha = "_add" in op.name or bool(_argument(op, "accumulate")), _argument(op, "alpha")
+    text, factor = ("{0}", 1) if alpha is None else ("{1} * {0}", alpha)
+    e.assign(place, text, values, factor, shape=shape, adds=adds)
 
 
-@_form("embedding_dense_backward")
-def _embedding_backward(e: Emitter, op: Op, out: Ref) -> None:
-    gradient, index = op.args[:2]
-    if _argument(op, "scale_grad_by_freq"):
-        raise _Unknown
-    e.assign(out, "{0}", 0)
-    place, shape = _at(out, [index])
-    column = index._replace(shape=(*index.shape, 1), stride=(*index.stride, 0))
-    text = "({1} == {2} ? 0 : {0})"
-    e.assign(place, text, gradient, column, _argument(op, "padding_idx"), shape=shape, adds=True)
+@_form("mm", "bmm", "mv", "dot", "vdot", "addmm", "addmv", "baddbmm")
+def _product(e: Emitter, op: Op, out: Ref) -> None:
+    """The sum of one[..., i, k] * other[..., k, j] along k, or a multiple of it and a bias."""
+    one, other = op.args[-2:]
+    text, scale = "{0} * {1}", []
+    if "add" in op.name:
+        one, other = op.args[1:3]
+        text, scale = "{2} * {0} * {1}", [_argument(op, "alpha")]
+        e.assign(out, "{0} * {1}" if (beta := _argument(op, "beta")) else "{1}", op.args[0], beta)
+    if len(other.shape) == 1:
+        other, out = (_view(ref, Tensor.unsqueeze, -1) for ref in (other, out))
+    if len(one.shape) == 1:
+        one, out = (_view(ref, Tensor.unsqueeze, 0) for ref in (one, out))
+    shape, dim = (*one.shape, other.shape[-1]), len(one.shape) - 1
+    one, other = _view(one, Tensor.unsqueeze, -1), _view(other, Tensor.unsqueeze, -3)
+    e.reduce(out, text, one, other, *scale, shape=shape, dims=[dim], adds=bool(scale), wide=False)
 
 
-# Matrices.
+def _transposed(*refs: Ref) -> list[Ref]:
+    return [_view(ref, Tensor.transpose, -1, -2) for ref in refs]
 
 
-def _product(
-    e: Emitter, out: Ref, one: Ref, other: Ref, *scale: Any, start: str | None = "0"
-) -> None:
-    """Adds up one[..., i, k] * other[..., k, j] along k, or a multiple of it."""
-    shape = (*one.shape, other.shape[-1])
-    one, other = _view(one, lambda t: t.unsqueeze(-1)), _view(other, lambda t: t.unsqueeze(-3))
-    text = "{2} * {0} * {1}" if scale else "{0} * {1}"
-    dims = [len(shape) - 2]
-    e.reduce(out, text, one, other, *scale, shape=shape, dims=dims, start=start, total=out.dtype)
-
-
-def _column(ref: Ref) -> Ref:
-    return _view(ref, lambda t: t.unsqueeze(-1))
-
-
-@_form("mm", "bmm", "mv", "dot", "vdot")
-def _matrix_product(e: Emitter, op: Op, out: Ref) -> None:
-    one, other = op.args[:2]
-    if op.name in ("mv", "dot", "vdot"):
-        other, out = _column(other), _column(out)
-    if op.name in ("dot", "vdot"):
-        one, out = _view(one, lambda t: t.unsqueeze(0)), _column(out)
-    _product(e, out, one, other)
-
-
-@_form("addmm", "addmv", "baddbmm")
-def _added_product(e: Emitter, op: Op, out: Ref) -> None:
-    bias, one, other = op.args[:3]
-    beta, alpha = _argument(op, "beta"), _argument(op, "alpha")
-    e.assign(out, "{0} * {1}" if beta else "{1}", bias, beta)
-    if _name(op) == "addmv":
-        other, out = _column(other), _column(out)
-    _product(e, out, one, other, alpha, start=None)
-
-
-def _transposed(ref: Ref) -> Ref:
-    return _view(ref, lambda t: t.mT)
-
-
-def _solve(
-    e: Emitter, out: Ref, matrix: Ref, right: Ref, *, upper: bool, unit: bool = False
-) -> None:
-    """The solution of a triangular system; the last loop walks along what is contiguous."""
-    batch, size, columns = out.shape[:-2], *out.shape[-2:]
-    index, kind = _indices(batch), ctype(out.dtype)
-    matrix, right = (_view(one, lambda t: t.expand(*batch, -1, -1)) for one in (matrix, right))
-    lower, rest = "for (long k = 0; k < r; k++)", f"for (long k = r + 1; k < {size}; k++)"
-    solved, unsolved = (rest, lower) if upper else (lower, rest)
-    rows = f"long r = {size - 1}; r >= 0; r--" if upper else f"long r = 0; r < {size}; r++"
-    each = f"for (long c = 0; c < {columns}; c++)"
-    x, y = (e.at(out, *index, one, "c") for one in "rk")
-    b, last = e.at(right, *index, "r", "c"), e.at(matrix, *index, "r", "r")
-    last = "1" if unit else last
-    if columns > 4 and out.stride[-1] != 1:
-        between = e.scratch(out.shape, out.dtype)
-        _solve(e, between, matrix, right, upper=upper, unit=unit)
-        e.assign(out, "{0}", between)
-        return
-    if columns > 1 and out.stride[-1] == 1:
-        lines = [
-            f"for ({rows}) {{ {each} {x} = {b};",
-            f"{solved} {{ const {kind} w = {e.at(matrix, *index, 'r', 'k')};",
-            "#pragma omp simd",
-            f"{each} {x} -= w * {y}; }}",
-            f"{each} {x} /= {last}; }}",
-        ]
-    elif matrix.stride[-2] == 1:
-        lines = [
-            f"{each} {{ for (long r = 0; r < {size}; r++) {x} = {b};",
-            f"for ({rows}) {{ const {kind} w = {x} /= {last};",
-            "#pragma omp simd",
-            f"{unsolved} {y} -= {e.at(matrix, *index, 'k', 'r')} * w; }} }}",
-        ]
-    else:
-        lines = [
-            f"{each} for ({rows}) {{ {kind} total = 0;",
-            "#pragma omp simd reduction(+ : total)",
-            f"{solved} total += {e.at(matrix, *index, 'r', 'k')} * {y};",
-            f"{x} = ({b} - total) / {last}; }}",
-        ]
-    _code(e, batch, lines, [matrix, right], [out], size * size * columns)
-
-
-@_form("linalg_solve_triangular")
-def _solve_triangular(e: Emitter, op: Op, out: Ref) -> None:
-    matrix, right = op.args[:2]
-    upper, unit = _argument(op, "upper"), _argument(op, "unitriangular")
-    if not _argument(op, "left"):  # X A = B is A' X' = B'
-        matrix, right, out = map(_transposed, (matrix, right, out))
-        upper = not upper
-    _solve(e, out, matrix, right, upper=upper, unit=unit)
-
-
-@_form("cholesky_solve", "cholesky_inverse")
-def _cholesky_solve(e: Emitter, op: Op, out: Ref) -> None:
-    if op.name == "cholesky_solve":
-        right, factor = op.args[:2]
-    else:
-        factor = op.args[0]
-        right = e.constant(torch.eye(out.shape[-1], dtype=out.dtype))
-    lower = _transposed(factor) if _argument(op, "upper") else factor
-    between = e.scratch(out.shape, out.dtype)
-    _solve(e, between, lower, right, upper=False)
-    _solve(e, out, _transposed(lower), between, upper=True)
+def _matrix(e: Emitter, ref: Ref) -> str:
+    """A matrix as arguments of the functions in `matrices.h`."""
+    return f"&{e.at(ref, '0', '0')}, {ref.stride[-2]}, {ref.stride[-1]}"
 
 
 @_form("linalg_cholesky_ex")
 def _cholesky(e: Emitter, op: Op, out: Ref) -> None:
-    source, info = op.args[0], op.outs[1]
+    source, info, n = op.args[0], op.outs[1], out.shape[-1]
     if _argument(op, "upper"):
-        source, out = _transposed(source), _transposed(out)
-    size, index, kind = out.shape[-1], _indices(info.shape), ctype(out.dtype)
+        source, out = _transposed(source, out)
+    call = f"cholesky_{ctype(out.dtype)}({_matrix(e, out)}, {_matrix(e, source)}, {n})"
+    e.code([f"{e.at(info)} = {call};"], [source], [out, info], info.shape, cost=n**3 // 3)
 
-    def at(ref: Ref, *place: str) -> str:
-        return e.at(ref, *index, *place)
 
-    lines = [
-        f"{at(info)} = 0;",
-        f"for (long c = 0; c < {size}; c++) {{",
-        f"for (long r = 0; r < {size}; r++)",
-        f"  {at(out, 'r', 'c')} = r < c ? 0 : {at(source, 'r', 'c')};",
-        f"for (long k = 0; k < c; k++) {{ const {kind} w = {at(out, 'c', 'k')};",
-        "#pragma omp simd",
-        f"for (long r = c; r < {size}; r++) {at(out, 'r', 'c')} -= w * {at(out, 'r', 'k')}; }}",
-        f"if (!({at(out, 'c', 'c')} > 0) && !{at(info)}) {at(info)} = c + 1;",
-        f"const {kind} pivot = {at(out, 'c', 'c')} = sqrt({at(out, 'c', 'c')});",
-        f"for (long r = c + 1; r < {size}; r++) {at(out, 'r', 'c')} /= pivot; }}",
-    ]
-    _code(e, info.shape, lines, [source], [out, info], size**3 // 3)
+@_form("linalg_solve_triangular")
+def _solve(e: Emitter, op: Op, out: Ref) -> None:
+    matrix, right = (_view(one, Tensor.expand, *out.shape[:-2], -1, -1) for one in op.args[:2])
+    upper, unit = _argument(op, "upper"), _argument(op, "unitriangular")
+    if not _argument(op, "left"):  # X A = B is A' X' = B'
+        (matrix, right, out), upper = _transposed(matrix, right, out), not upper
+    n, m = out.shape[-2:]
+    found = e.scratch(out.shape, out.dtype) if m > 1 else out  # whose rows are contiguous
+    matrices = ", ".join(_matrix(e, one) for one in (found, matrix, right))
+    line = f"solve_{ctype(out.dtype)}({matrices}, {n}, {m}, {upper:d}, {unit:d});"
+    e.code([line], [matrix, right], [found], out.shape[:-2], cost=n * n * m)
+    if found is not out:
+        e.assign(out, "{0}", found)
