@@ -13,13 +13,13 @@ import torch
 from programs import normal_mean, normal_mean_guide
 from pyro.distributions import constraints
 from pyro.infer import RenyiELBO, TraceEnum_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.infer.autoguide import AutoNormal
 from steps import IMAGES, small_decoder, small_encoder, vae
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR
 
 from pyro_vi import Fit, NonFiniteError, engine, fit, warmup
-from pyro_vi.families import FullCovariance
+from pyro_vi.families import MeanField
 from pyro_vi.guides import Encoder, Joint
 from pyro_vi.models import VAE
 from pyro_vi.weight_prior import WeightPrior
@@ -31,7 +31,7 @@ X = torch.tensor([0.3, -0.8, 1.9, 0.4, 1.0]).double()
 
 
 def images() -> tuple[Any, Any, Any]:
-    model, guide, _, (data,) = vae(FullCovariance, TraceMeanField_ELBO())
+    model, guide, _, (data,) = vae(MeanField, TraceMeanField_ELBO())
     return model, guide, data
 
 
@@ -39,11 +39,11 @@ def mean() -> tuple[Any, Any, Any]:
     return normal_mean, normal_mean_guide, X
 
 
-def weight_prior(kind: Callable[..., Any]) -> tuple[Any, Any, Any]:
+def weight_prior() -> tuple[Any, Any, Any]:
     model = VAE((1, 4, 4), 2, decoder=small_decoder)
     prior = WeightPrior(model, model.decoder, 1.0)
-    weights = kind(prior.weights, init_loc_fn=prior.init_loc_fn)
-    encoder = Encoder((1, 4, 4), FullCovariance(2, 8), network=small_encoder)
+    weights = AutoNormal(prior.weights, init_loc_fn=prior.init_loc_fn)
+    encoder = Encoder((1, 4, 4), MeanField(2, 8), network=small_encoder)
     return prior, Joint(weights, encoder), IMAGES
 
 
@@ -79,11 +79,14 @@ FITS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "transform of all data": (images, {"transform": binarize}),
     "KL warm-up": (mean, {"kl_weight": warmup(9)}),
     "two weights": (
-        images,
-        {"batch_size": 3, "kl_weight": cyclical(5), "reconstruction_weight": warmup(9)},
+        mean,
+        {"batch_size": 2, "kl_weight": cyclical(5), "reconstruction_weight": warmup(9)},
     ),
-    "schedule and clipping": (images, {"batch_size": 3, "schedule": decay, "clip_norm": 0.5}),
-    "schedule": (mean, {"schedule": partial(CosineAnnealingLR, T_max=5)}),
+    "schedule and clipping": (mean, {"schedule": decay, "clip_norm": 0.5}),
+    "schedule of minibatches": (
+        mean,
+        {"batch_size": 2, "schedule": partial(CosineAnnealingLR, T_max=5)},
+    ),
     "Pyro's schedule": (
         mean,
         {
@@ -104,8 +107,7 @@ FITS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         {"batch_size": 3, "average": 0.9, "heldout": IMAGES[:2], "heldout_every": 3},
     ),
     "importance-weighted": (images, {"batch_size": 3, "loss": importance}),
-    "prior on weights": (partial(weight_prior, AutoNormal), {"batch_size": 3}),
-    "point of the weights": (partial(weight_prior, AutoDelta), {"batch_size": 3}),
+    "prior on weights": (weight_prior, {"batch_size": 3}),
     "batch norm and dropout": (batch_norm, {"batch_size": 3, "heldout": IMAGES[:2]}),
 }
 
@@ -146,32 +148,31 @@ def test_a_fit_is_the_same_compiled(name: str, monkeypatch: pytest.MonkeyPatch) 
                 assert torch.equal(tensor, first[key])
 
 
-@pytest.mark.parametrize("name", ["all data", "transform that draws", "KL warm-up"])
+@pytest.mark.parametrize("name", ["transform that draws", "KL warm-up"])
 def test_looking_at_held_out_data_changes_no_step(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, _, data = FITS[name][0]()
     alone = fitted(name, 50, monkeypatch)
     if name == "transform that draws":
-        for every in (1, 3, 7):
+        for every in (1, 7):
             looked = fitted(name, 50, monkeypatch, heldout=data[:2], heldout_every=every)
             assert torch.equal(looked.losses, alone.losses)
             assert len(looked.heldout) == -(-16 // every)
-    for steps in (5, 9):
-        shorter = fitted(name, 50, monkeypatch, steps=steps)
-        assert torch.equal(shorter.losses, alone.losses[:steps])
+    shorter = fitted(name, 50, monkeypatch, steps=9)
+    assert torch.equal(shorter.losses, alone.losses[:9])
 
 
 @pytest.mark.filterwarnings("ignore:the restarts disagree")
 def test_restarts_are_fits_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [fitted("minibatches", block, monkeypatch, restarts=3) for block in (None, 2, 50)]
+    found = [fitted("minibatches", block, monkeypatch, restarts=2) for block in (None, 2, 50)]
     for one in found[1:]:
         for mine, eager, first in zip(
             one.restarts, found[0].restarts, found[1].restarts, strict=True
         ):
             torch.testing.assert_close(mine.losses, eager.losses, rtol=1e-9, atol=1e-10)
             assert torch.equal(mine.losses, first.losses)
-    assert len({float(one.losses[-1]) for one in found[1].restarts}) == 3
+    assert len({float(one.losses[-1]) for one in found[1].restarts}) == 2
 
 
 def test_a_fit_leaves_the_generator_as_an_eager_one() -> None:

@@ -42,7 +42,7 @@ from pyro_vi import SVI, warmup
 from pyro_vi.augmentation import InputNoise
 from pyro_vi.denoisers import MLPDenoiser, UNet
 from pyro_vi.diffusion import Diffusion
-from pyro_vi.families import FullCovariance, LowRank, MeanField
+from pyro_vi.families import FullCovariance, MeanField
 from pyro_vi.flows import Flow
 from pyro_vi.guides import Encoder, ForwardProcess, Joint, PairEncoder, ReverseOrder
 from pyro_vi.models import DDPM, VAE, Bernoulli, DDPMChain, Gaussian, PredictiveVAE
@@ -52,8 +52,8 @@ from pyro_vi.weight_prior import WeightPrior
 from pyro_vi.weighting import Simple, StepWeight, TermWeights, cyclical
 
 
-def auto(kind: Callable[..., Any], loss: ELBO | None = None) -> Programs:
-    return eight_schools, kind(eight_schools), loss or Trace_ELBO(), SCHOOLS
+def auto(kind: Callable[..., Any]) -> Programs:
+    return eight_schools, kind(eight_schools), Trace_ELBO(), SCHOOLS
 
 
 def guide_list() -> Programs:
@@ -156,16 +156,16 @@ def weight_prior() -> Programs:
     return prior, Joint(AutoNormal(prior.weights), encoder), Trace_ELBO(), (IMAGES,)
 
 
-def augmented(add_back: bool, loss: ELBO, target: bool) -> Programs:
+def augmented() -> Programs:
     noises = {
-        "noise": InputNoise(Cosine(20), 8, add_back=add_back),
-        "target_noise": InputNoise(Cosine(20), 3) if target else None,
+        "noise": InputNoise(Cosine(20), 8, add_back=True),
+        "target_noise": InputNoise(Cosine(20), 3),
     }
     nets = {"network": small_encoder, "decoder": small_decoder}
     likelihood = Gaussian(0.5)
     model = PredictiveVAE((3,), (4,), MeanField(2, 8), likelihood=likelihood, **nets, **noises)
     guide = PairEncoder((3,), (4,), FullCovariance(2, 8), network=small_encoder, **noises)
-    return model, guide, loss, (torch.randn(6, 3), torch.randn(6, 4))
+    return model, guide, Trace_ELBO(), (torch.randn(6, 3), torch.randn(6, 4))
 
 
 def noisy_encoder() -> Programs:
@@ -188,15 +188,14 @@ def ddpm(
 
 def chain() -> Programs:
     diffusion = Diffusion((1, 4, 4), Cosine(2))
-    model = DDPM(diffusion, MLPDenoiser((1, 4, 4), 2, hidden=(8,))).double()
+    model = DDPM(diffusion, MLPDenoiser((1, 4, 4), 2, hidden=(8,), time_dim=4)).double()
     return DDPMChain(model), ReverseOrder(diffusion), TraceMeanField_ELBO(), (IMAGES,)
 
 
 unet = partial(UNet, (1, 4, 4), 20, channels=(8,), attention=())
-mlp = partial(MLPDenoiser, (1, 4, 4), 20, hidden=(8,))
+mlp = partial(MLPDenoiser, (1, 4, 4), 20, hidden=(8,), time_dim=4)
 PROGRAMS: dict[str, Callable[[], Programs]] = {
     "AutoNormal": partial(auto, AutoNormal),
-    "AutoNormal, mean-field ELBO": partial(auto, AutoNormal, TraceMeanField_ELBO()),
     "AutoDiagonalNormal": partial(auto, AutoDiagonalNormal),
     "AutoMultivariateNormal": partial(auto, AutoMultivariateNormal),
     "AutoLowRankMultivariateNormal": partial(auto, AutoLowRankMultivariateNormal),
@@ -206,7 +205,6 @@ PROGRAMS: dict[str, Callable[[], Programs]] = {
     "beta-Bernoulli": beta_bernoulli,
     "score function": score_function,
     "three particles": partial(particles, Trace_ELBO),
-    "vectorized particles": partial(particles, Trace_ELBO, True),
     "Renyi": partial(particles, RenyiELBO),
     "Renyi, vectorized": partial(particles, RenyiELBO, True),
     "sub-sampling plate": subsampled,
@@ -215,18 +213,15 @@ PROGRAMS: dict[str, Callable[[], Programs]] = {
     "sequential plate, validation": one_by_one,
     "VAE, mean-field": partial(vae, MeanField, TraceMeanField_ELBO()),
     "VAE, full covariance": partial(vae, FullCovariance, TraceMeanField_ELBO()),
-    "VAE, low-rank": partial(vae, LowRank, TraceMeanField_ELBO()),
     "VAE, flow": partial(vae, partial(Flow, transforms=2, hidden=(8,)), Trace_ELBO()),
     "pyro.module, dropout, batch norm": by_pyro_module,
     "recurrent layer": recurrent,
     "prior on weights": weight_prior,
-    "noisy predictor": partial(augmented, False, TraceMeanField_ELBO(), False),
-    "noisy predictor and targets": partial(augmented, True, Trace_ELBO(), True),
+    "noisy predictor and targets": augmented,
     "noisy encoder": noisy_encoder,
     "DDPM": partial(ddpm, unet, TraceMeanField_ELBO()),
     "DDPM, learned schedule": partial(ddpm, mlp, TraceMeanField_ELBO(), learned=True),
-    "DDPM, sampled KLs": partial(ddpm, mlp, Trace_ELBO()),
-    "DDPM, simple weights": partial(ddpm, mlp, TraceMeanField_ELBO(), simple=True),
+    "DDPM, sampled KLs, simple weights": partial(ddpm, mlp, Trace_ELBO(), simple=True),
     "DDPM chain": chain,
 }
 
