@@ -184,32 +184,22 @@ class Engine(SVI):
     ) -> None:
         """Takes compiled steps. One that cannot stand is taken again, eagerly.
 
+        Then all is taken back to the beginning, and the steps before that one are taken again: so
+        the random generators are where they were.
+
         Args:
             states: of the generators before the first batch was made.
             first: the rows of the first batch.
             limit: the most steps.
         """
-        function = compiled.function
-        steps, schedule = min(limit, function.steps), self._schedule_state()
-        compiled.set_numbers(steps)
-        compiled.status[:steps] = 0.0  # and so the rows of steps that fail remain
-        begun, weights, is_broken = [first], [self._weigh(self.taken)], False
-        try:
-            if self._is_still and function.can_draw_all:
-                begun, weights = begun * steps, weights * steps
-                function.draw_all(steps)
-            else:
-                for i in range(steps):
-                    if i and not self._begin_step(begun, weights):
-                        break
-                    self._fill(compiled, i)
-                    function.step(i)
-                    compiled.advance_schedule()
-            function.finish(len(begun))
-        except Exception:  # of an operation; the eager step says which
-            is_broken = True
-        rows = compiled.status[: len(begun)].tolist()
+        restore, begun = compiled.restorer(states), [first]
+        rows, weights = self._run(compiled, begun, min(limit, compiled.function.steps))
         good = next((i for i, row in enumerate(rows) if not (row[3] and row[4])), len(rows))
+        if good < len(rows):
+            restore()
+            if good:
+                self._make(first)
+                self._run(compiled, begun[:good], good)
         compiled.finish(good)
         self.compiled_steps += good
         self._found += [
@@ -217,23 +207,55 @@ class Engine(SVI):
             for row, weight in zip(rows[:good], weights, strict=False)
         ]
         self.taken += good
-        if good < len(begun):
-            self._return_to(compiled, states, schedule, begun, good)
-            if is_broken or not rows[good][4]:
+        if good < len(rows):
+            self._waiting.extendleft(reversed(begun[good + 1 :]))
+            if not rows[good][4]:
                 assert self._compiler is not None
                 self._compiler.was_unsound()
             self._take_eagerly(*self._make(begun[good]))
 
-    def _begin_step(self, begun: list[Any], weights: list[tuple[float, float]]) -> bool:
+    def _run(
+        self, compiled: Compiled, begun: list[Any], steps: int
+    ) -> tuple[list[list[float]], list[tuple[float, float]]]:
+        """Runs compiled steps, of which the first batch was made.
+
+        Args:
+            begun: the rows of the first batches; those of the others are appended.
+
+        Returns:
+            The rows of `Compiled.status`, and the weights. A step that failed has zeros.
+        """
+        function, weights = compiled.function, [self._weigh(self.taken)]
+        compiled.set_numbers(steps)
+        compiled.status[:steps] = 0.0
+        try:
+            if self._is_still and function.can_draw_all:
+                begun += begun[-1:] * (steps - len(begun))
+                weights *= steps
+                function.draw_all(steps)
+            else:
+                for i in range(steps):
+                    if i and not self._begin_step(i, begun, weights):
+                        break
+                    self._fill(compiled, i)
+                    function.step(i)
+                    compiled.advance_schedule()
+            function.finish(len(begun))
+        except Exception:  # of an operation; the eager step says which
+            pass
+        return compiled.status[: len(begun)].tolist(), weights
+
+    def _begin_step(self, step: int, begun: list[Any], weights: list[tuple[float, float]]) -> bool:
         """Begins another step of a block; False if that fails, which the next block will meet."""
-        rows = self._next()
+        rows = begun[step] if step < len(begun) else self._next()
         try:
             self._make(rows)
-            weights.append(self._weigh(self.taken + len(begun)))
+            weights.append(self._weigh(self.taken + step))
         except Exception:  # of a transform or a schedule
             self._waiting.appendleft(rows)
             return False
-        begun.append(rows)
+        if step == len(begun):
+            begun.append(rows)
         return True
 
     @property
@@ -247,26 +269,6 @@ class Engine(SVI):
         compiled.fill(step, [one for one in leaves if isinstance(one, Tensor)])
         if self._scheduler is not None:
             compiled.set_rates(step)
-
-    def _return_to(
-        self,
-        compiled: Compiled,
-        states: Sequence[Tensor],
-        schedule: Any,
-        begun: list[Any],
-        step: int,
-    ) -> None:
-        """Takes everything back to the beginning of a step of a block, but what was updated."""
-        self._waiting.extendleft(reversed(begun[step + 1 :]))
-        compiled.rewind(states)
-        self._load_schedule(schedule)
-        compiled.suspend()
-        for i in range(step):  # draws again what these steps drew
-            self._make(begun[i])
-            self._fill(compiled, i)
-            compiled.function.step(i)
-            self._advance_schedule()
-        compiled.revive()
 
     def _weigh(self, step: int) -> tuple[float, float]:
         """Begins a step: sets the weights of reconstruction and KL, and says what they are."""

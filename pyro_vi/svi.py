@@ -131,7 +131,6 @@ class SVI(pyro.infer.SVI):
                     self.compiled_steps += 1
                     return warn_if_nan(loss, "loss") if loss != loss else loss
                 compiled.rewind(states)
-                compiled.revive()
                 compiler.was_unsound()
             loss = compiler.take(args, kwargs)
         if isinstance(loss, tuple):

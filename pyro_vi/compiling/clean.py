@@ -43,11 +43,11 @@ def conditions_hold(record: Record, *, fixed: int = CONSTANT) -> Ref | None:
     return found
 
 
-def commit(record: Record, keep: Ref, copies: Mapping[int, int]) -> None:
+def commit(record: Record, keep: Ref | None, copies: Mapping[int, int]) -> None:
     """Lets a record change outer memory at its end alone, and only if `keep` is true.
 
     Args:
-        keep: a truth value that the record computes.
+        keep: a truth value that the record computes; None is true.
         copies: of outer storages, by the storages that hold their values from before the last run
             that changed them. They are updated under the same condition.
     """
@@ -66,13 +66,20 @@ def commit(record: Record, keep: Ref, copies: Mapping[int, int]) -> None:
         record.write(inner, outer)
     record.ops += [_moved(op, own) for op in ops]
     record.outputs = [_move(ref, own) for ref in record.outputs]
-    keep = _move(keep, own)
-    for index in copies:
-        place, outer = _whole(record, copies[index]), _whole(record, index)
-        record.write(place, _selected(record, keep, outer, place))
-    for index, (inner_index, _) in own.items():
-        outer, inner = _whole(record, index), _whole(record, inner_index)
-        record.write(outer, _selected(record, keep, inner, outer))
+    pairs = [(place, index) for index, place in copies.items()]
+    pairs += [(index, inner) for index, (inner, _) in own.items()]
+    for target, source in pairs:
+        place, value = _whole(record, target), _whole(record, source)
+        if keep is not None:
+            value = record.emit(
+                _aten.where.self,
+                _move(keep, own),
+                value,
+                place,
+                shape=place.shape,
+                dtype=place.dtype,
+            )
+        record.write(place, value)
 
 
 def clean(record: Record) -> Record:
@@ -118,7 +125,9 @@ def clean(record: Record) -> Record:
     used = {ref.storage for op in ops for ref in (*op.reads(), *op.outs)}
     used |= {ref.storage for ref in outputs}
     storages = [
-        storage if i in used else replace(storage, tensor=None)  # nobody else may need it
+        storage
+        if i in used
+        else replace(storage, tensor=None, origin=None)  # nobody else may need it
         for i, storage in enumerate(record.storages)
     ]
     return replace(record, storages=storages, ops=ops, outputs=outputs, conditions=[])
@@ -253,10 +262,6 @@ def _move(value: Any, moved: Mapping[int, tuple[int, int]]) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_move(one, moved) for one in value)
     return value
-
-
-def _selected(record: Record, condition: Ref, one: Ref, other: Ref) -> Ref:
-    return record.emit(_aten.where.self, condition, one, other, shape=one.shape, dtype=one.dtype)
 
 
 def _whole(record: Record, index: int) -> Ref:

@@ -38,7 +38,7 @@ class Compiled:
         self.update = step.update
         self.status = function.view(step.status)
         self._numbers = None if step.numbers is None else function.view(step.numbers)
-        device = step.alive.device
+        device = step.parameters[0].device
         self._generators = [torch.default_generator]
         if device.type == "cuda":
             self._generators.append(torch.cuda.default_generators[device.index or 0])
@@ -52,8 +52,7 @@ class Compiled:
     def set_numbers(self, steps: int = 1) -> None:
         """Sets the optimizers' numbers of the next steps."""
         if self._numbers is not None and self.update is not None:
-            for i, numbers in enumerate(self.update.numbers(steps)):
-                self._numbers[:steps, 3 * i : 3 * i + 3] = numbers
+            self._numbers[:steps] = self.update.numbers(steps)
 
     def fill(self, step: int, batch: Sequence[Tensor]) -> None:
         """Gives a step its batch, and the numbers that are set before it."""
@@ -66,7 +65,8 @@ class Compiled:
     def set_rates(self, step: int) -> None:
         """Sets the learning rates of a step to the present ones."""
         if self._numbers is not None and self.update is not None:
-            self._numbers[step, ::3] = self.update.rates()
+            rates = self.update.rates()
+            self._numbers[step, : len(rates)] = rates
 
     def run(self, batch: Sequence[Tensor]) -> list[float]:
         """One step; its row of `status`."""
@@ -91,14 +91,6 @@ class Compiled:
         if self.update is not None:
             self._svi._advance_schedule()
 
-    def suspend(self) -> None:
-        """Lets steps update nothing until `revive`."""
-        self._step.alive.fill_(False)
-
-    def revive(self) -> None:
-        """Lets steps update again, after one that did not hold."""
-        self._step.alive.fill_(True)
-
     def states(self) -> list[Tensor]:
         """Where the random generators are."""
         return [generator.get_state() for generator in self._generators]
@@ -108,9 +100,13 @@ class Compiled:
         for generator, state in zip(self._generators, states, strict=True):
             generator.set_state(state)
 
-    def restorer(self) -> Callable[[], None]:
-        """Takes everything that a step changes back to what it is now."""
-        states, schedule = self.states(), self._svi._schedule_state()
+    def restorer(self, states: Sequence[Tensor] = ()) -> Callable[[], None]:
+        """Takes everything that a step changes back to what it is now.
+
+        Args:
+            states: of the random generators to go back to; by default the present ones.
+        """
+        states, schedule = states or self.states(), self._svi._schedule_state()
         before = [tensor.clone() for tensor in self._changed]
         counts = self.update.counts() if self.update is not None else []
 

@@ -47,11 +47,14 @@ class Guards:
     """
 
     def __init__(self, svi: SVI, modules: Sequence[nn.Module], step: StepRecord) -> None:
-        tensors = [*step.parameters, *step.held()]
+        own = [one for m in modules for one in (*m.parameters(False), *m.buffers(False))]
+        tensors = list({id(one): one for one in (*step.parameters, *step.held(), *own)}.values())
+        trained = [one for one in tensors if one.requires_grad or isinstance(one, nn.Parameter)]
         parts = [vars(module)[name] for module in modules for name in _PARTS]
         given = svi.told._given if svi.told is not None else svi.loss
         optimizers = step.update.optimizers if step.update is not None else []
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        hooks = [*HOOKS_OF_ALL, *(hook for one in optimizers for hook in _HOOKS(one))]
         options = [itemgetter(*sorted(group.keys() - {"params", "lr"})) for group in groups]
         self._looks: dict[str, Callable[[], list[Any]]] = {
             "the model, the guide, the loss or the optimizer": lambda: [
@@ -64,22 +67,15 @@ class Guards:
             "a parameter in Pyro's store": lambda: [
                 *map(id, pyro.get_param_store()._params.values())
             ],
-            "whether a tensor has a gradient": lambda: [*map(_REQUIRES, tensors)],
+            "whether a tensor has a gradient": lambda: [*map(_REQUIRES, trained)],
             "the place of a tensor in memory": lambda: [*map(Tensor.data_ptr, tensors)],
             "an option of the loss": lambda: [*map(id, vars(given).values())],
             "the state of the optimizer": lambda: [*map(id, map(_STATE, optimizers))],
             "an option of the optimizer": lambda: [*map(call, options, groups)],
-            "a hook of an optimizer": lambda: [
-                *(len(hooks) for hooks in HOOKS_OF_ALL),
-                *(len(o._optimizer_step_pre_hooks) for o in optimizers),
-                *(len(o._optimizer_step_post_hooks) for o in optimizers),
-            ],
+            "a hook of an optimizer": lambda: [*map(len, hooks)],
             "whether an unused parameter has a gradient": lambda: [
                 p.grad is None for p in step.unused
             ],
-            "the learning rate of some parameters": lambda: (
-                step.update.are_rates_shared() if step.update is not None else []
-            ),
         }
         self._known = {name: look() for name, look in self._looks.items()}
         # What is compared by its identity stays alive, so that no other object gets it.
@@ -96,6 +92,7 @@ class Guards:
 _PARTS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _TRAINING, _REQUIRES = attrgetter("training"), attrgetter("requires_grad")
 _STATE = attrgetter("state")
+_HOOKS = attrgetter("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 class Strange(str):

@@ -7,6 +7,7 @@ __all__ = ["Function"]
 import ctypes
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,8 +37,7 @@ class Function:
     Attributes:
         by: what compiled it, in words.
         cost: about how many multiplications and additions a repetition takes.
-        can_draw_all: whether `draw_all` may draw the random numbers of all repetitions, in the
-            place of `step`.
+        can_draw_all: whether `draw_all` may take the place of `step` for all repetitions.
 
     Raises:
         Unemittable: the record has memory of a kind that C code does not handle.
@@ -80,12 +80,15 @@ class Function:
         self._strides = (ctypes.c_long * size)(*strides)
         self._work = torch.zeros(self._source.work + 64, dtype=torch.uint8)
         self._work = self._work[-self._work.data_ptr() % 64 :]
-        self._first = 0
+        self._address = self._work.data_ptr()
+        self._first = self._done = 0  # repetitions: of the present call, and before it
         self._error: BaseException | None = None
         self._call = CALL(self._torch_runs)
+        self._prepared: dict[tuple[int, int], Callable[[], None]] = {}
         self._draws = [[f for op in draws for f in self._fills(op, i)] for i in range(steps)]
-        self.can_draw_all = len(draws) == 1 and draws[0].is_merged
-        self._all = self._rows[drawn[0]] if self.can_draw_all else torch.empty(0)
+        is_one = len(draws) == 1 and draws[0].is_merged
+        self._all = self._rows[drawn[0]] if is_one else torch.empty(0)
+        self.can_draw_all = is_one or not self._are_ahead
 
     def view(self, index: int) -> Any:
         """The values of a storage in each repetition, as an array (steps, elements)."""
@@ -94,19 +97,25 @@ class Function:
     def give(self, index: int, step: int, value: Tensor) -> None:
         """Gives a repetition the values of a storage."""
         if self.steps == 1 and value.is_contiguous():
-            self._given[index] = value
-            self._addresses[self._order[index]] = value.data_ptr()
+            place, address = self._order[index], value.data_ptr()
+            if self._addresses[place] != address:
+                self._given[index], self._addresses[place] = value, address
+                self._prepared.clear()
             return
         self._rows[index][step].view(value.shape).copy_(value)
         if self._given.pop(index, None) is not None:
+            self._prepared.clear()
             self._addresses[self._order[index]] = self._rows[index].data_ptr()
 
     def draw_all(self, count: int) -> None:
         """Draws the random numbers of the first repetitions.
 
         They are one tensor that is not contiguous, for which torch draws one number after the
-        other, as it does for tensors of fewer than 16 elements.
+        other, as it does for tensors of fewer than 16 elements. Numbers that depend on the run are
+        drawn in `finish`.
         """
+        if not self._are_ahead:
+            return
         if count == 1:  # which is contiguous
             self.step(0)
         else:
@@ -119,11 +128,13 @@ class Function:
                 draw()
         else:
             self._run_from(step, 1)
+            self._done = step + 1
 
     def finish(self, count: int) -> None:
         """Runs the first repetitions, as far as `step` did not."""
-        if self._are_ahead:
-            self._run_from(0, count)
+        done, self._done = self._done, 0
+        if count > done:
+            self._run_from(done, count - done)
 
     def output(self, ref: Ref, step: int = 0) -> Tensor:
         """What lies in a place of the record."""
@@ -136,9 +147,10 @@ class Function:
             moved = [a + first * s for a, s in zip(addresses, self._strides, strict=True)]
             addresses = (ctypes.c_void_p * len(moved))(*moved)
         self._first = first
-        self._run(addresses, self._strides, self._work.data_ptr(), count, self._call)
+        with torch.no_grad() if self._source.calls else nullcontext():
+            self._run(addresses, self._strides, self._address, count, self._call)
         if self._error is not None:
-            error, self._error = self._error, None
+            error, self._error, self._done = self._error, None, 0
             raise error
 
     def _flat(self, index: int, step: int) -> Tensor:
@@ -156,22 +168,32 @@ class Function:
 
     def _torch_runs(self, index: int, step: int) -> int:
         """Runs an operation that has no form in C; 1 if it failed."""
-        op, step = self._source.calls[index], self._first + step
         try:
-            with torch.no_grad():
-                args = self._filled(op.args, step)
-                kwargs = {name: self._filled(value, step) for name, value in op.kwargs.items()}
-                found = op.func(*args, **kwargs)
-                results = found if isinstance(found, (tuple, list)) else [found]
-                tensors = [one for one in results if isinstance(one, Tensor)]
-                for ref, result in zip(op.outs, tensors, strict=True):
-                    place = self.output(ref, step)
-                    if result.data_ptr() != place.data_ptr():
-                        place.copy_(result)
+            key = (index, self._first + step)
+            if key not in self._prepared:
+                self._prepared[key] = self._prepare(*key)
+            self._prepared[key]()
         except BaseException as error:
             self._error = error
             return 1
         return 0
+
+    def _prepare(self, index: int, step: int) -> Callable[[], None]:
+        """What runs an operation in a repetition."""
+        op = self._source.calls[index]
+        func, args = op.func, self._filled(op.args, step)
+        kwargs = {name: self._filled(value, step) for name, value in op.kwargs.items()}
+        places = [self.output(ref, step) for ref in op.outs]
+
+        def run() -> None:
+            found = func(*args, **kwargs)
+            results = found if isinstance(found, (tuple, list)) else [found]
+            tensors = [one for one in results if isinstance(one, Tensor)]
+            for place, result in zip(places, tensors, strict=True):
+                if result.data_ptr() != place.data_ptr():
+                    place.copy_(result)
+
+        return run
 
     def _filled(self, value: Any, step: int) -> Any:
         if isinstance(value, Ref):

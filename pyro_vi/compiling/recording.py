@@ -41,7 +41,6 @@ class StepRecord:
         unused: parameters that have no gradient in the step.
         update: the optimizers' step; None if the record ends with the gradients.
         gradients: then, parameters and the tensors that their gradients are written to.
-        alive: whether steps update anything. A step that does not hold makes it False.
         status: the storage of five float64 numbers: the loss, reconstruction and KL as `Told.terms`
             has them, whether the step was finite, and whether its conditions held.
         batch: the storages of the batch's tensors; none if every step has the same batch.
@@ -55,7 +54,6 @@ class StepRecord:
     update: Update | None
     unused: list[Tensor]
     gradients: list[tuple[Tensor, Tensor]]
-    alive: Tensor
     status: int
     batch: list[int]
     numbers: int | None
@@ -79,7 +77,7 @@ class StepRecord:
         """The tensors from outside that the record reads or changes."""
         own = {*self.private, *self.per_step}
         outer = enumerate(self.record.storages)
-        return [s.tensor for i, s in outer if s.tensor is not None and i not in own]
+        return [s.origin for i, s in outer if s.origin is not None and i not in own]
 
 
 class Recording:
@@ -112,12 +110,12 @@ class Recording:
         self._had = [p.grad is not None for p in parameters]
         self._update = update_of(svi.optim, parameters)
         self._device = parameters[0].device if parameters else torch.device("cpu")
-        self._numbers = torch.empty(0, 3)
+        self._numbers = torch.empty(0)
         inputs = [*parameters, *svi._varying, *self._batch]
         inputs += [buffer for module in self.modules for buffer in module.buffers(recurse=False)]
         if self._update is not None:
-            rows = [row[0] for row in self._update.numbers()]
-            self._numbers = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3).to(self._device)
+            (numbers,) = self._update.numbers()
+            self._numbers = torch.tensor(numbers, dtype=torch.float64, device=self._device)
             inputs += [*self._update.state, self._numbers]
         self._tape = Tape(inputs, fixed=HELD if is_owner else CONSTANT)
         self._parts: list[Tensor] = []
@@ -211,11 +209,7 @@ class Recording:
         if Distribution._validate_args and not self._is_owner:
             is_nan = record.emit(_aten.isnan.default, record.outputs[0])
             sound = _both(record, sound, record.emit(_aten.logical_not.default, is_nan))
-        alive = torch.ones((), dtype=torch.bool, device=self._device)
-        alive_at = outer(alive)
-        keep = _both(record, alive_at, sound)
-        keep = _both(record, keep, finite if self._is_owner else None)
-        assert keep is not None
+        keep = _both(record, sound, finite if self._is_owner else None)
         pairs = [(tape.index(tensor), copy) for tensor, copy in self._svi._copies()]
         commit(record, keep, {i: outer(copy).storage for i, copy in pairs if i is not None})
         status = outer(torch.zeros(5, dtype=torch.float64, device=self._device))
@@ -225,7 +219,6 @@ class Recording:
                 record.write(place, part)
             else:
                 record.ops.append(Op(_aten.fill_.Scalar, (place, part), {}, (place,)))
-        record.write(alive_at, keep)
         gradients = [
             (p, torch.zeros_like(p, memory_format=torch.contiguous_format).detach())
             for p in self._graded
@@ -239,7 +232,6 @@ class Recording:
             update=self._update,
             unused=self._unused,
             gradients=gradients,
-            alive=alive,
             status=status.storage,
             batch=[i for i in map(tape.index, self._batch) if i is not None],
             numbers=None if self._update is None else tape.index(self._numbers),

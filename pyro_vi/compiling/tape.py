@@ -97,6 +97,7 @@ class Storage:
         size: in elements.
         tensor: what lies there from outside of the record, as a flat tensor; None for memory that
             the operations make.
+        origin: that tensor as the function reads it.
         level: what its values depend on.
         is_result: whether it is the result of operations that were not recorded.
     """
@@ -107,6 +108,7 @@ class Storage:
     tensor: Tensor | None = None
     level: int = VARYING
     is_result: bool = False
+    origin: Tensor | None = None
 
     @property
     def is_inner(self) -> bool:
@@ -302,7 +304,10 @@ class Tape(TorchDispatchMode):
         size = tensor.untyped_storage().nbytes() // tensor.element_size()
         flat = torch.as_strided(tensor.detach(), (size,), (1,), 0) if is_outer else None
         index = len(self.record.storages)
-        self.record.storages.append(Storage(size, tensor.dtype, tensor.device, flat, level))
+        origin = tensor if is_outer else None
+        self.record.storages.append(
+            Storage(size, tensor.dtype, tensor.device, flat, level, origin=origin)
+        )
         self._places[_address(tensor)] = index
         self._alive.append(tensor)
         return index

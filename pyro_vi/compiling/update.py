@@ -1,9 +1,8 @@
 """The steps of torch's optimizers as formulas of tensors.
 
 A compiled step cannot call an optimizer, which is Python. It has the formulas of Adam, AdamW, SGD
-and Pyro's ClippedAdam instead, on the optimizers' own state. What an optimizer computes in Python
-are a few numbers for each step: the learning rate, and Adam's corrections of the bias. They are
-inputs of the record.
+and Pyro's ClippedAdam instead, on the optimizers' own state. What lies in Python is an input of the
+record: the learning rates, and counts of steps that are no tensors of the device.
 
 Other optimizers stay outside of the record, which then ends with the gradients.
 """
@@ -12,10 +11,7 @@ from __future__ import annotations
 
 __all__ = ["HOOKS_OF_ALL", "Update", "update_of"]
 
-import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate
-from operator import mul
 from typing import Any
 
 import torch
@@ -26,13 +22,13 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as optimizers
 
-Numbers = Sequence[Any]  # of a step: the rate, 1 / (1 - beta_1^n), the root of 1 - beta_2^n
+# Of a parameter's step: its rate, and 1 / (1 - beta_1^n) and the root of 1 - beta_2^n if the
+# optimizer has betas.
+Numbers = tuple[Any, Any, Any]
 
 
 class Update:
     """The step of torch optimizers on some of their parameters.
-
-    Parameters with the same rate that have taken equally many steps share a row of numbers.
 
     Args:
         optimizers: whose formulas and state it has.
@@ -49,89 +45,86 @@ class Update:
         self.optimizers = list(dict.fromkeys(optimizers))
         self._clips = clips
         used = set(map(id, parameters))
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        self._decaying = [group for group in groups if group.get("lrd", 1.0) != 1.0]
-        self._moves: list[tuple[Tensor, Any, dict[str, Any], dict[str, Any], int]] = []
-        self._rows: dict[Any, list[dict[str, Any]]] = {}
-        self._counted: list[list[dict[str, Any]]] = []
-        self.state: list[Tensor] = []
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    if id(p) not in used:
-                        continue
-                    state = optimizer.state.get(p, {})
-                    row = self._row(group, state)
-                    self._moves.append((p, _FORMULAS[type(optimizer)], group, state, row))
-                    self.state += [
-                        value
-                        for name, value in state.items()
-                        if isinstance(value, Tensor) and name != "step"
-                    ]
+        every = [
+            (_FORMULAS[type(optimizer)], group, p, optimizer.state.get(p, {}))
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if id(p) in used
+        ]
+        groups = {id(group): group for _, group, _, _ in every}
+        self._groups = list(groups.values())
+        self._decaying = [group for group in self._groups if group.get("lrd", 1.0) != 1.0]
         device = parameters[0].device if parameters else torch.device("cpu")
-        counts = [state for row in self._counted for state in row if "step" in state]
-        tensors = [one["step"] for one in counts if isinstance(one["step"], Tensor)]
-        self._steps = [one for one in tensors if one.device == device]
-        self.state += self._steps
-        self._outside = [one for one in counts if not any(one["step"] is t for t in self._steps)]
-
-    def _row(self, group: dict[str, Any], state: dict[str, Any]) -> int:
-        count = float(state.get("step", 0))
-        key = (group["lr"], group.get("lrd", 1.0), group.get("betas"), count)
-        if key not in self._rows:
-            self._rows[key] = []
-            self._counted.append([])
-        if not any(group is one for one in self._rows[key][-1:]):
-            self._rows[key].append(group)
-        row = list(self._rows).index(key) if len(self._rows) > 1 else 0
-        self._counted[row].append(state)
-        return row
+        states = [state for *_, state in every]
+        named = [item for state in states for item in state.items() if isinstance(item[1], Tensor)]
+        self._steps = [one for name, one in named if name == "step" and one.device == device]
+        self.state = [one for name, one in named if name != "step"] + self._steps
+        inside = set(map(id, self._steps))
+        self._outside = [s for s in states if "step" in s and id(s["step"]) not in inside]
+        # Parameters that have taken equally many steps share a count: the first one's.
+        leads: dict[Any, dict[str, Any]] = {}
+        self._moves: list[tuple[Tensor, Any, dict[str, Any], int, dict[str, Any], Any]] = []
+        for formula, group, p, state in every:
+            lead = leads.setdefault(float(state.get("step", 0)), state)
+            place = list(groups).index(id(group))
+            self._moves.append((p, formula, group, place, state, lead))
+        outside = {id(state) for state in self._outside}
+        self._counted = [lead for lead in leads.values() if id(lead) in outside]
 
     def state_of(self, parameter: Tensor) -> list[Tensor]:
         """The tensors of the optimizer's state that belong to a parameter."""
-        states = [state for p, _, _, state, _ in self._moves if p is parameter]
+        states = [state for p, _, _, _, state, _ in self._moves if p is parameter]
         return [one for state in states for one in state.values() if isinstance(one, Tensor)]
 
-    def are_rates_shared(self) -> list[bool]:
-        """Whether all parameters of a row still have one rate; for rows of several groups."""
-        several = [groups for groups in self._rows.values() if len(groups) > 1]
-        return [len({group["lr"] for group in groups}) == 1 for groups in several]
-
     def rates(self) -> list[float]:
-        """The learning rate of the next step, by row."""
-        return [rows[0]["lr"] * rows[0].get("lrd", 1.0) for rows in self._rows.values()]
+        """The learning rates of the next step."""
+        return [group["lr"] * group.get("lrd", 1.0) for group in self._groups]
 
-    def numbers(self, steps: int = 1) -> list[list[Numbers]]:
-        """The numbers of the next steps, by row, at the present rates: (rows, steps, 3)."""
-        found: list[list[Numbers]] = []
-        for groups, states in zip(self._rows.values(), self._counted, strict=True):
-            group, n = groups[0], float(states[0].get("step", 0))
-            rate, decay = group["lr"], group.get("lrd", 1.0)
-            first, second = group.get("betas", (0.0, 0.0))
-            rates = accumulate([rate * decay, *[decay] * (steps - 1)], mul)
-            found.append(
-                [
-                    (rate, 1 / (1 - first ** (n + i)), math.sqrt(1 - second ** (n + i)))
-                    for i, rate in enumerate(rates, 1)
-                ]
-            )
-        return found
+    def numbers(self, steps: int = 1) -> list[list[float]]:
+        """The numbers of the next steps at the present rates: rates first, then counts.
+
+        Returns:
+            A row for each step, or one row if they are the same in every step.
+        """
+        rates, counts = self.rates(), [float(state["step"]) + 1 for state in self._counted]
+        rows = [[*rates, *counts]]
+        if self._decaying or counts:
+            decays = [group.get("lrd", 1.0) for group in self._groups]
+            for i in range(1, steps):
+                rates = [rate * decay for rate, decay in zip(rates, decays, strict=True)]
+                rows.append([*rates, *(count + i for count in counts)])
+        return rows
 
     def apply(self, numbers: Tensor | None = None) -> None:
         """Moves the parameters that have a gradient, and their state, in place.
 
         Args:
-            numbers: of the step, (rows, 3), as a tensor that is read anew; by default `numbers`.
+            numbers: of the step, as a tensor that is read anew; by default those of `numbers`.
         """
+        rows = self.numbers()[0] if numbers is None else numbers
         with torch.no_grad():
-            rows = [row[0] for row in self.numbers()] if numbers is None else numbers
             for step in self._steps:
                 step.add_(1)
-            for p, formula, group, state, row in self._moves:
-                if p.grad is not None:
-                    if (clip := self._clips.get(id(p))) is not None:
-                        clip(p)
-                    formula(p, p.grad, rows[row], group, state)
+            known: dict[Any, tuple[Any, Any]] = {}
+            for p, formula, group, place, state, lead in self._moves:
+                if p.grad is None:
+                    continue
+                if (clip := self._clips.get(id(p))) is not None:
+                    clip(p)
+                key = (id(lead), betas := group.get("betas"))
+                if betas is not None and key not in known:
+                    first, second = betas
+                    n = self._count(lead, rows, numbers is None)
+                    known[key] = 1 / (1 - first**n), (1 - second**n) ** 0.5
+                formula(p, p.grad, (rows[place], *known.get(key, (1, 1))), group, state)
+
+    def _count(self, lead: dict[str, Any], rows: Any, is_eager: bool) -> Any:
+        """How many steps a parameter has taken, this one included."""
+        for i, one in enumerate(self._counted):
+            if one is lead:
+                return rows[len(self._groups) + i]
+        return float(lead["step"]) if is_eager else lead["step"].double()
 
     def counts(self) -> list[Any]:
         """What `advance` changes."""
@@ -204,14 +197,14 @@ def _clipped_adam(p: Tensor, g: Tensor, numbers: Numbers, group: Any, state: Any
     mean.mul_(first).add_(gradient, alpha=1 - first)
     centred = gradient - mean if group["centered_variance"] else gradient
     square.mul_(second).addcmul_(centred, centred, value=1 - second)
-    rate, size, root = numbers[0], numbers[1], numbers[2]
+    rate, size, root = numbers
     p.sub_(rate * root * size * mean / (square.sqrt() + group["eps"]))
 
 
 def _adam(p: Tensor, g: Tensor, numbers: Numbers, group: Any, state: Any) -> None:
     gradient = -g if group["maximize"] else g
     first, second = group["betas"]
-    rate, size, root = numbers[0], numbers[1], numbers[2]
+    rate, size, root = numbers
     if group["weight_decay"] != 0 and group["decoupled_weight_decay"]:
         p.mul_(1 - rate * group["weight_decay"])
     elif group["weight_decay"] != 0:

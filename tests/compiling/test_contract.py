@@ -224,9 +224,11 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.drop, self.layer = nn.Dropout(0.5), nn.Linear(1, 1)
+        self.frozen = nn.Parameter(torch.tensor(1.0), requires_grad=False)
+        self.held = torch.tensor(1.0)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.layer(self.drop(z.reshape(1)))[0]
+        return self.layer(self.drop(z.reshape(1)))[0] * self.frozen + self.held
 
 
 def replace(svi: Any, net: Net) -> None:
@@ -239,6 +241,14 @@ def exchange(svi: Any, net: Net) -> None:
 
 def move(svi: Any, net: Net) -> None:
     net.layer.bias.data = net.layer.bias.data.clone()
+
+
+def move_frozen(svi: Any, net: Net) -> None:
+    net.frozen.data = torch.tensor(2.0)
+
+
+def move_held(svi: Any, net: Net) -> None:
+    net.held.data = torch.tensor(2.0)
 
 
 def option(svi: Any, net: Net) -> None:
@@ -274,10 +284,13 @@ SVIS = "the model, the guide, the loss or the optimizer"
 CHANGES: dict[str, tuple[Callable[[Any, Net], Any], str]] = {
     "eval": (lambda svi, net: net.eval(), "the mode of a module"),
     "frozen": (lambda svi, net: net.layer.bias.requires_grad_(False), "whether a tensor has a"),
+    "trained": (lambda svi, net: net.frozen.requires_grad_(), "whether a tensor has a"),
     "a parameter replaced": (replace, PART),
     "a module replaced": (exchange, PART),
     "a hook": (lambda svi, net: net.register_forward_hook(lambda m, args, out: out + 1), PART),
     "moved": (move, "the place of a tensor in memory"),
+    "a frozen parameter moved": (move_frozen, "the place of a tensor in memory"),
+    "a held tensor moved": (move_held, "the place of a tensor in memory"),
     "store cleared": (lambda svi, net: pyro.clear_param_store(), "a parameter in Pyro's store"),
     "an option": (option, "an option of the optimizer"),
     "a state that is loaded": (load, "the state of the optimizer"),

@@ -221,6 +221,11 @@ def latent_guide(x: Tensor) -> None:
     pyro.sample("z", dist.Normal(10 * pyro.param("a", torch.tensor(0.4375)).detach(), 0.7))
 
 
+def gamma_guide(x: Tensor) -> None:
+    """How many random numbers a draw takes depends on the parameter."""
+    pyro.sample("z", dist.Gamma(2 - pyro.param("a", torch.tensor(0.4375)).detach(), 1.0))
+
+
 ENDS: dict[str, tuple[Callable[[Tensor], None], Callable[[Tensor], None], str]] = {
     "a loss of NaN": (falling(bare(lambda a: 0 * a.detach().sqrt())), nothing, "the loss is nan"),
     "a gradient": (falling(bare(lambda a: 0 * a.sqrt())), nothing, "the gradient of 'a' is not"),
@@ -230,6 +235,11 @@ ENDS: dict[str, tuple[Callable[[Tensor], None], Callable[[Tensor], None], str]] 
     "a latent": (
         falling(lambda a, x: pyro.sample("z", dist.HalfNormal(1.0))),
         latent_guide,
+        "'z'",
+    ),
+    "a latent by rejection": (
+        falling(lambda a, x: pyro.sample("z", dist.Uniform(0.0, 3.5))),
+        gamma_guide,
         "'z'",
     ),
 }
