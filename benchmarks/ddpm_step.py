@@ -22,17 +22,15 @@ from side_by_side import Contender, Own, Plain, microseconds
 from torch import Tensor, nn
 
 from pyro_vi import SVI
-from pyro_vi.denoisers import UNet
-from pyro_vi.diffusion import Affine, Diffusion
+from pyro_vi.diffusion import Affine, CosineSchedule, Diffusion, UNet
 from pyro_vi.guides import ForwardProcess
 from pyro_vi.models import DDPM, Gaussian
 from pyro_vi.optimizers import OneOptimizer
-from pyro_vi.schedules import Cosine
 
 
 def by_hand(net: nn.Module, steps: int, x: Tensor) -> Plain:
     """DDPM's own loss: the squared error of the noise, over steps drawn at random."""
-    levels = Cosine(steps).levels(torch.arange(1, steps + 1))
+    levels = CosineSchedule(steps).levels(torch.arange(1, steps + 1))
     signal, noise = (level.float() for level in levels)
     adam = torch.optim.Adam(net.parameters(), lr=1e-3)
 
@@ -51,7 +49,7 @@ def by_hand(net: nn.Module, steps: int, x: Tensor) -> Plain:
 
 def as_program(net: nn.Module, steps: int, x: Tensor, *, compile: bool = False) -> Own:
     """The same network in Pyro's bound."""
-    diffusion = Diffusion(x.shape[1:], Cosine(steps), coordinates=Affine(0.5, 0.5))
+    diffusion = Diffusion(x.shape[1:], CosineSchedule(steps), coordinates=Affine(0.5, 0.5))
     model = DDPM(diffusion, net, likelihood=Gaussian(0.1))
     adam = OneOptimizer(partial(torch.optim.Adam, lr=1e-3))
     loss = TraceMeanField_ELBO()

@@ -37,8 +37,8 @@ import pyro
 import pytest
 import torch
 
-from pyro_vi import svi
 from pyro_vi.compiling import backends, steps
+from pyro_vi.inference import svi
 
 KINDS = ("Pyro's", "eager", "compiled")
 FILES = ("test_gradient.py", "test_valid_models.py", "test_inference.py", "test_autoguide.py")

@@ -17,8 +17,7 @@ import pyro
 from pyro.params.param_store import ParamStoreDict
 
 import pyro_vi
-from pyro_vi import fitting
-from pyro_vi.engine import BLOCK, Engine
+from pyro_vi.inference import BLOCK, SVITrainer, fitting
 
 
 class Contender(Protocol):
@@ -105,7 +104,7 @@ class InFit:
     def per_step(self, count: int) -> float:
         marks: list[tuple[float, int, int]] = []
 
-        class Timed(Engine):
+        class Timed(SVITrainer):
             def take(self, limit: int) -> int:
                 compiler = self._compiler
                 uses = max((k.uses for k in compiler._kinds.values()), default=0) if compiler else 0

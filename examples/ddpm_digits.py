@@ -28,13 +28,10 @@ from pyro.infer import TraceMeanField_ELBO
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyro_vi import data, fit, judge
-from pyro_vi.denoisers import UNet
-from pyro_vi.diffusion import Affine, Diffusion
+from pyro_vi.diffusion import Affine, Diffusion, LearnedSchedule, UNet, Velocity
 from pyro_vi.families import FullCovariance
 from pyro_vi.guides import Encoder, ForwardProcess
-from pyro_vi.kernels import Velocity
 from pyro_vi.models import DDPM, VAE, DiscretizedLogistic, LearnedDiscretizedLogistic
-from pyro_vi.schedules import Learned
 
 STEPS = 100  # of the chain
 
@@ -50,7 +47,7 @@ digits = data.digits()
 # The diffusion: what model and guide share is the forward process.
 diffusion = Diffusion(
     digits.shape,
-    Learned(STEPS, first=-3.0, last=5.0),
+    LearnedSchedule(STEPS, first=-3.0, last=5.0),
     coordinates=Affine(0.5, 0.5),  # grey levels from 0 to 1, as -1 to 1
 )
 model = DDPM(

@@ -25,13 +25,10 @@ from pyro.infer import TraceMeanField_ELBO
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyro_vi import data, fit, plots
-from pyro_vi.denoisers import Autocast, UNet
-from pyro_vi.diffusion import Affine, Diffusion
+from pyro_vi.diffusion import Affine, Autocast, Diffusion, LearnedSchedule, UNet, Velocity
 from pyro_vi.guides import ForwardProcess
-from pyro_vi.kernels import Velocity
 from pyro_vi.models import DDPM, LearnedDiscretizedLogistic
-from pyro_vi.schedules import Learned
-from pyro_vi.stepwise import step_bound
+from pyro_vi.posterior import step_bound
 
 cuda = torch.cuda.is_available()
 parser = argparse.ArgumentParser(description="Diffusion on Fashion-MNIST, in bits per dimension.")
@@ -54,7 +51,7 @@ train, held = fashion.train[:-256], fashion.train[-256:]
 
 diffusion = Diffusion(
     fashion.shape,
-    Learned(options.chain, first=-8.5),  # the first step's noise is about a grey level wide
+    LearnedSchedule(options.chain, first=-8.5),  # the first step's noise is about a grey level wide
     coordinates=Affine(0.5, 0.5),  # grey levels from 0 to 1, as -1 to 1
 )
 channels, blocks = ((64, 128, 256), 2) if cuda else ((16, 32, 64), 1)

@@ -29,13 +29,18 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyro_vi import fit
-from pyro_vi.diffusion import Diffusion
+from pyro_vi.diffusion import (
+    Clean,
+    CosineSchedule,
+    Diffusion,
+    LargeVariance,
+    LearnedVariance,
+    SmallVariance,
+)
 from pyro_vi.families import FullCovariance
 from pyro_vi.guides import ForwardProcess
-from pyro_vi.kernels import Clean, LargeVariance, Learned, SmallVariance
 from pyro_vi.models import DDPM, LearnedGaussian
-from pyro_vi.schedules import Cosine
-from pyro_vi.stepwise import step_bound
+from pyro_vi.posterior import step_bound
 
 DIM = 3
 
@@ -68,7 +73,7 @@ class PerStep(nn.Module):
         return (y_t.unsqueeze(-2) @ self.weight[t - 1]).squeeze(-2)
 
 
-def exact_loss(schedule: Cosine, kernel: str) -> float:
+def exact_loss(schedule: CosineSchedule, kernel: str) -> float:
     """E log p(x) - ELBO by the closed forms, per direction of the covariance and step."""
     abar = torch.sigmoid(-schedule.gamma(torch.arange(1, schedule.steps + 1)))
     before = torch.cat([torch.ones(1), abar[:-1]])
@@ -91,7 +96,7 @@ def exact_loss(schedule: Cosine, kernel: str) -> float:
 kernels = {
     "small variance": lambda steps: SmallVariance(),
     "large variance": lambda steps: LargeVariance(),
-    "full covariance": lambda steps: Learned(FullCovariance(DIM, context_dim=32), steps),
+    "full covariance": lambda steps: LearnedVariance(FullCovariance(DIM, context_dim=32), steps),
 }
 print(f"E log p(x) = {-entropy:.3f} nats; what the ELBO of each kernel loses, and should lose:\n")
 print(f"{'steps':>5}" + "".join(f"{name:>24}" for name in kernels))
@@ -99,7 +104,7 @@ curves = {}
 for steps in (2, 4, 16):
     cells = []
     for name, make in kernels.items():
-        diffusion = Diffusion((DIM,), Cosine(steps), draws=min(steps, 4))
+        diffusion = Diffusion((DIM,), CosineSchedule(steps), draws=min(steps, 4))
         # The estimate of y_0 itself, whose weights stay small where little signal is left.
         model = DDPM(
             diffusion,

@@ -39,11 +39,11 @@ from torch import nn
 
 from pyro_vi import Fit, data, fit
 from pyro_vi.augmentation import InputNoise
+from pyro_vi.diffusion import CosineSchedule
 from pyro_vi.families import FullCovariance, MeanField
 from pyro_vi.guides import PairEncoder
 from pyro_vi.models import DiscretizedLogistic, PredictiveVAE
 from pyro_vi.networks import MLPDecoder, MLPEncoder
-from pyro_vi.schedules import Cosine
 
 LATENT, CONTEXT = 4, 32  # dimensions of z, and of what a family reads
 T_MAX = 15  # of 100 levels: noise of at most 0.24, where pixels are from 0 to 1
@@ -78,8 +78,8 @@ def halves(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 # Each fit gets noise of its own; it is one for the model and its guide.
 ways = {
     "none": lambda: None,
-    "noisy": lambda: InputNoise(Cosine(100), T_MAX),
-    "added back": lambda: InputNoise(Cosine(100), T_MAX, add_back=True),
+    "noisy": lambda: InputNoise(CosineSchedule(100), T_MAX),
+    "added back": lambda: InputNoise(CosineSchedule(100), T_MAX, add_back=True),
 }
 
 

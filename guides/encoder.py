@@ -17,7 +17,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vi.augmentation import InputNoise, check_noise
-from pyro_vi.families import check_family
+from pyro_vi.checks import check_family
 from pyro_vi.networks import MLPEncoder
 
 

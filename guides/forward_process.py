@@ -35,8 +35,8 @@ class ForwardProcess(_Guide):
         diffusion: The model's own.
 
     Example:
-        >>> from pyro_vi.schedules import Cosine
-        >>> guide = ForwardProcess(Diffusion((2,), Cosine(100), draws=3))
+        >>> from pyro_vi.diffusion import Cosine
+        >>> guide = ForwardProcess(Diffusion((2,), CosineSchedule(100), draws=3))
         >>> trace = pyro.poutine.trace(guide).get_trace(torch.randn(8, 2))
         >>> trace.nodes["x_t"]["value"].shape
         torch.Size([3, 8, 2])

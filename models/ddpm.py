@@ -32,10 +32,15 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_vi.denoisers import TimeEmbedding
-from pyro_vi.diffusion import Diffusion, StratifiedSteps, Transition
-from pyro_vi.families import check_sizes
-from pyro_vi.kernels import Noise, SmallVariance
+from pyro_vi.checks import check_sizes
+from pyro_vi.diffusion import (
+    Diffusion,
+    Noise,
+    SmallVariance,
+    StratifiedSteps,
+    TimeEmbedding,
+    Transition,
+)
 from pyro_vi.models.likelihoods import Bernoulli, ContinuousBernoulli, LearnedGaussian
 
 
@@ -59,8 +64,8 @@ class DDPM(PyroModule):
     Args:
         diffusion: The forward process, which the guide has too.
         net: From y_t, (N, *shape), and t, (N,) integers from 1 to T, to an output of y_t's shape.
-        prediction: What the output means (:mod:`pyro_vi.kernels`); `Noise()` by default.
-        kernel: The covariance of p(y_{t-1} | y_t) (:mod:`pyro_vi.kernels`); `SmallVariance()` by
+        prediction: What the output means (:mod:`pyro_vi.diffusion`); `Noise()` by default.
+        kernel: The covariance of p(y_{t-1} | y_t) (:mod:`pyro_vi.diffusion`); `SmallVariance()` by
             default.
         likelihood: p(x_0 | y_1) given the mean of x_0, in the units of the data: a likelihood of
             :mod:`pyro_vi.models.likelihoods` with one output; `LearnedGaussian()` by default.
@@ -74,10 +79,10 @@ class DDPM(PyroModule):
 
     Example:
         >>> from pyro.infer import TraceMeanField_ELBO
-        >>> from pyro_vi.denoisers import MLPDenoiser
+        >>> from pyro_vi.diffusion import MLPDenoiser
         >>> from pyro_vi.guides import ForwardProcess
-        >>> from pyro_vi.schedules import Cosine
-        >>> diffusion = Diffusion((2,), Cosine(100))
+        >>> from pyro_vi.diffusion import Cosine
+        >>> diffusion = Diffusion((2,), CosineSchedule(100))
         >>> model = DDPM(diffusion, MLPDenoiser((2,), 100))
         >>> loss = TraceMeanField_ELBO().loss(model, ForwardProcess(diffusion), torch.randn(8, 2))
         >>> model.sample(5).shape
@@ -102,14 +107,16 @@ class DDPM(PyroModule):
         for name, part, example in (
             ("network", net, "UNet((1, 28, 28), 100)"),
             ("prediction", prediction, "Velocity()"),
-            ("kernel", kernel, "Learned(FullCovariance(2, 16), 100)"),
+            ("kernel", kernel, "LearnedVariance(FullCovariance(2, 16), 100)"),
         ):
             if not isinstance(part, nn.Module):
                 raise TypeError(
                     f"expected a {name} that is a module, such as {example}, got {part!r}"
                 )
         if hasattr(kernel, "context_dim"):
-            raise TypeError(f"expected a kernel, such as Learned(family, steps), got {kernel!r}")
+            raise TypeError(
+                f"expected a kernel, such as LearnedVariance(family, steps), got {kernel!r}"
+            )
         logits = isinstance(likelihood, (Bernoulli, ContinuousBernoulli))
         module = isinstance(likelihood, nn.Module)
         if not module or getattr(likelihood, "outputs", None) != 1 or logits:
@@ -231,7 +238,7 @@ class DDPM(PyroModule):
 
         Raises:
             ValueError: A number of data points below one, of steps not from 1 to T, an eta outside
-                [0, 1]; a `Learned` kernel of a flow with any but all steps.
+                [0, 1]; a `LearnedVariance` kernel of a flow with any but all steps.
 
         References:
             Denoising Diffusion Implicit Models (arXiv:2010.02502)
@@ -396,9 +403,9 @@ class DDPMChain(PyroModule):
         ddpm: The model, trained or not; or a fitted one (`Fit.model`), which stays frozen.
 
     Example:
-        >>> from pyro_vi.denoisers import MLPDenoiser
-        >>> from pyro_vi.schedules import Cosine
-        >>> chain = DDPMChain(DDPM(Diffusion((2,), Cosine(3)), MLPDenoiser((2,), 3)))
+        >>> from pyro_vi.diffusion import MLPDenoiser
+        >>> from pyro_vi.diffusion import Cosine
+        >>> chain = DDPMChain(DDPM(Diffusion((2,), CosineSchedule(3)), MLPDenoiser((2,), 3)))
         >>> trace = pyro.poutine.trace(chain).get_trace(torch.randn(8, 2))
         >>> [name for name in trace.nodes if name.startswith("x_")]
         ['x_3', 'x_2', 'x_1', 'x_0']

@@ -19,7 +19,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_vi.augmentation import InputNoise, check_noise
-from pyro_vi.families import check_data, check_family, check_sizes
+from pyro_vi.checks import check_data, check_family, check_sizes
 from pyro_vi.models.likelihoods import Bernoulli
 from pyro_vi.networks import MLPDecoder, MLPEncoder
 

@@ -16,7 +16,7 @@ from pyro.distributions import Normal, TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_vi.families import check_sizes
+from pyro_vi.checks import check_sizes
 from pyro_vi.models.likelihoods import Bernoulli
 from pyro_vi.networks import MLPDecoder
 

@@ -7,13 +7,10 @@ Families are in `pyro_vi.families` and `pyro_vi.flows`, programs in `pyro_vi.mod
 """
 
 from pyro_vi._version import __version__
-from pyro_vi.comparison import Comparison, compare, judge
-from pyro_vi.fitted import Fit
-from pyro_vi.fitting import NonFiniteError, fit
+from pyro_vi.comparison import Comparison, Row, compare, judge
+from pyro_vi.inference import SVI, Fit, NonFiniteError, fit
 from pyro_vi.posterior import Posterior
 from pyro_vi.reporting import report
-from pyro_vi.rows import Row
-from pyro_vi.svi import SVI
 from pyro_vi.weighting import warmup
 
 __all__ = [

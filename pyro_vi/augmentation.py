@@ -2,7 +2,7 @@ r"""Noise on what a program reads, drawn inside the program: augmentation as aux
 
     x_t = signal_t x_0 + noise_t eps,    t ~ U{0, ..., t_max},    eps ~ N(0, I),
 
-with the levels of a schedule (:mod:`pyro_vi.schedules`), cut off at t_max, where little noise is in
+with the levels of a schedule (:mod:`pyro_vi.diffusion`), cut off at t_max, where little noise is in
 yet; t = 0 is no noise. The data stay as they are. t and eps do not depend on them, and whoever
 draws them has the same p(t) p(eps): in a bound the two cancel, whatever the rest is. So they are
 left out of it (a mask), which is exact, and what is left is an average over them of bounds:
@@ -34,7 +34,7 @@ from pyro.distributions import Normal, TorchDistribution, constraints
 from pyro.poutine.messenger import Messenger
 from torch import Size, Tensor, nn
 
-from pyro_vi.schedules import Schedule
+from pyro_vi.diffusion import Schedule
 
 
 class InputNoise(nn.Module):
@@ -56,13 +56,13 @@ class InputNoise(nn.Module):
     twice its own where noise is low. So the same t are spread over lower noise: low noise weighs
     more, and even where x_t is all noise the input is not. At t = 0 it is 2 x_0.
 
-    A `Learned` schedule learns to have no noise: what it adds only loosens the first of the bounds.
+    A `LearnedSchedule` learns to have no noise: what it adds only loosens the first of the bounds.
 
     A model and a guide that read one (t, eps) need the same noise: the guide draws t, so that it
     would decide the levels of a model that has others. Replayed, a model refuses that.
 
     Args:
-        schedule: The noise schedule (:mod:`pyro_vi.schedules`).
+        schedule: The noise schedule (:mod:`pyro_vi.diffusion`).
         t_max: The last level, from 0 to the schedule's T.
         add_back: Whether x_0 is added to the noisy input.
 
@@ -76,8 +76,8 @@ class InputNoise(nn.Module):
         in front of an encoder
 
     Example:
-        >>> from pyro_vi.schedules import Cosine
-        >>> noise = InputNoise(Cosine(100), t_max=20)
+        >>> from pyro_vi.diffusion import Cosine
+        >>> noise = InputNoise(CosineSchedule(100), t_max=20)
         >>> def program(x):
         ...     with pyro.plate("data", len(x)):
         ...         return noise(x)
@@ -95,7 +95,7 @@ class InputNoise(nn.Module):
     def __init__(self, schedule: Schedule, t_max: int, *, add_back: bool = False) -> None:
         super().__init__()
         if not isinstance(schedule, Schedule):
-            raise TypeError(f"expected a Schedule, such as Cosine(100), got {schedule!r}")
+            raise TypeError(f"expected a Schedule, such as CosineSchedule(100), got {schedule!r}")
         if isinstance(t_max, bool) or not isinstance(t_max, int):
             raise TypeError(f"expected t_max to be an int, got {t_max!r}")
         if not 0 <= t_max <= schedule.steps:
@@ -258,8 +258,8 @@ def check_noise(**noises: InputNoise | None) -> None:
     for name, noise in noises.items():
         if noise is not None and not isinstance(noise, InputNoise):
             raise TypeError(
-                f"expected {name} to be an InputNoise, such as InputNoise(Cosine(100), 20), got"
-                f" {noise!r}"
+                f"expected {name} to be an InputNoise, such as"
+                f" InputNoise(CosineSchedule(100), 20), got {noise!r}"
             )
 
 

@@ -27,20 +27,35 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pyro_vi import __version__, data, fit_file, networks
-from pyro_vi.batches import Batches
+from pyro_vi import __version__, data, networks
+from pyro_vi.checks import check_seed, checked_device
 from pyro_vi.comparison import Comparison, check_draws, compare, fit_each, judge_each
 from pyro_vi.data import ImageData
-from pyro_vi.denoisers import UNet
-from pyro_vi.diffusion import Affine, Diffusion
+from pyro_vi.diffusion import (
+    Affine,
+    CosineSchedule,
+    Diffusion,
+    LearnedSchedule,
+    LinearSchedule,
+    Schedule,
+    UNet,
+    Velocity,
+)
 from pyro_vi.families import FullCovariance, LowRank, MeanField
-from pyro_vi.fit_file import COUNT, POSITIVE, TEXT, Kind, Maybe
-from pyro_vi.fitted import Fit
-from pyro_vi.fitting import fit
 from pyro_vi.flows import Flow
 from pyro_vi.guides import Encoder, ForwardProcess
-from pyro_vi.interrupts import interruptible
-from pyro_vi.kernels import Velocity
+from pyro_vi.inference import (
+    COUNT,
+    POSITIVE,
+    TEXT,
+    Fit,
+    Kind,
+    Maybe,
+    check_entries,
+    fit,
+    interruptible,
+    read_fit,
+)
 from pyro_vi.models import (
     DDPM,
     VAE,
@@ -52,9 +67,8 @@ from pyro_vi.models import (
     LearnedGaussian,
     PixelGaussian,
 )
-from pyro_vi.program import check_seed, checked_device
+from pyro_vi.programs import Batches
 from pyro_vi.reporting import report
-from pyro_vi.schedules import Cosine, Learned, Linear, Schedule
 from pyro_vi.weighting import warmup
 
 _CONTEXT = 128  # width of the encoder's output, the families' context
@@ -98,9 +112,9 @@ _RECIPE = {
     **dict.fromkeys(("likelihood", "network", "family", "schedule"), Maybe(TEXT)),
 }
 _SCHEDULES: dict[str, Callable[[int, float], Schedule]] = {
-    "learned": lambda steps, first: Learned(steps, first=first),
-    "cosine": lambda steps, first: Cosine(steps),
-    "linear": lambda steps, first: Linear(steps),
+    "learned": lambda steps, first: LearnedSchedule(steps, first=first),
+    "cosine": lambda steps, first: CosineSchedule(steps),
+    "linear": lambda steps, first: LinearSchedule(steps),
 }
 
 
@@ -388,10 +402,10 @@ def _sample(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.out} exists; --overwrite replaces it")
     if options.fit.is_dir():
         options.fit = _best_of(options.fit)
-    recipe = fit_file.read(options.fit)["recipe"]
+    recipe = read_fit(options.fit)["recipe"]
     if not {"family", "schedule"} & recipe.keys():
         raise ValueError(f"{options.fit} was not saved by `pyro-vi compare`: load it from Python")
-    fit_file.check(recipe, _RECIPE, options.fit, ("recipe",))
+    check_entries(recipe, _RECIPE, options.fit, ("recipe",))
     try:
         model, guide = _programs({"": recipe})[""]
     except KeyError as error:

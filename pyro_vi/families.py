@@ -31,6 +31,8 @@ from pyro.distributions import (
 )
 from torch import Tensor, nn
 
+from pyro_vi.checks import check_context, check_sizes
+
 SCALE_FLOOR = 1e-5  # the smallest scale: 1 / scale^2 stays far from overflow, in float32 too
 HEAD_GAIN = 0.1  # a new head's weights relative to torch's own: q(z | c) hardly depends on c
 FACTOR_STD = 0.1  # a new low-rank factor's entries: at exactly zero the factor's gradient vanishes
@@ -224,64 +226,6 @@ def positive(raw: Tensor) -> Tensor:
         tensor([1.0000e-05, 1.0000e+00, 1.0001e+04])
     """
     return F.softplus(raw + math.log(math.expm1(1 - SCALE_FLOOR))) + SCALE_FLOOR
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raises an error that names the first size that is not a whole number of one or more."""
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"expected {name} to be an int, got {size!r}")
-        if size < 1:
-            raise ValueError(f"expected {name} to be at least 1, got {size}")
-
-
-def check_family(family: object, *sizes: str) -> None:
-    """Raises TypeError unless a family is a module with these sizes."""
-    if not isinstance(family, nn.Module) or not all(hasattr(family, size) for size in sizes):
-        raise TypeError(
-            f"expected the family to be a module with a {' and a '.join(sizes)}, such as"
-            f" MeanField(8, context_dim=128), got {family!r}"
-        )
-
-
-def check_data(dtype: torch.dtype | None = None, **data: tuple[Tensor, tuple[int, ...]]) -> None:
-    """Raises an error unless all data, by name with the shape of a point, are (N, *shape).
-
-    Args:
-        dtype: What all of them must have; None for any floating point dtype.
-        data: Tensors, each with the shape of one data point.
-
-    Raises:
-        TypeError: Data that are no tensor, or of another dtype.
-        ValueError: Data of another shape, or of different numbers of data points.
-    """
-    for name, (value, shape) in data.items():
-        if not isinstance(value, Tensor):
-            wanted = ", ".join(data)
-            raise TypeError(
-                f"expected tensors as the program's arguments ({wanted}), but {name} is"
-                f" {'missing' if value is None else type(value).__name__}"
-            )
-        if value.dim() == 0 or tuple(value.shape[1:]) != shape:
-            raise ValueError(f"expected {name} of shape (N, *{shape}), got {tuple(value.shape)}")
-        if not value.is_floating_point():
-            raise TypeError(f"expected {name} of a floating point dtype, got {value.dtype}")
-        if dtype is not None and value.dtype != dtype:
-            raise TypeError(
-                f"expected {name} of the program's dtype, {dtype}, got {value.dtype}: convert the"
-                " data (.float()) or the programs (.double())"
-            )
-    lengths = {name: len(value) for name, (value, _) in data.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"expected one number of data points, got {lengths}")
-
-
-def check_context(context: Tensor, context_dim: int) -> None:
-    """Raises ValueError unless the context's last dimension is `context_dim`."""
-    if context.dim() == 0 or context.shape[-1] != context_dim:
-        raise ValueError(
-            f"expected a context of shape (..., {context_dim}), got {tuple(context.shape)}"
-        )
 
 
 def _head(context_dim: int, outputs: int) -> nn.Linear:

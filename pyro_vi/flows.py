@@ -20,7 +20,8 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_vi.families import HEAD_GAIN, check_context, check_sizes
+from pyro_vi.checks import check_context, check_sizes
+from pyro_vi.families import HEAD_GAIN
 
 # Importing zuko switches off the validation of every torch distribution in the process: put back
 # what stood before. (Its default of no argument constraints stays: its own distributions need it.)

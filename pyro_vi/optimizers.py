@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pyro_vi.compiling.update import Update, has_formula, make_state
+from pyro_vi.compiling import Update, has_formula, make_state
 
 
 class OneOptimizer(PyroOptim):

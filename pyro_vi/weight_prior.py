@@ -12,7 +12,7 @@ outside the plate over data points, and counts once a data set.
 
 from __future__ import annotations
 
-__all__ = ["WeightPrior", "unread_by_the_guide"]
+__all__ = ["WeightPrior"]
 
 import inspect
 import math
@@ -32,8 +32,7 @@ from torch.distributions import constraints
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from pyro_vi.program import Bound, Program, modules_of
-from pyro_vi.reach import reach
+from pyro_vi.programs import Bound, Program, modules_of, reach
 
 
 class WeightPrior:
@@ -137,6 +136,28 @@ class WeightPrior:
         """
         return self._own + _originals(self._places)
 
+    @contextmanager
+    def context_of_guide(self) -> Iterator[None]:
+        """A guide runs in it, and may not compute with parameters that have priors.
+
+        It would train the parameter, and the model reads the site. What is detached trains nothing:
+        an autoguide may begin there.
+
+        Raises:
+            ValueError: the guide reads such a parameter.
+        """
+        tensors: list[tuple[str, Tensor]] = []
+        model: Callable[..., Any] = self
+        while isinstance(model := poutine.unwrap(model), WeightPrior):
+            tensors += model.originals()
+            model = model.model
+        cure = (
+            "the guide would train the parameter, and the model reads the site; give the guide a"
+            " module of its own"
+        )
+        with _Unread(tensors, "the guide", cure, _FORMS | {"detach", "data"}):
+            yield
+
     def weights(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The prior alone, a program of the same arguments, which it does not read.
 
@@ -235,26 +256,6 @@ def _asked(func: Any) -> str:
     """The name of a method, or of the attribute that a getter reads."""
     name = getattr(func, "__name__", "")
     return getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
-
-
-@contextmanager
-def unread_by_the_guide(model: Callable[..., Any]) -> Iterator[None]:
-    """Runs a guide of a model, which may not compute with parameters that have priors there.
-
-    It would train the parameter, and the model reads the site. What is detached trains nothing: an
-    autoguide may begin there.
-    """
-    tensors: list[tuple[str, Tensor]] = []
-    while isinstance(model := poutine.unwrap(model), WeightPrior):
-        tensors += model.originals()
-        model = model.model
-    cure = (
-        "the guide would train the parameter, and the model reads the site; give the guide a"
-        " module of its own"
-    )
-    unread = _Unread(tensors, "the guide", cure, _FORMS | {"detach", "data"})
-    with unread if tensors else nullcontext():
-        yield
 
 
 def _places(model: Callable[..., Any], module: nn.Module) -> dict[str, list[_Place]]:

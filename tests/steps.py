@@ -12,16 +12,16 @@ import pyro.distributions as dist
 import pyro.infer
 import pytest
 import torch
-from programs import SCHOOLS_SIGMA, SCHOOLS_Y
+from example_programs import SCHOOLS_SIGMA, SCHOOLS_Y
 from pyro.distributions import constraints
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from pyro_vi.guides import Encoder
+from pyro_vi.inference import SVI
 from pyro_vi.models import VAE
 from pyro_vi.networks import MLPDecoder, MLPEncoder
-from pyro_vi.svi import SVI
 
 Programs = tuple[Callable[..., Any], Callable[..., Any], ELBO, tuple[Any, ...]]
 SCHOOLS = (SCHOOLS_Y.double(), SCHOOLS_SIGMA.double())

@@ -19,12 +19,13 @@ import torch
 from matplotlib.image import imread
 
 import pyro_vi
-from pyro_vi import checkpoint, cli, fitting, inference_data, plots
+from pyro_vi import cli, files, plots
 from pyro_vi.data import npz
 from pyro_vi.families import FullCovariance, MeanField
-from pyro_vi.fitted import Fit
 from pyro_vi.guides import Encoder
+from pyro_vi.inference import Fit, fitting
 from pyro_vi.models import VAE, DiscretizedLogistic
+from pyro_vi.posterior import arviz
 
 torch.set_num_threads(1)
 
@@ -189,7 +190,7 @@ def test_the_report_can_be_left_out(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["mean-field", "full-covariance"])
 def test_the_posteriors_are_those_of_the_frozen_model(run: Run, family: str) -> None:
-    tree = inference_data.load(run.folder / "inference" / f"{family}.nc")
+    tree = arviz.load(run.folder / "inference" / f"{family}.nc")
     row = rows(run.folder / "inference.csv")[family]
     assert dict(tree["sample_stats"].sizes) == {"chain": 1, "draw": 50, "data": 20}
     assert float(tree["sample_stats"]["log_weight"].mean()) == pytest.approx(row["elbo"], abs=1e-9)
@@ -217,9 +218,9 @@ def test_inference_alone_is_with_the_best_model(run: Run) -> None:
     table = rows(run.folder / "comparison.csv")
     best = max(table, key=lambda name: table[name]["elbo"])
     assert f"Inference alone, with the model of {best} frozen:" in run.printed
-    expected = checkpoint.load(run.folder / f"{best}.pt")["tensors"]
+    expected = files.load(run.folder / f"{best}.pt")["tensors"]
     for name in table:
-        found = checkpoint.load(run.folder / "inference" / f"{name}.pt")["tensors"]
+        found = files.load(run.folder / "inference" / f"{name}.pt")["tensors"]
         for key in (key for key in expected if key.startswith("model.")):
             assert torch.equal(found[key], expected[key])
         assert found.keys() - {key for key in found if key.startswith("model.")}
@@ -238,7 +239,7 @@ def test_digits_with_every_family(tmp_path: Path, capsys: pytest.CaptureFixture[
     families = ["mean-field", "full-covariance", "low-rank", "flow"]
     assert list(rows(out / "comparison.csv")) == families
     for name in families:
-        recipe = checkpoint.load(out / f"{name}.pt")["recipe"]
+        recipe = files.load(out / f"{name}.pt")["recipe"]
         assert recipe["family"] == name and recipe["levels"] == 17
     picture = tmp_path / "new" / "flow.png"
     assert cli.main(["sample", str(out / "flow.pt"), "--num", "3", "--out", str(picture)]) == 0
@@ -263,7 +264,7 @@ def test_diffusions_stand_beside_the_families(run: Run, tmp_path: Path) -> None:
     page = (out / "report.html").read_text(encoding="utf-8")
     for heading in ("From noise to images", "The bound by step", "Noise schedules"):
         assert f">{heading}</h3>" in page
-    recipe = checkpoint.load(out / "ddpm-cosine.pt")["recipe"]
+    recipe = files.load(out / "ddpm-cosine.pt")["recipe"]
     assert (recipe["chain"], recipe["levels"], recipe["schedule"]) == (4, 4, "cosine")
 
 
@@ -303,7 +304,7 @@ def test_a_diffusion_observes_what_the_vae_does(
     tiny = [*TINY, "--models", "vae,ddpm", "--families", "mean-field", "--chain", "2"]
     arguments = ["compare", "--data", str(data), "--out", str(out), *tiny, "--no-report", *options]
     assert cli.main(arguments) == 0
-    assert checkpoint.load(out / "ddpm-learned.pt")["recipe"]["levels"] == expected
+    assert files.load(out / "ddpm-learned.pt")["recipe"]["levels"] == expected
     bits = [row.get("elbo_bits") for row in rows(out / "comparison.csv").values()]
     assert [bit is None for bit in bits] == [expected == 0] * 2
 
@@ -326,8 +327,8 @@ def test_binarized_images_under_bernoulli(tmp_path: Path) -> None:
     data, out = write_npz(tmp_path / "grey.npz"), tmp_path / "out"
     options = [*TINY, "--binarize", "--likelihood", "bernoulli", "--families", "mean-field"]
     assert cli.main(["compare", "--data", str(data), "--out", str(out), *options]) == 0
-    assert checkpoint.load(out / "mean-field.pt")["recipe"]["likelihood"] == "bernoulli"
-    template = checkpoint.load(out / "mean-field.pt")["template"]
+    assert files.load(out / "mean-field.pt")["recipe"]["likelihood"] == "bernoulli"
+    template = files.load(out / "mean-field.pt")["template"]
     assert set(template.unique().tolist()) <= {0.0, 1.0}
 
 
@@ -693,23 +694,21 @@ def test_files_that_are_no_fits_are_refused(
         "missing.pt": (lambda p: None, "there is no saved fit at"),
         "folder.pt": (lambda p: p.mkdir(), "has no comparison.csv"),
         "python.pt": (
-            lambda p: checkpoint.save(
-                p, {**checkpoint.load(run.folder / "mean-field.pt"), "recipe": {}}
-            ),
+            lambda p: files.save(p, {**files.load(run.folder / "mean-field.pt"), "recipe": {}}),
             "was not saved by `pyro-vi compare`: load it from Python",
         ),
         "newer.pt": (
-            lambda p: checkpoint.save(
-                p, {**checkpoint.load(run.folder / "mean-field.pt"), "recipe": {"family": "new"}}
+            lambda p: files.save(
+                p, {**files.load(run.folder / "mean-field.pt"), "recipe": {"family": "new"}}
             ),
             "was saved by another release",
         ),
         "mixed.pt": (
-            lambda p: checkpoint.save(
+            lambda p: files.save(
                 p,
                 {
-                    **checkpoint.load(run.folder / "mean-field.pt"),
-                    "recipe": checkpoint.load(run.folder / "full-covariance.pt")["recipe"],
+                    **files.load(run.folder / "mean-field.pt"),
+                    "recipe": files.load(run.folder / "full-covariance.pt")["recipe"],
                 },
             ),
             "was made for other programs",
@@ -726,13 +725,13 @@ def test_files_that_are_no_fits_are_refused(
 def test_damaged_recipes_are_refused(
     name: str, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content = checkpoint.load(run.folder / "mean-field.pt")
+    content = files.load(run.folder / "mean-field.pt")
     path, out = tmp_path / "fit.pt", tmp_path / "samples.png"
     strangers: list[Any] = [None, -1, 2.5, "text", [], [1, 4], {"a": 1}, (1, 4, 4), torch.ones(3)]
     recipes = [{**content["recipe"], name: value} for value in strangers]
     recipes.append({key: value for key, value in content["recipe"].items() if key != name})
     for recipe in [*recipes, [], None, {1: 2}, {"schedule": "learned", **content["recipe"]}]:
-        checkpoint.save(path, {**content, "recipe": recipe})
+        files.save(path, {**content, "recipe": recipe})
         message = refused(["sample", str(path), "--out", str(out)], capsys)
         assert re.search(
             r"fit\.pt (is damaged|was saved by|was not saved by|was made for)", message
@@ -757,9 +756,9 @@ def test_what_is_damaged_in_a_recipe_is_named(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    content = checkpoint.load(run.folder / "mean-field.pt")
+    content = files.load(run.folder / "mean-field.pt")
     path = tmp_path / "fit.pt"
-    checkpoint.save(path, {**content, "recipe": {**content["recipe"], **recipe}})
+    files.save(path, {**content, "recipe": {**content["recipe"], **recipe}})
     error = refused(["sample", str(path), "--out", str(tmp_path / "samples.png")], capsys)
     assert re.search(rf"fit\.pt is damaged: {message}", error)
 

@@ -22,13 +22,26 @@ from pyro.infer import Predictive, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from pyro_vi import Fit, fit
-from pyro_vi.denoisers import MLPDenoiser
-from pyro_vi.diffusion import Affine, Diffusion, Transition
-from pyro_vi.elbo import told
+from pyro_vi.diffusion import (
+    Affine,
+    Clean,
+    CosineSchedule,
+    Diffusion,
+    LargeVariance,
+    LearnedSchedule,
+    LearnedVariance,
+    LinearSchedule,
+    MLPDenoiser,
+    Noise,
+    Schedule,
+    SmallVariance,
+    Transition,
+    Velocity,
+)
 from pyro_vi.families import FullCovariance
 from pyro_vi.flows import Flow
 from pyro_vi.guides import ForwardOrder, ForwardProcess, ReverseOrder
-from pyro_vi.kernels import Clean, LargeVariance, Learned, Noise, SmallVariance, Velocity
+from pyro_vi.inference import with_terms
 from pyro_vi.models import (
     DDPM,
     Bernoulli,
@@ -38,11 +51,8 @@ from pyro_vi.models import (
     LearnedDiscretizedLogistic,
     LearnedGaussian,
 )
-from pyro_vi.schedules import Cosine, Linear, Schedule
-from pyro_vi.schedules import Learned as LearnedSchedule
-from pyro_vi.scoring import Programs
-from pyro_vi.sites import At
-from pyro_vi.stepwise import step_bound
+from pyro_vi.posterior import Scorer, step_bound
+from pyro_vi.programs import FixedSites
 
 torch.set_num_threads(1)
 
@@ -140,8 +150,8 @@ def terms(model: DDPM, guide: Program, x: Tensor, chosen: int) -> tuple[float, f
     t = torch.full((1, len(x_0)), chosen)
     q = diffusion.noised(diffusion.encode(x_0), t)
     y_t = q.mean + eps * q.stddev
-    loss = told(TraceMeanField_ELBO())
-    total = loss.loss(model, At({"t": t, "x_t": y_t})(guide), x_0) / len(x_0)
+    loss = with_terms(TraceMeanField_ELBO())
+    total = loss.loss(model, FixedSites({"t": t, "x_t": y_t})(guide), x_0) / len(x_0)
     name = f"x_{diffusion.steps}"
     last = torch.tensor(diffusion.steps)
     kl = torch.distributions.kl_divergence(
@@ -162,7 +172,7 @@ KERNELS = {"exact": None, "small": "small", "large": "beta"}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8, 100, 1_000])
-@pytest.mark.parametrize("schedule", [Linear, Cosine])
+@pytest.mark.parametrize("schedule", [LinearSchedule, CosineSchedule])
 @pytest.mark.parametrize("variance", KERNELS)
 def test_every_term_has_its_closed_form(schedule: Any, steps: int, variance: str) -> None:
     mean, covariance = torch.tensor([MEAN]), torch.tensor([[VARIANCE]])
@@ -196,7 +206,7 @@ def test_every_term_of_correlated_data(steps: int) -> None:
     covariance = root @ root.T / 8 + 0.05 * torch.eye(8)
     mean = torch.linspace(-1, 1, 8)
     values, vectors = torch.linalg.eigh(covariance)
-    diffusion = Diffusion((8,), Cosine(steps))
+    diffusion = Diffusion((8,), CosineSchedule(steps))
     found = levels(diffusion.schedule, values)
     exact = exact_terms(diffusion.schedule, vectors.T @ mean, values, None)
     isotropic = exact_terms(diffusion.schedule, vectors.T @ mean, values, found["small"])
@@ -228,7 +238,7 @@ def test_every_term_of_correlated_data(steps: int) -> None:
 
 
 @pytest.mark.parametrize("prediction", [Noise, Clean, Velocity])
-@pytest.mark.parametrize("schedule", [Linear, Cosine, LearnedSchedule])
+@pytest.mark.parametrize("schedule", [LinearSchedule, CosineSchedule, LearnedSchedule])
 def test_predictions_are_one_function_in_three_ways(prediction: Any, schedule: Any) -> None:
     diffusion = Diffusion((2,), schedule(20).double())
     mean, covariance = torch.tensor([0.3, -1.0]), torch.tensor([[2.0, 0.5], [0.5, 1.0]])
@@ -259,7 +269,7 @@ def trio(draws: int = 2) -> tuple[DDPM, Tensor]:
 
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(12, 3, generator=generator, dtype=torch.float64)
-    diffusion = Diffusion((3,), Cosine(8), draws=draws)
+    diffusion = Diffusion((3,), CosineSchedule(8), draws=draws)
     return DDPM(diffusion, Linears(), likelihood=Gaussian(0.7)), x
 
 
@@ -270,7 +280,7 @@ def gradients(loss: Any, model: Any, guide: Any, x: Tensor, num: int) -> Tensor:
     found = []
     for _ in range(num):
         ddpm.net.weight.grad = None
-        value = told(loss).loss_and_grads(model, guide, copies)
+        value = with_terms(loss).loss_and_grads(model, guide, copies)
         found.append(torch.cat([torch.tensor([value]), ddpm.net.weight.grad.flatten()]))
     return torch.stack(found) / len(copies)
 
@@ -317,7 +327,7 @@ def test_the_forward_order_under_closed_form_kls_is_an_error() -> None:
 def test_the_bound_of_the_chain_is_a_posterior_like_any() -> None:
     """k-hat and evidence of trajectories, and their export."""
     mean, covariance = torch.tensor([MEAN]), torch.tensor([[VARIANCE]])
-    diffusion = Diffusion((1,), Cosine(4))
+    diffusion = Diffusion((1,), CosineSchedule(4))
     found = levels(diffusion.schedule, torch.tensor([VARIANCE]))
     model = DDPM(
         diffusion,
@@ -327,7 +337,7 @@ def test_the_bound_of_the_chain_is_a_posterior_like_any() -> None:
     )
     chain = DDPMChain(model)
     x = MEAN + VARIANCE**0.5 * torch.randn(50, 1)
-    posterior = Programs(chain, ReverseOrder(diffusion), x).posterior(2_000)
+    posterior = Scorer(chain, ReverseOrder(diffusion), x).posterior(2_000)
     assert posterior.draws.keys() == {"x_4", "x_3", "x_2", "x_1"}
     assert posterior.log_p.shape == (2_000, 50)
     marginal = dist.Normal(MEAN, VARIANCE**0.5).log_prob(x[:, 0])
@@ -356,7 +366,7 @@ def test_a_linear_denoiser_reaches_the_optimal_bound(steps: int) -> None:
 
     covariance, mean = torch.tensor([[1.0, 0.8], [0.8, 1.0]]), torch.tensor([0.5, -0.5])
     x = points(covariance, mean).repeat(32, 1)
-    diffusion = Diffusion((2,), Cosine(steps), draws=min(steps, 8))
+    diffusion = Diffusion((2,), CosineSchedule(steps), draws=min(steps, 8))
     values, vectors = torch.linalg.eigh(covariance)
     found = levels(diffusion.schedule, values)
     best = exact_terms(diffusion.schedule, vectors.T @ mean, values, found["small"])
@@ -385,7 +395,7 @@ def test_a_linear_denoiser_reaches_the_optimal_bound(steps: int) -> None:
 def gaussian(steps: int = 50) -> DDPM:
     """The exact chain of one-dimensional Gaussian data."""
     mean, covariance = torch.tensor([MEAN]), torch.tensor([[VARIANCE]])
-    diffusion = Diffusion((1,), Cosine(steps))
+    diffusion = Diffusion((1,), CosineSchedule(steps))
     found = levels(diffusion.schedule, torch.tensor([VARIANCE]))
     return DDPM(
         diffusion,
@@ -489,7 +499,7 @@ def test_a_fitted_model_samples_and_its_program_reconstructs_nothing() -> None:
 @pytest.mark.parametrize("draws", [2, 4])
 def test_some_of_the_steps_are_no_posterior(draws: int) -> None:
     """With as many draws as steps nothing is scaled, and the steps are drawn still."""
-    diffusion = Diffusion((3,), Cosine(4), draws=draws)
+    diffusion = Diffusion((3,), CosineSchedule(4), draws=draws)
     model, x = trio()
     model = DDPM(diffusion, model.net, likelihood=Gaussian(0.7))
     guide = ForwardProcess(diffusion)
@@ -520,14 +530,14 @@ def test_a_fitted_model_has_a_posterior_over_trajectories() -> None:
 
 
 def test_kernels_off_centre_take_all_steps() -> None:
-    diffusion = Diffusion((2,), Cosine(4))
-    model = DDPM(diffusion, nn.Identity(), kernel=Learned(Flow(2, 8), 4))
+    diffusion = Diffusion((2,), CosineSchedule(4))
+    model = DDPM(diffusion, nn.Identity(), kernel=LearnedVariance(Flow(2, 8), 4))
     model.net = Zero()
     assert model.sample(3).shape == (3, 2)
     for options in ({"steps": 2}, {"eta": 0.0}):
         with pytest.raises(ValueError, match="that of a flow is not: sample all steps"):
             model.sample(3, **options)
-    centred = DDPM(diffusion, Zero(), kernel=Learned(FullCovariance(2, 8), 4))
+    centred = DDPM(diffusion, Zero(), kernel=LearnedVariance(FullCovariance(2, 8), 4))
     assert centred.sample(3, steps=2).shape == (3, 2)
 
 
@@ -545,26 +555,26 @@ def test_networks_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         def forward(self, y_t: Tensor, t: Tensor) -> Tensor:
             return torch.zeros(shape)
 
-    diffusion = Diffusion((3,), Cosine(4))
+    diffusion = Diffusion((3,), CosineSchedule(4))
     with pytest.raises(ValueError, match=r"output has its input's shape, \(12, 3\), got"):
         DDPM(diffusion, Net())(torch.randn(12, 3))
 
 
 def test_programs_of_other_kinds_are_refused() -> None:
-    diffusion = Diffusion((3,), Cosine(4))
+    diffusion = Diffusion((3,), CosineSchedule(4))
     with pytest.raises(TypeError, match="expected a Diffusion, got"):
-        DDPM(Cosine(4), nn.Identity())  # type: ignore[arg-type]
+        DDPM(CosineSchedule(4), nn.Identity())  # type: ignore[arg-type]
     for likelihood in (DiscretizedLogistic(16), Bernoulli()):
         with pytest.raises(TypeError, match="expected a likelihood with one output, the mean"):
             DDPM(diffusion, nn.Identity(), likelihood=likelihood)
     with pytest.raises(ValueError, match=r"expected a network of 4 steps.*got one of 1000"):
         DDPM(diffusion, MLPDenoiser((3,), 1_000))
     with pytest.raises(ValueError, match=r"expected a kernel of 4 steps.*got one of 5"):
-        DDPM(diffusion, nn.Identity(), kernel=Learned(FullCovariance(3, 8), 5))
+        DDPM(diffusion, nn.Identity(), kernel=LearnedVariance(FullCovariance(3, 8), 5))
 
 
 def test_data_outside_the_grid_of_the_decoder_are_refused() -> None:
-    diffusion = Diffusion((3,), Cosine(4), coordinates=Affine(0.5, 0.5))
+    diffusion = Diffusion((3,), CosineSchedule(4), coordinates=Affine(0.5, 0.5))
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -588,9 +598,9 @@ def test_a_fitted_model_with_a_learned_schedule_needs_its_own_guide() -> None:
     guide = ForwardProcess(diffusion)
     adam = partial(torch.optim.Adam, lr=0.1)
     fitted = fit(learned, guide, x, optim=adam, steps=5, progress=False)
-    told(TraceMeanField_ELBO()).loss(fitted.model, fitted.guide, x)
+    with_terms(TraceMeanField_ELBO()).loss(fitted.model, fitted.guide, x)
     with pytest.raises(ValueError, match="another forward process than the model"):
-        told(TraceMeanField_ELBO()).loss(fitted.model, guide, x)
+        with_terms(TraceMeanField_ELBO()).loss(fitted.model, guide, x)
 
 
 class Buffered(Schedule):
@@ -625,10 +635,10 @@ def test_a_schedule_that_changes_is_not_remembered(tmp_path: Path) -> None:
     loaded = Fit.load(tmp_path / "fit.pt", *programs([0.99, 0.6, 0.3]))
     bounds = [step_bound(one.model, one.guide, x).elbo.value for one in (fitted, loaded)]
     assert bounds[0] == bounds[1]
-    diffusion = Diffusion((3,), Cosine(3))
+    diffusion = Diffusion((3,), CosineSchedule(3))
     t = torch.tensor([1, 2, 3])
     before = diffusion.transition(t, torch.float64).signal
-    diffusion.schedule = Linear(3)
+    diffusion.schedule = LinearSchedule(3)
     after = diffusion.transition(t, torch.float64).signal.squeeze(-1)
     torch.testing.assert_close(after, diffusion.schedule.levels(t)[0])
     assert not torch.equal(before.squeeze(-1), after)
@@ -643,17 +653,20 @@ def test_a_schedule_that_changes_is_not_remembered(tmp_path: Path) -> None:
         ({"prediction": "noise"}, "expected a prediction that is a module, such as Velocity"),
         ({"prediction": Noise}, "expected a prediction that is a module"),
         ({"kernel": SmallVariance}, "expected a kernel that is a module"),
-        ({"kernel": FullCovariance(3, 8)}, "expected a kernel, such as Learned"),
+        ({"kernel": FullCovariance(3, 8)}, "expected a kernel, such as LearnedVariance"),
         ({"likelihood": LearnedGaussian}, "expected a likelihood with one output"),
     ],
 )
 def test_parts_of_another_kind_are_refused(parts: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        DDPM(Diffusion((3,), Cosine(4)), **{"net": MLPDenoiser((3,), 4, hidden=(8,)), **parts})
+        DDPM(
+            Diffusion((3,), CosineSchedule(4)),
+            **{"net": MLPDenoiser((3,), 4, hidden=(8,)), **parts},
+        )
 
 
 def test_data_of_another_dtype_are_refused() -> None:
-    model = DDPM(Diffusion((3,), Cosine(4)), MLPDenoiser((3,), 4, hidden=(8,)).float())
+    model = DDPM(Diffusion((3,), CosineSchedule(4)), MLPDenoiser((3,), 4, hidden=(8,)).float())
     message = r"the network's dtype, torch.float32, got torch.float64: convert the data \(.float"
     with pytest.raises(TypeError, match=message):
         fit(model, ForwardProcess(model.diffusion), torch.zeros(5, 3), steps=1, progress=False)
@@ -668,8 +681,8 @@ def test_swapped_programs_are_told() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        {"diffusion": Diffusion((3,), Linear(4))},
-        {"diffusion": Diffusion((3,), Cosine(4), coordinates=Affine(1.0, 3.0))},
+        {"diffusion": Diffusion((3,), LinearSchedule(4))},
+        {"diffusion": Diffusion((3,), CosineSchedule(4), coordinates=Affine(1.0, 3.0))},
         {"prediction": Velocity()},
         {"kernel": LargeVariance()},
         {"likelihood": Gaussian(1.7)},
@@ -680,7 +693,11 @@ def test_a_file_is_not_read_for_other_programs(other: dict[str, Any], tmp_path: 
     """Of the same parameters, so that only what they make of them tells."""
 
     def programs(**parts: Any) -> tuple[DDPM, ForwardProcess]:
-        parts = {"diffusion": Diffusion((3,), Cosine(4)), "likelihood": Gaussian(0.7), **parts}
+        parts = {
+            "diffusion": Diffusion((3,), CosineSchedule(4)),
+            "likelihood": Gaussian(0.7),
+            **parts,
+        }
         diffusion = parts.pop("diffusion")
         net = MLPDenoiser((3,), 4, hidden=(8,))
         return DDPM(diffusion, net, **parts), ForwardProcess(diffusion)

@@ -18,7 +18,7 @@ PACKAGES = ("pyro_vi", "pyro_vi.models", "pyro_vi.guides")
 def module_names(package: str) -> list[str]:
     """The package and its modules; `__main__` is left out, since its import runs the program."""
     path = importlib.import_module(package).__path__
-    modules = (f"{package}.{module.name}" for module in pkgutil.iter_modules(path))
+    modules = (module.name for module in pkgutil.walk_packages(path, f"{package}."))
     return [package, *(name for name in modules if not name.endswith(".__main__"))]
 
 

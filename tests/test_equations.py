@@ -16,7 +16,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import LinearPair
+from example_programs import LinearPair
 from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta
@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from pyro_vi import fit
-from pyro_vi.elbo import told
+from pyro_vi.diffusion import Simple
 from pyro_vi.families import FullCovariance, LowRank, MeanField
 from pyro_vi.guides import Encoder
+from pyro_vi.inference import with_terms
 from pyro_vi.models import VAE, Gaussian, LinearGaussian
-from pyro_vi.sites import At
+from pyro_vi.programs import FixedSites
 from pyro_vi.weight_prior import WeightPrior
-from pyro_vi.weighting import Simple, TermWeights
+from pyro_vi.weighting import TermWeights
 
 torch.set_num_threads(1)
 
@@ -110,11 +111,11 @@ class Bound:
     def loss(self, kind: type[Trace_ELBO]) -> tuple[float, float]:
         """A loss of Pyro's and the KL in it, without Monte Carlo error."""
         num = len(self.z)
-        loss = told(kind())
+        loss = with_terms(kind())
         value = float(
             loss.loss(
                 self.model,
-                At({"z": self.z.flatten(0, 1)})(self.guide),
+                FixedSites({"z": self.z.flatten(0, 1)})(self.guide),
                 self.x.repeat(num, 1),
             )
         )
@@ -379,5 +380,5 @@ def test_the_evidence_of_a_predictor_is_the_bound_and_the_gap(shift: float) -> N
     for z in q.sample((20,)):
         log_w = reconstruction(z) + prior.log_prob(z) - q.log_prob(z)
         close(log_w + q.log_prob(z) - posterior.log_prob(z), evidence, 1e-9)
-        loss = Trace_ELBO().loss(pair.model, At({"z": z})(moved.guide), pair.x, pair.y)
+        loss = Trace_ELBO().loss(pair.model, FixedSites({"z": z})(moved.guide), pair.x, pair.y)
         assert -loss == pytest.approx(float(log_w.detach().sum()), abs=1e-9)

@@ -415,8 +415,8 @@ def test_plain_pyro_svi_uses_nothing_of_the_engine() -> None:
         "import pyro_vi",
         "from pyro_vi import SVI",
         "from pyro_vi import plots",
-        "from pyro_vi.fitting import fit",
-        "def f():\n    import pyro_vi.svi",
+        "from pyro_vi.inference.fitting import fit",
+        "def f():\n    import pyro_vi.inference.svi",
     ],
 )
 def test_import_of_the_engine_is_found(source: str) -> None:

@@ -13,12 +13,21 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from pyro_vi import fit
-from pyro_vi.diffusion import Affine, Coordinates, Diffusion, StratifiedSteps, Whitened
-from pyro_vi.elbo import told
+from pyro_vi.diffusion import (
+    Affine,
+    Coordinates,
+    CosineSchedule,
+    Diffusion,
+    LearnedSchedule,
+    LinearSchedule,
+    Schedule,
+    StratifiedSteps,
+    Whitened,
+)
 from pyro_vi.guides import ForwardOrder, ForwardProcess, ReverseOrder
+from pyro_vi.inference import with_terms
 from pyro_vi.models import DDPM, DDPMChain, Gaussian
-from pyro_vi.schedules import Cosine, Learned, Linear, Schedule
-from pyro_vi.sites import At
+from pyro_vi.programs import FixedSites
 
 torch.set_num_threads(1)
 
@@ -44,7 +53,7 @@ def process(
     coordinates: Coordinates | None = None,
     shape: tuple[int, ...] = (2,),
 ) -> Diffusion:
-    schedule = Cosine(8) if schedule is None else schedule
+    schedule = CosineSchedule(8) if schedule is None else schedule
     return Diffusion(shape, schedule, draws=draws, coordinates=coordinates)
 
 
@@ -84,7 +93,7 @@ def plates(site: Any) -> dict[str, tuple[int, int]]:
 def test_some_steps_are_a_plate_inside_the_data(
     steps: int, draws: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    diffusion = process(Cosine(steps), draws=draws, shape=shape)
+    diffusion = process(CosineSchedule(steps), draws=draws, shape=shape)
     x_0 = data(*shape, dtype=dtype).to(device)
     trace = poutine.trace(ForwardProcess(diffusion)).get_trace(x_0)
     trace.compute_log_prob()
@@ -107,7 +116,7 @@ def test_some_steps_are_a_plate_inside_the_data(
 
 
 def test_some_steps_are_drawn_from_the_forward_process() -> None:
-    diffusion = process(Linear(5), draws=3, coordinates=Affine(0.3, 2.0))
+    diffusion = process(LinearSchedule(5), draws=3, coordinates=Affine(0.3, 2.0))
     x_0 = data(2)
     trace = poutine.trace(ForwardProcess(diffusion)).get_trace(x_0)
     trace.compute_log_prob()
@@ -133,7 +142,7 @@ def test_the_step_before_the_first_is_masked() -> None:
     """There is no y_s at t = 1: its density, whatever it is, does not count."""
     guide = ForwardProcess(process(draws=2))
     t = torch.tensor([[1, 2, 1, 8, 3, 1], [4, 1, 1, 5, 1, 2]])
-    trace = poutine.trace(At({"t": t})(guide)).get_trace(data(2))
+    trace = poutine.trace(FixedSites({"t": t})(guide)).get_trace(data(2))
     trace.compute_log_prob()
     site = trace.nodes["x_s"]
     assert torch.equal(site["mask"], t > 1)
@@ -174,7 +183,7 @@ def test_some_steps_have_the_models_sites_plates_masks_and_scales() -> None:
 def test_chains_have_a_site_for_every_step(
     order: Callable[[Diffusion], nn.Module], steps: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    diffusion = process(Cosine(steps), draws=1, shape=(1, 2, 2))
+    diffusion = process(CosineSchedule(steps), draws=1, shape=(1, 2, 2))
     x_0 = data(1, 2, 2, dtype=dtype).to(device)
     trace = poutine.trace(order(diffusion)).get_trace(x_0)
     trace.compute_log_prob()
@@ -190,7 +199,9 @@ def test_chains_have_a_site_for_every_step(
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 50])
 @pytest.mark.parametrize(
-    "schedule", [Linear, Cosine, lambda steps: Learned(steps).double()], ids=["l", "c", "learned"]
+    "schedule",
+    [LinearSchedule, CosineSchedule, lambda steps: LearnedSchedule(steps).double()],
+    ids=["l", "c", "learned"],
 )
 def test_both_orders_are_one_density(schedule: Callable[[int], Schedule], steps: int) -> None:
     """Of every trajectory, whichever of them drew it."""
@@ -199,7 +210,7 @@ def test_both_orders_are_one_density(schedule: Callable[[int], Schedule], steps:
     for order, other in (CHAINS, CHAINS[::-1]):
         drawn = poutine.trace(order(diffusion)).get_trace(x_0)
         values = {name: drawn.nodes[name]["value"] for name in latents(drawn)}
-        scored = poutine.trace(At(values)(other(diffusion))).get_trace(x_0)
+        scored = poutine.trace(FixedSites(values)(other(diffusion))).get_trace(x_0)
         sums = []
         for trace in (drawn, scored):
             trace.compute_log_prob()
@@ -211,7 +222,7 @@ def test_both_orders_are_one_density(schedule: Callable[[int], Schedule], steps:
 def test_each_state_of_a_chain_has_its_marginal(order: Callable[[Diffusion], nn.Module]) -> None:
     """Mean and variance of 20,000 draws of each of five steps, within five standard errors."""
     num = 20_000
-    diffusion = process(Linear(5), draws=1, shape=(1,))
+    diffusion = process(LinearSchedule(5), draws=1, shape=(1,))
     x_0 = torch.full((num, 1), 1.5, dtype=torch.float64)
     trace = poutine.trace(order(diffusion)).get_trace(x_0)
     signal, noise = diffusion.schedule.levels(torch.arange(1, 6))
@@ -249,16 +260,16 @@ def white(scale: float = 1.0) -> Whitened:
 
 
 SCHEDULES: dict[str, Callable[[], Diffusion]] = {
-    "schedule": lambda: process(Linear(8)),
-    "offset": lambda: process(Cosine(8, offset=0.05)),
-    "learned": lambda: process(Learned(8).double()),
+    "schedule": lambda: process(LinearSchedule(8)),
+    "offset": lambda: process(CosineSchedule(8, offset=0.05)),
+    "learned": lambda: process(LearnedSchedule(8).double()),
     "loc": lambda: process(coordinates=Affine(0.1, 1.0)),
     "scale": lambda: process(coordinates=Affine(0.0, 1.5)),
     "whitened": lambda: process(coordinates=white()),
 }
 OTHERS: dict[str, Callable[[], Diffusion]] = {
-    "more steps": lambda: process(Cosine(9)),
-    "fewer steps": lambda: process(Cosine(4)),
+    "more steps": lambda: process(CosineSchedule(9)),
+    "fewer steps": lambda: process(CosineSchedule(4)),
     "more draws": lambda: process(draws=3),
     "fewer draws": lambda: process(draws=1),
     **SCHEDULES,
@@ -275,7 +286,7 @@ def test_another_forward_process_than_the_models_is_refused(
     mine, theirs = process(), other()
     for diffusion, another in ((mine, theirs), (theirs, mine)):
         with pytest.raises(ValueError, match=REFUSED):
-            told(loss()).loss(model_of(diffusion), ForwardProcess(another), data(2))
+            with_terms(loss()).loss(model_of(diffusion), ForwardProcess(another), data(2))
 
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
@@ -293,7 +304,7 @@ def test_another_forward_process_than_the_chains_is_refused(
 ) -> None:
     model = DDPMChain(model_of(process()))
     with pytest.raises(ValueError, match=REFUSED):
-        told(Trace_ELBO()).loss(model, order(other()), data(2))
+        with_terms(Trace_ELBO()).loss(model, order(other()), data(2))
 
 
 @pytest.mark.parametrize(("one", "other"), [(white(), white(2.0)), (white(), Affine())])
@@ -302,15 +313,15 @@ def test_other_coordinates_than_whitened_ones_are_refused(
 ) -> None:
     mine, theirs = (process(coordinates=each) for each in (one, other))
     with pytest.raises(ValueError, match=REFUSED):
-        told(Trace_ELBO()).loss(model_of(mine), ForwardProcess(theirs), data(2))
+        with_terms(Trace_ELBO()).loss(model_of(mine), ForwardProcess(theirs), data(2))
 
 
 @pytest.mark.parametrize(
     "make",
     [
         process,
-        lambda: process(Learned(8).double()),
-        lambda: process(Linear(3), draws=3, coordinates=Affine(0.1, 2.0)),
+        lambda: process(LearnedSchedule(8).double()),
+        lambda: process(LinearSchedule(3), draws=3, coordinates=Affine(0.1, 2.0)),
         lambda: process(coordinates=white()),
     ],
     ids=["fixed", "learned", "affine", "whitened"],
@@ -322,10 +333,10 @@ def test_the_same_numbers_are_the_same_process(make: Callable[[], Diffusion]) ->
     losses = []
     for guide in (ForwardProcess(mine), ForwardProcess(theirs)):
         torch.manual_seed(1)
-        losses.append(told(TraceMeanField_ELBO()).loss(model_of(mine), guide, x_0))
+        losses.append(with_terms(TraceMeanField_ELBO()).loss(model_of(mine), guide, x_0))
     assert losses[0] == losses[1] and math.isfinite(losses[0])
     for order in CHAINS:
-        found = told(Trace_ELBO()).loss(DDPMChain(model_of(mine)), order(theirs), x_0)
+        found = with_terms(Trace_ELBO()).loss(DDPMChain(model_of(mine)), order(theirs), x_0)
         assert math.isfinite(found)
 
 
@@ -335,7 +346,7 @@ def test_the_same_numbers_are_the_same_process(make: Callable[[], Diffusion]) ->
 @pytest.mark.parametrize("steps", [1, 2, 8])
 def test_the_bound_has_a_gradient_in_a_learned_schedule(steps: int) -> None:
     """Through model and guide, which share it; finite at t = 1 and under masks."""
-    schedule = Learned(steps).double()
+    schedule = LearnedSchedule(steps).double()
     diffusion = process(schedule, draws=1)
     programs = [
         (model_of(diffusion), ForwardProcess(diffusion), TraceMeanField_ELBO()),
@@ -345,7 +356,7 @@ def test_the_bound_has_a_gradient_in_a_learned_schedule(steps: int) -> None:
     ]
     for model, guide, loss in programs:
         schedule.zero_grad()
-        told(loss).loss_and_grads(model, guide, data(2))
+        with_terms(loss).loss_and_grads(model, guide, data(2))
         for name, parameter in schedule.named_parameters():
             inner = name not in ("first", "raw_range")
             assert (steps == 1 and inner) or parameter.grad is not None, name
@@ -356,7 +367,7 @@ def test_the_bound_has_a_gradient_in_a_learned_schedule(steps: int) -> None:
 
 def test_a_learned_schedule_is_learned() -> None:
     """By fit, in one state of model and guide: the bound gets better, and theirs stays the same."""
-    diffusion = process(Learned(8, first=-2.0, last=0.0).double(), draws=8)
+    diffusion = process(LearnedSchedule(8, first=-2.0, last=0.0).double(), draws=8)
     model = model_of(diffusion)
     guide = ForwardProcess(diffusion)
     x_0 = data(2).repeat(10, 1)
@@ -371,4 +382,4 @@ def test_a_learned_schedule_is_learned() -> None:
 @pytest.mark.parametrize("guide", [ForwardProcess, ReverseOrder, ForwardOrder])
 def test_guides_need_a_diffusion(guide: Any) -> None:
     with pytest.raises(TypeError, match="expected the model's Diffusion, got"):
-        guide(Cosine(4))
+        guide(CosineSchedule(4))

@@ -10,7 +10,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from programs import LinearPair
+from example_programs import LinearPair
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.trace_struct import Trace
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from pyro_vi import Fit, compare, fit
 from pyro_vi.augmentation import InputNoise, UniformSteps
-from pyro_vi.elbo import told
+from pyro_vi.diffusion import CosineSchedule, GivenSchedule, LearnedSchedule, LinearSchedule
 from pyro_vi.families import FullCovariance, MeanField
 from pyro_vi.guides import Encoder, PairEncoder
+from pyro_vi.inference import with_terms
 from pyro_vi.models import (
     VAE,
     DiscretizedLogistic,
@@ -30,7 +31,6 @@ from pyro_vi.models import (
     PixelGaussian,
     PredictiveVAE,
 )
-from pyro_vi.schedules import Cosine, Given, Learned, Linear
 
 STILL = partial(torch.optim.SGD, lr=0.0)
 MANY = 400  # particles in one evaluation
@@ -41,7 +41,7 @@ def drawn(program: Callable[..., Any], *data: Tensor) -> Trace:
 
 
 def many(elbo: type[Trace_ELBO]) -> ELBO:
-    return told(elbo(num_particles=MANY, vectorize_particles=True, max_plate_nesting=2))
+    return with_terms(elbo(num_particles=MANY, vectorize_particles=True, max_plate_nesting=2))
 
 
 def mean_and_error(loss: ELBO, model: Any, guide: Any, *data: Tensor) -> tuple[float, float]:
@@ -63,7 +63,9 @@ def given(noise: InputNoise, x: Tensor, **values: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------- the input
 
 
-@pytest.mark.parametrize("schedule", [Cosine(50), Linear(50), Learned(50)], ids=lambda s: str(s))
+@pytest.mark.parametrize(
+    "schedule", [CosineSchedule(50), LinearSchedule(50), LearnedSchedule(50)], ids=lambda s: str(s)
+)
 @pytest.mark.parametrize("add_back", [False, True])
 def test_input_is_the_formula(schedule: Any, add_back: bool) -> None:
     noise = InputNoise(schedule, 30, add_back=add_back)
@@ -80,7 +82,8 @@ def test_input_is_the_formula(schedule: Any, add_back: bool) -> None:
 
 def test_levels_are_uniform_and_belong_to_data_points() -> None:
     trace = drawn(
-        Encoder((3,), MeanField(2, 8), noise=InputNoise(Cosine(9), 4)), torch.randn(50_000, 3)
+        Encoder((3,), MeanField(2, 8), noise=InputNoise(CosineSchedule(9), 4)),
+        torch.randn(50_000, 3),
     )
     t = trace.nodes["t"]["value"]
     assert t.shape == (50_000,) and t.dtype == torch.int64
@@ -98,7 +101,7 @@ def test_distribution_of_the_levels() -> None:
 
 
 def test_sites_are_alike_and_count_nothing() -> None:
-    pair = LinearPair(InputNoise(Cosine(20), 8), InputNoise(Cosine(20), 5))
+    pair = LinearPair(InputNoise(CosineSchedule(20), 8), InputNoise(CosineSchedule(20), 5))
     guide = drawn(pair.guide, pair.x, pair.y)
     model = drawn(poutine.replay(pair.model, trace=guide), pair.x, pair.y)
     for trace in (guide, model):
@@ -119,15 +122,15 @@ def test_sites_are_alike_and_count_nothing() -> None:
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
 def test_nothing_changes_without_levels(elbo: type[Trace_ELBO]) -> None:
     """To the last bit: nothing is drawn."""
-    noise = InputNoise(Cosine(20), 0)
-    one, other = LinearPair(), LinearPair(noise, InputNoise(Cosine(20), 0))
+    noise = InputNoise(CosineSchedule(20), 0)
+    one, other = LinearPair(), LinearPair(noise, InputNoise(CosineSchedule(20), 0))
     losses = []
     for pair in (one, other):
         torch.manual_seed(5)
         losses.append([elbo().loss(pair.model, pair.guide, pair.x, pair.y) for _ in range(3)])
         losses[-1].append(float(torch.rand(())))
     assert losses[0] == losses[1] and noise(one.x) is one.x
-    assert InputNoise(Cosine(20), 0, add_back=True)(one.x) is one.x
+    assert InputNoise(CosineSchedule(20), 0, add_back=True)(one.x) is one.x
     x, family = torch.rand(6, 1, 4, 4).round(), MeanField(2, 8)
     model, plain = VAE((1, 4, 4), 2), Encoder((1, 4, 4), family)
     noisy = Encoder((1, 4, 4), family, noise=noise)
@@ -141,7 +144,7 @@ def test_nothing_changes_without_levels(elbo: type[Trace_ELBO]) -> None:
 
 @pytest.mark.parametrize("add_back", [False, True])
 def test_there_is_none_after_training(add_back: bool) -> None:
-    pair = LinearPair(InputNoise(Cosine(20), 10, add_back=add_back))
+    pair = LinearPair(InputNoise(CosineSchedule(20), 10, add_back=add_back))
     fitted = fit(pair.model, pair.guide, (pair.x, pair.y), steps=2, optim=STILL, progress=False)
     at = pair.x * (1 + add_back)
     exact = pair.predictive(at).log_prob(pair.y).numpy()
@@ -157,7 +160,7 @@ def test_there_is_none_after_training(add_back: bool) -> None:
     torch.testing.assert_close(q.mean, LinearPair().guide.encode(at, pair.y).mean)
     assert list(fitted.generate(3)) == ["z", "y"]
     # ... unless it is asked for
-    schedule = Cosine(20)
+    schedule = CosineSchedule(20)
     signal, sd = schedule.levels(torch.tensor(10))
     noisy = fitted.model.predict(pair.x, 20_000, expected=True, t=10)
     mean = pair.predictive((signal + add_back) * pair.x).mean
@@ -173,7 +176,7 @@ def test_there_is_none_after_training(add_back: bool) -> None:
 @pytest.mark.parametrize("add_back", [False, True])
 def test_predictor_bounds_the_density_given_the_noisy_input(add_back: bool) -> None:
     """The exact guide leaves no gap at any draw of the noise; their average in closed form."""
-    schedule, last = Cosine(20), 8
+    schedule, last = CosineSchedule(20), 8
     noise = InputNoise(schedule, last, add_back=add_back)
     pair = LinearPair(noise)
     for _ in range(3):
@@ -198,7 +201,7 @@ def test_predictor_bounds_the_density_given_the_noisy_input(add_back: bool) -> N
 
 
 def test_noisy_targets_bound_the_density_of_the_noisy_target() -> None:
-    noise = InputNoise(Cosine(20), 8)
+    noise = InputNoise(CosineSchedule(20), 8)
     pair = LinearPair(target_noise=noise)
     guide = drawn(pair.guide, pair.x, pair.y)
     y_t = noise.noisy(pair.y, guide.nodes["t_y"]["value"], guide.nodes["eps_y"]["value"])
@@ -213,7 +216,7 @@ def test_noisy_encoder_bounds_the_evidence(add_back: bool) -> None:
     """log p(x) minus the mean KL from q(z | x_t) to the posterior, which is known."""
     torch.manual_seed(4)
     model = LinearGaussian(torch.randn(3, 2).double(), torch.randn(3).double(), scale=0.8)
-    schedule, last = Cosine(20), 8
+    schedule, last = CosineSchedule(20), 8
     noise = InputNoise(schedule, last, add_back=add_back)
     guide = Encoder(
         (3,), FullCovariance(2, 3), network=lambda *_: nn.Identity(), noise=noise
@@ -253,7 +256,7 @@ def test_noisy_guides_stand_beside_clean_ones() -> None:
     x = torch.randn(40, 3)
     guides = {
         "clean": Encoder((3,), MeanField(2, 8)),
-        "noisy": Encoder((3,), MeanField(2, 8), noise=InputNoise(Cosine(20), 8)),
+        "noisy": Encoder((3,), MeanField(2, 8), noise=InputNoise(CosineSchedule(20), 8)),
     }
     splits = SimpleNamespace(train=x, test=x[:10])
     options: dict[str, Any] = {"steps": 5, "batch_size": 20, "num_samples": 30, "progress": False}
@@ -265,7 +268,7 @@ def test_noisy_guides_stand_beside_clean_ones() -> None:
 
 
 def test_predictors_with_noise_are_compared() -> None:
-    noise = InputNoise(Cosine(20), 8)
+    noise = InputNoise(CosineSchedule(20), 8)
     likelihood = Gaussian(0.5)
     model = PredictiveVAE((3,), (4,), MeanField(2, 8), likelihood=likelihood, noise=noise).double()
     guide = PairEncoder((3,), (4,), FullCovariance(2, 8), noise=noise).double()
@@ -281,7 +284,7 @@ def test_predictors_with_noise_are_compared() -> None:
 
 
 def test_minibatches_are_scaled_without_bias() -> None:
-    pair = LinearPair(InputNoise(Cosine(20), 4))
+    pair = LinearPair(InputNoise(CosineSchedule(20), 4))
     options = {"optim": STILL, "progress": False, "steps": 150}
     found = []
     for size in (2, None):
@@ -297,31 +300,31 @@ def test_minibatches_are_scaled_without_bias() -> None:
 def test_impossible_arguments_are_refused() -> None:
     for t_max in (-1, 21):
         with pytest.raises(ValueError, match=rf"t_max from 0 to the schedule's 20, got {t_max}"):
-            InputNoise(Cosine(20), t_max)
+            InputNoise(CosineSchedule(20), t_max)
     for wrong in (True, 3.0, None):
         with pytest.raises(TypeError, match="expected t_max to be an int"):
-            InputNoise(Cosine(20), wrong)  # type: ignore[arg-type]
+            InputNoise(CosineSchedule(20), wrong)  # type: ignore[arg-type]
     for wrong in (1, None, "yes"):
         with pytest.raises(TypeError, match="add_back to be True or False"):
-            InputNoise(Cosine(20), 3, add_back=wrong)  # type: ignore[arg-type]
+            InputNoise(CosineSchedule(20), 3, add_back=wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="expected a Schedule"):
         InputNoise(20, 3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="expected noise to be an InputNoise"):
-        Encoder((3,), MeanField(2, 8), noise=Cosine(20))  # type: ignore[arg-type]
+        Encoder((3,), MeanField(2, 8), noise=CosineSchedule(20))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="target_noise without add_back"):
-        LinearPair(target_noise=InputNoise(Cosine(20), 3, add_back=True))
+        LinearPair(target_noise=InputNoise(CosineSchedule(20), 3, add_back=True))
     make = partial(PredictiveVAE, (3,), (4,), MeanField(2, 8))
     for likelihood in (None, DiscretizedLogistic(17)):
         with pytest.raises(ValueError, match="target_noise makes any real numbers of y, and"):
-            make(likelihood=likelihood, target_noise=InputNoise(Cosine(20), 3))
-        make(likelihood=likelihood, target_noise=InputNoise(Cosine(20), 0))
+            make(likelihood=likelihood, target_noise=InputNoise(CosineSchedule(20), 3))
+        make(likelihood=likelihood, target_noise=InputNoise(CosineSchedule(20), 0))
     for likelihood in (Gaussian(0.1), LearnedGaussian(), PixelGaussian()):
-        make(likelihood=likelihood, target_noise=InputNoise(Cosine(20), 3))
+        make(likelihood=likelihood, target_noise=InputNoise(CosineSchedule(20), 3))
 
 
 def test_noise_on_one_side_alone() -> None:
     """In the guide alone it is another thing: under a model that reads x it must say so."""
-    clean, noisy = LinearPair(), LinearPair(InputNoise(Cosine(20), 3))
+    clean, noisy = LinearPair(), LinearPair(InputNoise(CosineSchedule(20), 3))
     options = {"steps": 1, "progress": False}
     words = r"the guide samples .*'eps', 't'.*which the model does.*give the model the same noise="
     with pytest.raises(ValueError, match=words):
@@ -332,18 +335,18 @@ def test_noise_on_one_side_alone() -> None:
 
 
 OTHERS = {
-    "more levels": InputNoise(Cosine(100), 60),
-    "fewer levels": InputNoise(Cosine(100), 5),
-    "another schedule": InputNoise(Linear(100), 20),
-    "another offset": InputNoise(Cosine(100, offset=0.1), 20),
-    "added back": InputNoise(Cosine(100), 20, add_back=True),
+    "more levels": InputNoise(CosineSchedule(100), 60),
+    "fewer levels": InputNoise(CosineSchedule(100), 5),
+    "another schedule": InputNoise(LinearSchedule(100), 20),
+    "another offset": InputNoise(CosineSchedule(100, offset=0.1), 20),
+    "added back": InputNoise(CosineSchedule(100), 20, add_back=True),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_model_and_its_guide_have_one_noise(name: str) -> None:
     """The guide draws the levels, and would decide what the model is trained for."""
-    noise = InputNoise(Cosine(100), 20)
+    noise = InputNoise(CosineSchedule(100), 20)
     model, guide = LinearPair(noise).model, LinearPair(OTHERS[name]).guide
     x, y = LinearPair().x, LinearPair().y
     found = r"has InputNoise\(Cosine\(100\), t_max=20\) and the guide InputNoise\("
@@ -360,8 +363,11 @@ def test_a_model_and_its_guide_have_one_noise(name: str) -> None:
 
 def test_equal_noises_are_one() -> None:
     """Levels that are used are the same: not the objects, nor the schedules' ends."""
-    for other in (InputNoise(Cosine(20), 8), InputNoise(Given(levels(Cosine(20))[:9]), 8)):
-        model, guide = LinearPair(InputNoise(Cosine(20), 8)).model, LinearPair(other).guide
+    for other in (
+        InputNoise(CosineSchedule(20), 8),
+        InputNoise(GivenSchedule(levels(CosineSchedule(20))[:9]), 8),
+    ):
+        model, guide = LinearPair(InputNoise(CosineSchedule(20), 8)).model, LinearPair(other).guide
         pair = LinearPair()
         fit(model, guide, (pair.x, pair.y), steps=1, progress=False)
 
@@ -377,7 +383,7 @@ def test_a_fit_is_not_loaded_with_another_noise(name: str, tmp_path: Path) -> No
         return Encoder((3,), MeanField(2, 8), noise=noise)
 
     model = LinearGaussian(torch.randn(3, 2), torch.randn(3), scale=0.8)
-    noise = InputNoise(Cosine(100), 20)
+    noise = InputNoise(CosineSchedule(100), 20)
     fitted = fit(model, guide(noise), torch.randn(9, 3), steps=1, progress=False)
     fitted.save(tmp_path / "fit.pt")
     assert Fit.load(tmp_path / "fit.pt", model, guide(noise)).losses.shape == (1,)
@@ -388,19 +394,19 @@ def test_a_fit_is_not_loaded_with_another_noise(name: str, tmp_path: Path) -> No
 
 
 def test_levels_of_predictions_are_strict() -> None:
-    pair = LinearPair(InputNoise(Cosine(20), 10))
+    pair = LinearPair(InputNoise(CosineSchedule(20), 10))
     for wrong in (5.5, True, None):
         with pytest.raises(TypeError, match="expected a level of noise as an int"):
             pair.model.predict(pair.x, t=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="level of noise from 0 to 10, got 11"):
         pair.model.predict(pair.x, t=11)
-    none = LinearPair(InputNoise(Cosine(20), 0))
+    none = LinearPair(InputNoise(CosineSchedule(20), 0))
     with pytest.raises(ValueError, match="level of noise from 0 to 0, got 5"):
         none.model.predict(none.x, t=5)
 
 
 def test_data_that_have_no_noise_are_refused() -> None:
-    noise = InputNoise(Cosine(20), 10)
+    noise = InputNoise(CosineSchedule(20), 10)
     for wrong, got in ((torch.arange(3), r"torch\.int64"), ([0.1], "list")):
         with pytest.raises(TypeError, match=f"tensor of a floating point dtype, got {got}"):
             noise(wrong)

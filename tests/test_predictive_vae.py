@@ -9,7 +9,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from programs import LinearPair
+from example_programs import LinearPair
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn

@@ -14,7 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import normal_mean, normal_mean_guide
+from example_programs import normal_mean, normal_mean_guide
 from pyro import poutine
 from pyro.distributions.transforms import block_autoregressive, iterated, planar
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
@@ -28,7 +28,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
 from pyro_vi import SVI, Fit, Posterior, compare, fit
-from pyro_vi.sites import without_inverse
+from pyro_vi.programs import without_inverse
 
 pytestmark = pytest.mark.usefixtures("double")
 

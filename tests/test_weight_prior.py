@@ -27,14 +27,13 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from pyro_vi import Fit, compare, fit
-from pyro_vi.draws import over_draws
-from pyro_vi.elbo import told
 from pyro_vi.families import MeanField
 from pyro_vi.guides import Encoder, Joint
+from pyro_vi.inference import PerDataPoint, with_terms
 from pyro_vi.models import VAE
 from pyro_vi.networks import MLPDecoder, MLPEncoder
-from pyro_vi.scaling import PerDataPoint
-from pyro_vi.sites import At
+from pyro_vi.posterior import vectorize_over_draws
+from pyro_vi.programs import FixedSites
 from pyro_vi.weight_prior import WeightPrior
 
 torch.set_num_threads(1)
@@ -67,7 +66,7 @@ def gradients(loss: ELBO, model: Any, guide: Any, tensors: list[Tensor]) -> list
     for tensor in tensors:
         tensor.grad = None
     torch.manual_seed(1)
-    told(loss).loss_and_grads(model, guide, IMAGES)
+    with_terms(loss).loss_and_grads(model, guide, IMAGES)
     return [tensor.grad for tensor in tensors]
 
 
@@ -122,7 +121,7 @@ def test_with_the_modules_own_weights_the_model_is_the_plain_one() -> None:
     torch.manual_seed(0)
     plain = poutine.trace(model).get_trace(IMAGES)
     torch.manual_seed(0)
-    trace = poutine.trace(At(own)(prior)).get_trace(IMAGES)
+    trace = poutine.trace(FixedSites(own)(prior)).get_trace(IMAGES)
     plain.compute_log_prob(), trace.compute_log_prob()
     assert torch.equal(plain.nodes["x"]["log_prob"], trace.nodes["x"]["log_prob"])
 
@@ -231,7 +230,7 @@ def test_modules_of_every_kind(name: str) -> None:
     assert sorted(prior.sites) == sorted(sites)
     x = torch.randn(4, 2)
     values = {site: torch.randn_like(v, requires_grad=True) for site, v in prior.weights().items()}
-    trace = poutine.trace(At(values)(prior)).get_trace(x)
+    trace = poutine.trace(FixedSites(values)(prior)).get_trace(x)
     trace.compute_log_prob()
     found = torch.autograd.grad(trace.nodes["y"]["log_prob_sum"], list(values.values()))
     assert all(bool(gradient.abs().sum() > 0) for gradient in found)
@@ -352,13 +351,13 @@ def test_many_draws_at_once() -> None:
 
     def run(fixed: dict[str, Tensor]) -> dict[str, Tensor]:
         runs.append(None)
-        with At(fixed):
+        with FixedSites(fixed):
             trace = poutine.trace(prior).get_trace(x)
         trace.compute_log_prob()
         drawn = {f"noise {name}": trace.nodes[name]["value"] for name in prior.sites}
         return {**drawn, "mean": trace.nodes["y"]["fn"].mean}
 
-    found = over_draws(run, 7)
+    found = vectorize_over_draws(run, 7)
     assert len(runs) == 3  # all at once, and the first and the last by themselves
     assert found["mean"].shape == (7, 4) and not torch.equal(found["mean"][0], found["mean"][1])
     assert found["noise net.0.weight"].shape == (7, 3, 2)
@@ -478,10 +477,10 @@ def test_the_prior_counts_once_a_data_set(kind: type) -> None:
     for name in model.sites if kind is AutoNormal else ():
         noise[f"{name}_unconstrained"] = torch.randn_like(weights.median()[name])
     scaled = PerDataPoint("data", total=len(IMAGES))
-    loss = told(Trace_ELBO())
+    loss = with_terms(Trace_ELBO())
 
     def value(rows: Tensor) -> float:
-        with At({"z": z[rows], **noise}):
+        with FixedSites({"z": z[rows], **noise}):
             return float(loss.loss(scaled(model), scaled(guide), IMAGES[rows]))
 
     every = torch.arange(len(IMAGES))
@@ -553,7 +552,7 @@ class Regression:
 
     def bound(self, guide: Callable[..., Any], noise: dict[str, Tensor]) -> Tensor:
         """log p - log q at a value of the guide's noise."""
-        with At(noise):
+        with FixedSites(noise):
             guide_trace = poutine.trace(guide).get_trace(*self.data)
         replayed = poutine.replay(self.model, trace=guide_trace)
         trace = poutine.trace(replayed).get_trace(*self.data)

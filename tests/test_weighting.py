@@ -13,7 +13,7 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from programs import (
+from example_programs import (
     global_and_local,
     global_and_local_guide,
     normal_mean,
@@ -25,25 +25,23 @@ from test_ddpm import trio
 from torch import Tensor
 
 from pyro_vi import SVI, fit
-from pyro_vi.diffusion import Diffusion
-from pyro_vi.elbo import told
-from pyro_vi.families import MeanField
-from pyro_vi.guides import Encoder, ForwardProcess
-from pyro_vi.models import VAE
-from pyro_vi.networks import MLPDecoder, MLPEncoder
-from pyro_vi.schedules import Cosine, Learned, Linear
-from pyro_vi.sites import At
-from pyro_vi.stepwise import step_bound
-from pyro_vi.weighting import (
-    ScheduleError,
+from pyro_vi.diffusion import (
+    CosineSchedule,
+    Diffusion,
+    LearnedSchedule,
+    LinearSchedule,
     Simple,
     StepWeight,
-    TermWeights,
     Truncated,
-    check_weight,
-    cyclical,
-    warmup,
 )
+from pyro_vi.families import MeanField
+from pyro_vi.guides import Encoder, ForwardProcess
+from pyro_vi.inference import with_terms
+from pyro_vi.models import VAE
+from pyro_vi.networks import MLPDecoder, MLPEncoder
+from pyro_vi.posterior import step_bound
+from pyro_vi.programs import FixedSites
+from pyro_vi.weighting import ScheduleError, TermWeights, check_weight, cyclical, warmup
 
 torch.set_num_threads(1)
 
@@ -67,8 +65,8 @@ def test_the_gradient_is_that_of_the_squared_error(kind: type, floor: float, cho
     y_t = q.mean + eps * q.stddev
     weight = model.net.weight
 
-    loss = told(TraceMeanField_ELBO())
-    at = At({"t": t, "x_t": y_t})
+    loss = with_terms(TraceMeanField_ELBO())
+    at = FixedSites({"t": t, "x_t": y_t})
     weighted = StepWeight(kind(diffusion))
     weight.grad = None
     loss.loss_and_grads(
@@ -92,12 +90,12 @@ def test_weights_of_one_change_nothing() -> None:
     for wrap in (lambda program: program, StepWeight(lambda t: torch.ones(t.shape))):
         torch.manual_seed(0)
         model.net.weight.grad = None
-        loss = told(TraceMeanField_ELBO()).loss_and_grads(wrap(model), wrap(guide), x)
+        loss = with_terms(TraceMeanField_ELBO()).loss_and_grads(wrap(model), wrap(guide), x)
         found.append((loss, model.net.weight.grad.clone()))
     assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize("schedule", [Linear, Cosine])
+@pytest.mark.parametrize("schedule", [LinearSchedule, CosineSchedule])
 @pytest.mark.parametrize("steps", [1, 2, 100])
 @pytest.mark.parametrize("kind", [Simple, Truncated])
 def test_weights_are_positive_at_every_step(schedule: type, steps: int, kind: type) -> None:
@@ -133,17 +131,17 @@ def test_weights_on_one_side_alone_are_refused() -> None:
     weight = partial(StepWeight, Simple(model.diffusion))
     for loss in (TraceMeanField_ELBO(), Trace_ELBO()):
         with pytest.raises(ValueError, match="the model's steps are weighted and the guide's are"):
-            told(loss).loss(weight()(model), guide, x)
+            with_terms(loss).loss(weight()(model), guide, x)
         with pytest.raises(ValueError, match="the guide's steps are weighted and the model's are"):
-            told(loss).loss(model, weight()(guide), x)
+            with_terms(loss).loss(model, weight()(guide), x)
 
 
 def test_weights_of_other_processes_and_learned_schedules_are_refused() -> None:
     model, x = trio()
-    other = StepWeight(Simple(Diffusion((3,), Cosine(1_000))))
+    other = StepWeight(Simple(Diffusion((3,), CosineSchedule(1_000))))
     with pytest.raises(ValueError, match="the weights are of another forward process"):
         other(ForwardProcess(model.diffusion))(x)
-    learned = Diffusion((3,), Learned(8))
+    learned = Diffusion((3,), LearnedSchedule(8))
     with pytest.raises(ValueError, match="no objective for a schedule"):
         Simple(learned)
     learned.schedule.requires_grad_(False)
@@ -173,14 +171,14 @@ def test_weights_that_differ_are_refused() -> None:
         for loss in (Trace_ELBO(), TraceMeanField_ELBO()):
             with pytest.raises(ValueError, match="weigh the same steps differently"):
                 for _ in range(20):  # at a step of little noise alone they weigh alike
-                    told(loss).loss(*programs, x)
+                    with_terms(loss).loss(*programs, x)
 
 
 def test_what_are_no_weights_are_refused() -> None:
     with pytest.raises(TypeError, match="weights as a function of the steps, got 'simple'"):
         StepWeight("simple")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"expected the program's Diffusion, got Cosine\(\)"):
-        Simple(Cosine(5))  # type: ignore[arg-type]
+        Simple(CosineSchedule(5))  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------ reconstruction and KL
@@ -207,7 +205,7 @@ def test_weights_of_one_are_the_plain_bound(loss: ELBO, weights: TermWeights) ->
         parameters = [*model.parameters(), *guide.parameters()]
         for parameter in parameters:
             parameter.grad = None
-        value = told(loss).loss_and_grads(*programs, IMAGES)
+        value = with_terms(loss).loss_and_grads(*programs, IMAGES)
         found.append((value, [parameter.grad for parameter in parameters]))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
@@ -230,14 +228,14 @@ def test_a_fit_with_weights_of_one_is_the_plain_fit() -> None:
 def test_the_weighted_bound_is_the_weighted_sum_of_its_terms(kind: type) -> None:
     x = torch.randn(5)
     weights = TermWeights(reconstruction=3.0, kl=0.25)
-    loss = told(kind())
+    loss = with_terms(kind())
     values = []
     for model, guide in (
         (normal_mean, normal_mean_guide),
         (weights.model(normal_mean), weights.guide(normal_mean_guide)),
     ):
         torch.manual_seed(0)
-        loss.forget()
+        loss.reset()
         value = float(loss.loss(model, guide, x))
         values.append((value, loss.reconstruction(), loss.kl()))
     (plain, *terms), (weighted, *same) = values
@@ -416,10 +414,10 @@ def test_both_sides_and_sides_by_themselves_are_fine(loss: ELBO) -> None:
     poutine.trace(model).get_trace(x)  # the prior, without a guide
     poutine.trace(guide).get_trace(x)
     point = AutoDelta(global_and_local)
-    value = told(loss).loss(model, weights.guide(point), x)
-    assert value != told(loss).loss(global_and_local, point, x)
+    value = with_terms(loss).loss(model, weights.guide(point), x)
+    assert value != with_terms(loss).loss(global_and_local, point, x)
     alone = TermWeights(reconstruction=2.0)  # the KL is as it was: the guide needs no handler
-    told(loss).loss(alone.model(global_and_local), global_and_local_guide, x)
+    with_terms(loss).loss(alone.model(global_and_local), global_and_local_guide, x)
 
 
 def test_weights_of_sites_that_are_not_there() -> None:
@@ -454,7 +452,7 @@ def test_an_importance_weighted_bound_takes_no_weights(name: str, weight: Any) -
     with pytest.raises(ValueError, match="has no KL to weight, and no reconstruction"):
         fit(normal_mean, normal_mean_guide, torch.ones(3), **options)
     weights = TermWeights(**{name.removesuffix("_weight"): weight})
-    loss = told(RenyiELBO(num_particles=2))
+    loss = with_terms(RenyiELBO(num_particles=2))
     with pytest.raises(ValueError, match="importance-weighted bound of scaled sites"):
         loss.loss(weights.model(normal_mean), weights.guide(normal_mean_guide), torch.ones(3))
 

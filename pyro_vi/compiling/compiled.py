@@ -6,15 +6,13 @@ __all__ = ["Compiled", "Prediction"]
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_vi.compiling.recording import StepRecord
-
-if TYPE_CHECKING:
-    from pyro_vi.svi import SVI
+from pyro_vi.compiling.stepper import Stepper
 
 
 class Compiled:
@@ -33,7 +31,7 @@ class Compiled:
         update: the optimizers' step; None if the record ends with the gradients.
     """
 
-    def __init__(self, svi: SVI, step: StepRecord, function: Any) -> None:
+    def __init__(self, svi: Stepper, step: StepRecord, function: Any) -> None:
         self._svi, self._step, self.function = svi, step, function
         self.update = step.update
         self.status = function.view(step.status)

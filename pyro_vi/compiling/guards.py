@@ -30,11 +30,11 @@ from torch.distributions import Distribution
 from torch.utils import _pytree as tree
 from torch.utils._device import DeviceContext
 
+from pyro_vi.compiling.stepper import Stepper
 from pyro_vi.compiling.update import HOOKS_OF_ALL
 
 if TYPE_CHECKING:
     from pyro_vi.compiling.recording import StepRecord
-    from pyro_vi.svi import SVI
 
 
 class Guards:
@@ -46,12 +46,12 @@ class Guards:
         step: its record.
     """
 
-    def __init__(self, svi: SVI, modules: Sequence[nn.Module], step: StepRecord) -> None:
+    def __init__(self, svi: Stepper, modules: Sequence[nn.Module], step: StepRecord) -> None:
         own = [one for m in modules for one in (*m.parameters(False), *m.buffers(False))]
         tensors = list({id(one): one for one in (*step.parameters, *step.held(), *own)}.values())
         trained = [one for one in tensors if one.requires_grad or isinstance(one, nn.Parameter)]
         parts = [vars(module)[name] for module in modules for name in _PARTS]
-        given = svi.told._given if svi.told is not None else svi.loss
+        given = svi.elbo_terms._given if svi.elbo_terms is not None else svi.loss
         optimizers = step.update.optimizers if step.update is not None else []
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         hooks = [*HOOKS_OF_ALL, *(hook for one in optimizers for hook in _HOOKS(one))]

@@ -19,7 +19,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_vi.reach import CONTAINERS, held_by, is_library
+from pyro_vi.programs import CONTAINERS, held_by, is_library
 
 
 def held_values(*programs: Callable[..., Any]) -> dict[str, Any]:

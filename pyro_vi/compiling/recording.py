@@ -11,7 +11,7 @@ __all__ = ["Recording", "StepRecord"]
 
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +21,10 @@ from torch.distributions import Distribution
 from torch.utils import _pytree as tree
 
 from pyro_vi.compiling.clean import clean, commit, conditions_hold
+from pyro_vi.compiling.stepper import Stepper
 from pyro_vi.compiling.tape import CONSTANT, HELD, Op, Record, Ref, Storage, Tape, Unrecordable
 from pyro_vi.compiling.update import Update, update_of
-from pyro_vi.program import modules_of
-
-if TYPE_CHECKING:
-    from pyro_vi.svi import SVI
+from pyro_vi.programs import modules_of
 
 _aten = torch.ops.aten
 
@@ -94,7 +92,7 @@ class Recording:
     """
 
     def __init__(
-        self, svi: SVI, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_owner: bool
+        self, svi: Stepper, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_owner: bool
     ) -> None:
         self._svi, self._is_owner = svi, is_owner
         leaves, spec = tree.tree_flatten((args, kwargs))
@@ -174,14 +172,14 @@ class Recording:
 
     def _outcome(self, loss: Tensor, parameters: list[Tensor]) -> list[Tensor]:
         """What the record computes besides the update: four numbers, and gradients if need be."""
-        told = self._svi.told
+        terms = self._svi.elbo_terms
         gradients = [p.grad for p in parameters if p.grad is not None]
         self._unused = [p for p in parameters if p.grad is None]
         finite = loss.isfinite()
         if self._is_owner:
             for gradient in gradients:
                 finite = finite & torch.linalg.vector_norm(gradient).isfinite()
-        terms = told.terms(loss) if told is not None else (loss, loss)
+        terms = terms.terms(loss) if terms is not None else (loss, loss)
         if self._update is not None:
             return [loss, *terms, finite]
         self._graded = [p for p in parameters if p.grad is not None]

@@ -13,7 +13,7 @@ __all__ = ["Compiler"]
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pyro.infer.util import zero_grads
 from torch import Tensor
@@ -23,10 +23,8 @@ from pyro_vi.compiling.compiled import Compiled
 from pyro_vi.compiling.guards import Guards, Strange, batch_key
 from pyro_vi.compiling.leftovers import difference, held_values
 from pyro_vi.compiling.recording import Recording
+from pyro_vi.compiling.stepper import Stepper
 from pyro_vi.compiling.tape import Unrecordable
-
-if TYPE_CHECKING:
-    from pyro_vi.svi import SVI
 
 _FIRST = 2  # eager steps of a kind of batch before its record
 _OTHERS = 100  # the same, once there is a record of another kind
@@ -63,7 +61,7 @@ class Compiler:
 
     def __init__(
         self,
-        svi: SVI,
+        svi: Stepper,
         *,
         is_owner: bool = False,
         waits: bool = True,

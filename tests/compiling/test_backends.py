@@ -10,7 +10,7 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
-from programs import normal_mean, normal_mean_guide
+from example_programs import normal_mean, normal_mean_guide
 from pyro.infer import Trace_ELBO
 
 from pyro_vi import SVI, fit

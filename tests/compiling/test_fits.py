@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import normal_mean, normal_mean_guide
+from example_programs import normal_mean, normal_mean_guide
 from pyro.distributions import constraints
 from pyro.infer import RenyiELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -18,9 +18,10 @@ from steps import IMAGES, small_decoder, small_encoder, vae
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR
 
-from pyro_vi import Fit, NonFiniteError, engine, fit, warmup
+from pyro_vi import Fit, NonFiniteError, fit, warmup
 from pyro_vi.families import MeanField
 from pyro_vi.guides import Encoder, Joint
+from pyro_vi.inference import trainer
 from pyro_vi.models import VAE
 from pyro_vi.weight_prior import WeightPrior
 from pyro_vi.weighting import cyclical
@@ -118,7 +119,7 @@ def fitted(name: str, block: int | None, patch: pytest.MonkeyPatch, **options: A
     torch.manual_seed(0)
     model, guide, data = make()
     if block is not None:
-        patch.setattr(engine, "BLOCK", block)
+        patch.setattr(trainer, "BLOCK", block)
     common = {"optim": partial(SGD, lr=0.05, momentum=0.9), "steps": 16}
     compile = block is not None
     found = fit(model, guide, data, **{**common, **others, **options}, compile=compile)
@@ -254,7 +255,7 @@ def test_a_fit_ends_as_an_eager_one(
     model, guide, words = ENDS[name]
     errors = []
     for block in (None, 1, 7):
-        monkeypatch.setattr(engine, "BLOCK", block or 50)
+        monkeypatch.setattr(trainer, "BLOCK", block or 50)
         with pytest.raises(NonFiniteError, match=r"^step \d+") as caught:
             fit(
                 model, guide, X, optim=partial(SGD, lr=1 / 32), steps=40, seed=1,
@@ -279,7 +280,7 @@ def test_what_a_batch_brings_is_the_eager_error(
     block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An index out of bounds, in a batch late in a block."""
-    monkeypatch.setattr(engine, "BLOCK", block)
+    monkeypatch.setattr(trainer, "BLOCK", block)
     table = nn.Embedding(4, 1)
 
     def model(k: Tensor) -> None:

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
-from programs import eight_schools, normal_mean, normal_mean_guide
+from example_programs import eight_schools, normal_mean, normal_mean_guide
 from pyro.distributions import constraints
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import (
@@ -40,16 +40,23 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_vi import SVI, warmup
 from pyro_vi.augmentation import InputNoise
-from pyro_vi.denoisers import MLPDenoiser, UNet
-from pyro_vi.diffusion import Diffusion
+from pyro_vi.diffusion import (
+    CosineSchedule,
+    Diffusion,
+    GivenSchedule,
+    LearnedSchedule,
+    MLPDenoiser,
+    Simple,
+    StepWeight,
+    UNet,
+)
 from pyro_vi.families import FullCovariance, MeanField
 from pyro_vi.flows import Flow
 from pyro_vi.guides import Encoder, ForwardProcess, Joint, PairEncoder, ReverseOrder
 from pyro_vi.models import DDPM, VAE, Bernoulli, DDPMChain, Gaussian, PredictiveVAE
 from pyro_vi.optimizers import OneOptimizer
-from pyro_vi.schedules import Cosine, Given, Learned
 from pyro_vi.weight_prior import WeightPrior
-from pyro_vi.weighting import Simple, StepWeight, TermWeights, cyclical
+from pyro_vi.weighting import TermWeights, cyclical
 
 
 def auto(kind: Callable[..., Any]) -> Programs:
@@ -158,8 +165,8 @@ def weight_prior() -> Programs:
 
 def augmented() -> Programs:
     noises = {
-        "noise": InputNoise(Cosine(20), 8, add_back=True),
-        "target_noise": InputNoise(Cosine(20), 3),
+        "noise": InputNoise(CosineSchedule(20), 8, add_back=True),
+        "target_noise": InputNoise(CosineSchedule(20), 3),
     }
     nets = {"network": small_encoder, "decoder": small_decoder}
     likelihood = Gaussian(0.5)
@@ -169,7 +176,7 @@ def augmented() -> Programs:
 
 
 def noisy_encoder() -> Programs:
-    noise = InputNoise(Given([0.99, 0.9, 0.7, 0.2]), 3)
+    noise = InputNoise(GivenSchedule([0.99, 0.9, 0.7, 0.2]), 3)
     guide = Encoder((1, 4, 4), FullCovariance(2, 8), network=small_encoder, noise=noise)
     model = VAE((1, 4, 4), 2, likelihood=Bernoulli(), decoder=small_decoder)
     return model, guide, TraceMeanField_ELBO(), (IMAGES,)
@@ -178,7 +185,9 @@ def noisy_encoder() -> Programs:
 def ddpm(
     net: Callable[[], nn.Module], loss: ELBO, *, learned: bool = False, simple: bool = False
 ) -> Programs:
-    diffusion = Diffusion((1, 4, 4), Learned(20) if learned else Cosine(20), draws=2)
+    diffusion = Diffusion(
+        (1, 4, 4), LearnedSchedule(20) if learned else CosineSchedule(20), draws=2
+    )
     model, guide = DDPM(diffusion, net()).double(), ForwardProcess(diffusion)
     if simple:
         weights = Simple(diffusion)
@@ -187,7 +196,7 @@ def ddpm(
 
 
 def chain() -> Programs:
-    diffusion = Diffusion((1, 4, 4), Cosine(2))
+    diffusion = Diffusion((1, 4, 4), CosineSchedule(2))
     model = DDPM(diffusion, MLPDenoiser((1, 4, 4), 2, hidden=(8,), time_dim=4)).double()
     return DDPMChain(model), ReverseOrder(diffusion), TraceMeanField_ELBO(), (IMAGES,)
 
