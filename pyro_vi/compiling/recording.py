@@ -172,14 +172,14 @@ class Recording:
 
     def _outcome(self, loss: Tensor, parameters: list[Tensor]) -> list[Tensor]:
         """What the record computes besides the update: four numbers, and gradients if need be."""
-        terms = self._svi.elbo_terms
         gradients = [p.grad for p in parameters if p.grad is not None]
         self._unused = [p for p in parameters if p.grad is None]
         finite = loss.isfinite()
         if self._is_owner:
             for gradient in gradients:
                 finite = finite & torch.linalg.vector_norm(gradient).isfinite()
-        terms = terms.terms(loss) if terms is not None else (loss, loss)
+        elbo = self._svi.elbo_terms
+        terms = elbo.terms(loss) if elbo is not None else (loss, loss)
         if self._update is not None:
             return [loss, *terms, finite]
         self._graded = [p for p in parameters if p.grad is not None]

@@ -13,6 +13,7 @@ __all__ = ["Average", "check_decay"]
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,17 @@ class Average:
                     average.lerp_(tensor, self._number)
         if not is_recording():
             self.at(self._step + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages by name, and the number of the next step."""
+        averages = {name: average.clone() for name, average in self._averages.items()}
+        return {"averages": averages, "step": self._step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes what `state_dict` gave."""
+        for name, average in self._averages.items():
+            average.copy_(state["averages"][name])
+        self.at(state["step"])
 
     @property
     def tensors(self) -> list[Tensor]:

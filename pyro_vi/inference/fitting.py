@@ -1,44 +1,44 @@
-"""fit(): batches + SVI + progress -> Fit.
+"""fit(): the training of a model and a guide on data.
 
     1/N ELBO(theta, phi) = 1/N E_q[ log p(x, z) - log q(z | x) ]
 
 is maximised with Pyro's SVI over the parameters of model and guide, in nats per data point. The
 programs that come in stay as they are: training happens on a private copy of their state
-(`pyro_vi.programs`), to which the fitted programs are bound.
+(`pyro_vi.programs.State`), to which the fitted programs are bound.
+
+A fit has three parts: `_set_up` makes what training needs, `_train` is the loop, and `_result`
+makes the `Fit`.
 """
 
 from __future__ import annotations
 
 __all__ = ["NonFiniteError", "fit"]
 
-import logging
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import copy
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyro.poutine as poutine
 import torch
-from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
+from pyro.infer import ELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoLaplaceApproximation
 from pyro.optim import PyroOptim
-from pyro.optim.lr_scheduler import PyroLRScheduler
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm.auto import tqdm
 
-from pyro_vi.checks import check_count, check_seed, checked_device
-from pyro_vi.inference.averaging import Average, check_decay
+from pyro_vi.inference.averaging import Average
+from pyro_vi.inference.callbacks import Callback, HeldoutBound, Patience, ProgressBar
 from pyro_vi.inference.elbo import with_terms
 from pyro_vi.inference.fitted import Fit
-from pyro_vi.inference.interrupts import interruptible
+from pyro_vi.inference.heldout import Heldout
+from pyro_vi.inference.interrupts import Interruption, interruptible
 from pyro_vi.inference.laplace import check_mode, gaussian_at_mode
 from pyro_vi.inference.nonfinite import (
     LastGood,
@@ -46,17 +46,15 @@ from pyro_vi.inference.nonfinite import (
     describe_constraint_error,
     is_support_error,
 )
-from pyro_vi.inference.per_data_point import PerDataPoint
+from pyro_vi.inference.options import FitOptions
 from pyro_vi.inference.restarts import best_of, disagreement, perturb
-from pyro_vi.inference.svi import SVI, is_recordable
-from pyro_vi.inference.trainer import Scaling, SVITrainer, Terms
-from pyro_vi.optimizers import OneOptimizer
+from pyro_vi.inference.svi import is_recordable
+from pyro_vi.inference.trainer import Scaling, SVITrainer
+from pyro_vi.inference.training_state import TrainingState
 from pyro_vi.process_state import seeded
 from pyro_vi.programs import (
-    Arguments,
     Batches,
     Data,
-    PlateSizes,
     Program,
     RowIndependence,
     State,
@@ -66,11 +64,6 @@ from pyro_vi.programs import (
     reachable,
 )
 from pyro_vi.weighting import ScheduleError, TermWeights
-
-log = logging.getLogger(__name__)
-
-_FEW = 300  # steps that pay for half a second of compilation
-_MANY = 5_000  # and for many seconds
 
 
 def fit(
@@ -185,13 +178,11 @@ def fit(
         >>> fitted.losses.shape
         torch.Size([20])
     """
-    check_count("restart", restarts)
-    once = partial(
-        _fit_once,
-        model,
-        guide,
-        data,
-        loss=loss,
+    for name, program in (("model", model), ("guide", guide)):
+        if not callable(program):
+            raise TypeError(f"expected a callable as {name}, got {program!r}")
+    options = FitOptions(
+        loss=Trace_ELBO() if loss is None else loss,
         optim=optim,
         steps=steps,
         batch_size=batch_size,
@@ -206,9 +197,11 @@ def fit(
         patience=patience,
         plate=plate,
         seed=seed,
+        restarts=restarts,
         prior_only=prior_only,
         device=device,
         compile=compile,
+        progress=progress,
     )
     fits: list[Fit] = []
     failed: dict[str, NonFiniteError] = {}
@@ -217,11 +210,8 @@ def fit(
             if interruption.requested and fits:
                 break
             name = f"restart {restart + 1} of {restarts}"
-            label = f"{progress}, {name}" if isinstance(progress, str) and progress else name
             try:
-                fits.append(
-                    once(restart=restart, progress=progress and label if restarts > 1 else progress)
-                )
+                fits.append(_fit_once(model, guide, data, options, restart))
             except NonFiniteError as error:
                 failed[name] = error
     if not fits:
@@ -244,158 +234,173 @@ def fit(
     return best_of(completed or fits, stopped_early=patience is not None)
 
 
+@dataclass(frozen=True)
+class _Training:
+    """What a training loop needs, and does not change.
+
+    Attributes:
+        model, guide, options: as they were given.
+        batches: the data.
+        programs: the private state of model and guide, which is installed.
+        structure: what one run of the programs showed.
+        state: what the loop changes.
+        last_good: the parameters of the last step with a finite loss.
+        callbacks: called between blocks of steps, in order.
+    """
+
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+    options: FitOptions
+    batches: Batches
+    structure: Structure
+    state: TrainingState
+    last_good: LastGood
+    callbacks: Sequence[Callback]
+
+
 def _fit_once(
     model: Callable[..., Any],
     guide: Callable[..., Any],
     data: Data,
-    *,
-    loss: ELBO | None,
-    optim: PyroOptim | Callable[[Iterable[Tensor]], Optimizer] | None,
-    steps: int,
-    batch_size: int | None,
-    transform: Callable[[Any], Any] | None,
-    kl_weight: float | Callable[[int], float],
-    reconstruction_weight: float | Callable[[int], float],
-    schedule: Callable[[Optimizer], LRScheduler] | None,
-    clip_norm: float | None,
-    average: float | None,
-    heldout: Data | None,
-    heldout_every: int,
-    patience: int | None,
-    plate: str,
-    seed: int,
+    options: FitOptions,
     restart: int,
-    prior_only: bool,
-    device: str | torch.device | None,
-    compile: bool | Literal["auto"],
-    progress: bool | str,
 ) -> Fit:
     """The fit after `restart` others; held-out bounds have the same noise in all of them."""
-    loss = Trace_ELBO() if loss is None else copy(loss)  # some remember the programs' plates
-    for name, program in (("model", model), ("guide", guide)):
-        if not callable(program):
-            raise TypeError(f"expected a callable as {name}, got {program!r}")
-    check_decay(average)
-    _check_arguments(loss, steps, heldout, heldout_every, patience, clip_norm, seed)
-    if compile is not True and compile is not False and compile != "auto":
-        raise ValueError(f"expected compile to be True, False or 'auto', got {compile!r}")
-    compiles = compile is True and is_recordable(with_terms(loss))
-    compiles = compiles or (compile == "auto" and steps >= _FEW)
-    where = checked_device(device)
-    batches = Batches(data, batch_size=batch_size, transform=transform, device=where)
-    optimizer = _optimizer(optim, schedule, clip_norm)
-    weights = TermWeights(
-        reconstruction=reconstruction_weight, kl=kl_weight, device=batches.device or where
+    device = options.torch_device
+    batches = Batches(
+        data, batch_size=options.batch_size, transform=options.transform, device=device
     )
-    state = State({"model": model, "guide": guide}, device=where)
+    optimizer = options.make_optimizer()
+    weights = TermWeights(
+        reconstruction=options.reconstruction_weight,
+        kl=options.kl_weight,
+        device=batches.device or device,
+    )
+    programs = State({"model": model, "guide": guide}, device=device)
     with (
         interruptible() as interruption,
-        seeded(seed + restart, where),
-        state.installed(),
+        seeded(options.seed + restart, device),
+        programs.installed(),
+        ProgressBar(options.steps, _label(options, restart)) as bar,
         warnings.catch_warnings(),
     ):
-        # Pyro warns of NaN and goes on; here a NaN is an error, raised below.
+        # Pyro warns of NaN and goes on; here a NaN is an error.
         warnings.filterwarnings("ignore", message="Encountered")
         # Pyro also warns of observed sites in the guide; they are left out of log q here.
         warnings.filterwarnings("ignore", message="Found non-auxiliary vars in guide")
-        structure = _inspect(model, guide, batches, loss, state, plate, prior_only)
-        check_mode(guide, structure, weights)
-        if loss.vectorize_particles and math.isinf(loss.max_plate_nesting):
-            # Pyro would run the programs to guess it; the particles take a dimension too.
-            loss.max_plate_nesting = structure.nesting + (loss.num_particles > 1)
-        if restart:
-            perturb(state, model, guide)
-        evaluate = _Heldout(model, guide, loss, heldout, batches, structure, state, seed)
-        scaling = Scaling(model, guide, loss, structure, weights)
-        bar = tqdm(
-            total=steps,
-            desc=progress if isinstance(progress, str) else None,
-            disable=not progress,
-            unit="step",
+        training = _set_up(
+            model, guide, batches, options, programs, optimizer, weights, bar, restart
         )
-        mean = Average(state.parameters(), decay=average) if average is not None else None
-        history = _History()
-        good = LastGood(state.tensors().values())
-        engine = SVITrainer(
-            scaling,
-            optimizer,
-            loss,
-            batches.shuffled(seed + restart),
-            good=good,
-            tensors=list(state.tensors().values()),
-            compiles=compiles,
-            waits=compile is True or steps >= _MANY,
-            average=mean,
-            announce=lambda: bar.set_postfix_str("compiling the step"),
-        )
-        result = partial(_result, model, guide, state, history, structure, batches, engine)
-        guard = partial(_guarded, model, guide, plate, engine, good, history, result)
-        best, waited = math.inf, 0
-        kept: dict[str, Tensor] | None = None
-        with bar:
-            while engine.taken < steps and not interruption.requested:
-                step = engine.taken
-                limit = steps - step
-                if evaluate.wanted:
-                    limit = min(limit, heldout_every - step % heldout_every)
-                started = time.perf_counter()
-                with guard():
-                    taken = engine.take(limit)
-                    history.add(engine.read())
-                history.seconds += time.perf_counter() - started
-                bar.update(taken)
-                bar.set_postfix_str(f"bound {history.recent:.2f} nats", refresh=False)
-                step = engine.taken
-                if evaluate.wanted and (step % heldout_every == 0 or step == steps):
-                    averaged = mean.installed() if mean is not None else nullcontext()
-                    with guard("in the held-out bound"), averaged:
-                        bound = evaluate()
-                        history.heldout.append((step, bound))
-                        if -bound < best:
-                            best, waited = -bound, 0
-                            kept = state.snapshot() if patience is not None else None
-                        else:
-                            waited += 1
-                    if patience is not None and waited >= patience:
-                        log.info("stopped at step %d: no better held-out bound", step)
-                        break
-        if kept is not None:
-            state.restore(kept)
-        elif mean is not None:
-            mean.install()
-        if history.losses:
-            engine.batch = args, kwargs = batches.first()
-            with guard("with the last parameters"), torch.no_grad():
-                last = Structure.of(model, guide, args, kwargs, plate=plate)
-                last.guide_trace.compute_log_prob()
-                last.model_trace.compute_log_prob()
-        cut_short = interruption.requested and len(history.losses) < steps
-        fitted = replace(result(), interrupted=cut_short)
+        _train(training, interruption)
+        interrupted = interruption.requested and training.state.step < options.steps
+        fitted = replace(_result(training), interrupted=interrupted)
         if isinstance(guide, AutoLaplaceApproximation):
-            args, kwargs = Batches(data, transform=transform, device=where).whole()
+            args, kwargs = Batches(data, transform=options.transform, device=device).whole()
             try:
                 fitted = gaussian_at_mode(fitted, *args, **kwargs)
             except ValueError:
-                if not fitted.interrupted:
+                if not interrupted:
                     raise  # else the mode was not reached: the fit keeps the point
     return fitted
 
 
-@contextmanager
-def _guarded(
+def _label(options: FitOptions, restart: int) -> bool | str:
+    """The label of a progress bar, which numbers restarts; False for no bar."""
+    shown = options.progress
+    if options.restarts == 1 or not shown:
+        return shown
+    name = f"restart {restart + 1} of {options.restarts}"
+    return f"{shown}, {name}" if isinstance(shown, str) else name
+
+
+def _set_up(
     model: Callable[..., Any],
     guide: Callable[..., Any],
-    plate: str,
-    engine: SVITrainer,
-    good: LastGood,
-    history: _History,
-    result: Callable[[], Fit],
-    where: str | None = None,
-) -> Iterator[None]:
-    """Turns what breaks training off into a NonFiniteError with the last good parameters.
+    batches: Batches,
+    options: FitOptions,
+    programs: State,
+    optimizer: PyroOptim,
+    weights: TermWeights,
+    bar: ProgressBar,
+    restart: int,
+) -> _Training:
+    """Runs the programs once, and makes all that training needs."""
+    loss = copy(options.loss)  # some remember the programs' plates
+    structure = _inspect(model, guide, batches, loss, programs, options.plate, options.prior_only)
+    check_mode(guide, structure, weights)
+    if loss.vectorize_particles and math.isinf(loss.max_plate_nesting):
+        # Pyro would run the programs to guess it; the particles take a dimension too.
+        loss.max_plate_nesting = structure.nesting + (loss.num_particles > 1)
+    if restart:
+        perturb(programs, model, guide)
+    callbacks: list[Callback] = [bar]
+    if options.heldout is not None:
+        bound = Heldout(
+            model, guide, loss, options.heldout, batches, structure, programs, options.seed
+        )
+        callbacks.append(HeldoutBound(bound, every=options.heldout_every))
+    if options.patience is not None:
+        callbacks.append(Patience(options.patience, every=options.heldout_every))
+    scaling = Scaling(model, guide, loss, structure, weights)
+    average = None
+    if options.average is not None:
+        average = Average(programs.parameters(), decay=options.average)
+    last_good = LastGood(programs.tensors().values())
+    source = batches.shuffled(options.seed + restart)
+    trainer = SVITrainer(
+        scaling,
+        optimizer,
+        loss,
+        source,
+        good=last_good,
+        tensors=list(programs.tensors().values()),
+        compiles=options.compiles
+        and (options.compile == "auto" or is_recordable(with_terms(loss))),
+        waits=options.waits_for_compiler,
+        average=average,
+        announce=bar.announce_compilation,
+    )
+    state = TrainingState(programs, trainer, source, average)
+    bar.start()
+    return _Training(model, guide, options, batches, structure, state, last_good, callbacks)
+
+
+def _train(training: _Training, interruption: Interruption) -> None:
+    """Takes all steps, and installs the parameters that the fit ends with."""
+    state, steps = training.state, training.options.steps
+    while state.step < steps and not state.stopped and not interruption.requested:
+        limits = [one.steps_left(state.step) for one in training.callbacks]
+        started = time.perf_counter()
+        with _guarded(training):
+            state.trainer.take(min([steps - state.step, *(n for n in limits if n is not None)]))
+            state.history.add(state.trainer.read())
+        state.history.seconds += time.perf_counter() - started
+        for callback in training.callbacks:
+            if callback.is_due(state.step, steps):
+                with _guarded(training, callback.purpose):
+                    callback(state)
+    state.keep_result()
+    if state.step:
+        _check_result(training)
+
+
+def _check_result(training: _Training) -> None:
+    """Raises NonFiniteError if the programs cannot run with the parameters that were found."""
+    args, kwargs = training.state.trainer.batch = training.batches.first()
+    with _guarded(training, "with the last parameters"), torch.no_grad():
+        last = Structure.of(
+            training.model, training.guide, args, kwargs, plate=training.options.plate
+        )
+        last.guide_trace.compute_log_prob()
+        last.model_trace.compute_log_prob()
+
+
+@contextmanager
+def _guarded(training: _Training, where: str | None = None) -> Iterator[None]:
+    """Turns an error that ends training into a NonFiniteError with the last good parameters.
 
     Args:
-        where: what the programs ran for, in words; by default a step, and the last site it reached.
+        where: what the programs run for, in words; by default a step, and the last site it reached.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite, or something left its constraint.
@@ -407,126 +412,39 @@ def _guarded(
     except ScheduleError:
         raise  # it says at which step, and no site is at fault
     except (FloatingPointError, ValueError, RuntimeError) as error:
+        trainer = training.state.trainer
         if where is None:
-            started = engine.last_site != "the start"
-            where = f"after {engine.last_site}" if started else "before the first site"
-        good.restore()
-        history.add(engine.read())
-        batch = engine.batch
+            started = trainer.last_site != "the start"
+            where = f"after {trainer.last_site}" if started else "before the first site"
+        training.last_good.restore()
+        training.state.history.add(trainer.read())
         if isinstance(error, FloatingPointError):
-            message: str | None = f"step {engine.taken}: {error}"
-        elif is_support_error(error) and _data_outside_support(model, guide, batch, plate):
+            message: str | None = f"step {trainer.taken}: {error}"
+        elif is_support_error(error) and _data_outside_support(training):
             message = None
         else:
             reason = describe_constraint_error(error, where)
-            message = None if reason is None else f"step {engine.taken}, {reason}"
+            message = None if reason is None else f"step {trainer.taken}, {reason}"
         if message is None:
-            error.add_note(f"at step {engine.taken}, {where}")
+            error.add_note(f"at step {trainer.taken}, {where}")
             raise
-        raise NonFiniteError(message, step=engine.taken, fit=result()) from error
+        raise NonFiniteError(message, step=trainer.taken, fit=_result(training)) from error
 
 
-def _data_outside_support(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    batch: Arguments,
-    plate: str,
-) -> bool:
-    """Whether observed values of a batch are outside of their support."""
-    args, kwargs = batch
+def _data_outside_support(training: _Training) -> bool:
+    """Whether observed values of the last batch are outside of their support."""
+    args, kwargs = training.state.trainer.batch
     try:
         with torch.no_grad():
-            structure = Structure.of(model, guide, args, kwargs, plate=plate)
+            structure = Structure.of(
+                training.model, training.guide, args, kwargs, plate=training.options.plate
+            )
             for name in structure.observed:
                 site = structure.model_trace.nodes[name]
                 site["fn"].log_prob(site["value"])
     except ValueError as error:
         return is_support_error(error)
     return False
-
-
-class _History:
-    """What is kept of every step."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.reconstruction: list[float] = []
-        self.kl: list[float] = []
-        self.weights: list[tuple[float, float]] = []
-        self.heldout: list[tuple[int, float]] = []
-        self.seconds = 0.0
-        self.recent = math.nan  # the bound, smoothed over about twenty steps
-
-    def add(self, steps: Sequence[Terms]) -> None:
-        for step in steps:
-            smoothed = 0.95 * self.recent - 0.05 * step.loss
-            self.recent = -step.loss if math.isnan(self.recent) else smoothed
-        self.losses += [step.loss for step in steps]
-        self.reconstruction += [step.reconstruction for step in steps]
-        self.kl += [step.kl for step in steps]
-        self.weights += [step.weights for step in steps]
-
-
-class _Heldout:
-    """The bound on held-out data, in nats per data point, with the same noise every time."""
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        loss: ELBO,
-        data: Data | None,
-        training: Batches,
-        structure: Structure,
-        state: State,
-        seed: int,
-    ) -> None:
-        self.wanted = data is not None
-        if data is None:
-            return
-        if not structure.is_local:
-            raise ValueError(
-                "the bound on held-out data needs every site inside plate"
-                f" {structure.plate!r}: with a global latent, q(theta | training data) bounds"
-                " nothing on other data"
-            )
-        device = training.device
-        whole = Batches(data, device=device)
-        rows = len(next(iter(whole.tensors().values()), ()))
-        size = None if training.batch_size is None else max(1, min(training.batch_size, rows))
-        self._batches = Batches(data, batch_size=size, transform=training.transform, device=device)
-        structure.check_amortized(guide)
-        self._sizes = PlateSizes(structure.unsized)
-        if structure.unsized:
-            model, guide = self._sizes(model), self._sizes(guide)
-        self._summed = isinstance(loss, RenyiELBO)  # the others are scaled to one data point
-        if not self._summed:
-            weights = PerDataPoint(structure.plate, total=1)  # every site is inside
-            model, guide = weights(model), weights(guide)
-        self._svi = SVI(model, guide, PyroOptim(torch.optim.SGD, {}), loss)
-        self._plate, self._state, self._seed = structure.plate, state, seed
-
-    def __call__(self) -> float:
-        total, rows = 0.0, 0
-        with seeded(self._seed), self._state.evaluating():
-            for (args, kwargs), size in self._chunks():
-                if self._plate in self._sizes.sizes:
-                    self._sizes.sizes[self._plate] = size
-                value = self._svi.evaluate_loss(*args, **kwargs)
-                total -= value if self._summed else value * size
-                rows += size
-        return total / rows
-
-    def _chunks(self) -> Iterable[tuple[tuple[tuple[Any, ...], dict[str, Any]], int]]:
-        if self._batches.total is None or self._batches.batch_size is None:
-            yield self._batches.whole(), self._rows()
-            return
-        every = torch.arange(self._batches.total, device=self._batches.device)
-        for index in every.split(self._batches.batch_size):
-            yield self._batches.rows(index), len(index)
-
-    def _rows(self) -> int:
-        return len(next(iter(self._batches.tensors().values())))
 
 
 def _inspect(
@@ -582,15 +500,11 @@ def _inspect(
     return structure
 
 
-def _result(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    state: State,
-    history: _History,
-    structure: Structure,
-    batches: Batches,
-    engine: SVITrainer,
-) -> Fit:
+def _result(training: _Training) -> Fit:
+    """The fit with the present parameters."""
+    model, guide, structure = training.model, training.guide, training.structure
+    state, history = training.state.programs, training.state.history
+    batches = training.batches
     trained = sum(tensor.numel() for tensor in structure.parameters)
     trains_model = structure.trains_model  # asked before gradients are turned off
     state.freeze()
@@ -625,83 +539,5 @@ def _result(
         rows=rows.rows,
         fingerprint=None if rows.local or batches.transform else batches.fingerprint(),
         template=batches.head(2),
-        compiled=engine.explain(),
+        compiled=training.state.trainer.explain(),
     )
-
-
-def _check_arguments(
-    loss: object,
-    steps: int,
-    heldout: Data | None,
-    heldout_every: int,
-    patience: int | None,
-    clip_norm: float | None,
-    seed: int,
-) -> None:
-    if not isinstance(loss, ELBO):
-        raise TypeError(f"expected one of Pyro's ELBOs as loss, such as Trace_ELBO(), got {loss!r}")
-    if type(loss).__name__.startswith("Jit"):
-        raise TypeError(
-            f"{type(loss).__name__} keeps the programs and scales of its first step: use"
-            f" {type(loss).__name__.removeprefix('Jit')}"
-        )
-    if steps != 0:
-        check_count("step", steps)
-    if heldout_every < 1:
-        raise ValueError(f"expected heldout_every of at least 1, got {heldout_every}")
-    if patience is not None and (heldout is None or patience < 1):
-        raise ValueError(
-            f"early stopping needs held-out data and a patience of at least 1, got {patience}"
-            f"{' without heldout' if heldout is None else ''}"
-        )
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"expected a positive clip_norm, got {clip_norm}")
-    check_seed(seed)
-
-
-def _optimizer(
-    optim: PyroOptim | Callable[[Iterable[Tensor]], Optimizer] | None,
-    schedule: Callable[[Optimizer], LRScheduler] | None,
-    clip_norm: float | None,
-) -> PyroOptim:
-    if isinstance(optim, PyroOptim):
-        if schedule is not None or clip_norm is not None:
-            raise ValueError(
-                "schedule and clip_norm work on a torch optimizer: give"
-                " optim=partial(torch.optim.Adam, lr=...), or a Pyro optimizer that schedules"
-                " (pyro.optim.ExponentialLR) and clips (clip_args) by itself"
-            )
-        if "Plateau" in getattr(optim, "pt_scheduler_constructor", int).__name__:
-            raise TypeError(
-                "expected a schedule of the step alone; ReduceLROnPlateau needs a metric"
-            )
-        fresh = copy(optim)  # its state belongs to other parameters
-        fresh.optim_objs, fresh.grad_clip = {}, {}
-        fresh._state_waiting_to_be_consumed = dict(optim._state_waiting_to_be_consumed)
-        return _Scheduled(fresh) if isinstance(fresh, PyroLRScheduler) else fresh
-    if getattr(optim, "__module__", "").startswith("pyro.optim"):
-        raise TypeError(
-            "expected a Pyro optimizer made with its arguments, such as pyro.optim.Adam({'lr':"
-            f" 1e-3}}), got {optim!r}"
-        )
-    if optim is not None and not callable(optim):
-        raise TypeError(
-            "expected a Pyro optimizer, or a callable that makes a torch optimizer from"
-            f" parameters, got {type(optim).__name__}: a torch optimizer is bound to its"
-            " parameters, so give functools.partial(torch.optim.Adam, lr=1e-3) instead"
-        )
-    return OneOptimizer(
-        optim or partial(torch.optim.Adam, lr=1e-3), schedule=schedule, clip_norm=clip_norm
-    )
-
-
-class _Scheduled(PyroOptim):
-    """A Pyro scheduler that is stepped after every update, as `schedule` is."""
-
-    def __init__(self, scheduler: PyroLRScheduler) -> None:
-        super().__init__(scheduler.pt_optim_constructor, {})
-        self._scheduler = scheduler
-
-    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
-        self._scheduler(params, *args, **kwargs)
-        self._scheduler.step()

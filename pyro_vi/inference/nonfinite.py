@@ -10,8 +10,8 @@ from __future__ import annotations
 __all__ = ["LastGood", "NonFiniteError", "describe_constraint_error", "is_support_error"]
 
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -69,6 +69,14 @@ class LastGood:
             self._good = [tensor.clone() for tensor in self._marked]
         elif self._good:
             torch._foreach_copy_(self._good, self._marked)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last good values."""
+        return {"good": None if self._good is None else [one.clone() for one in self._good]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes what `state_dict` gave."""
+        self._good = None if state["good"] is None else [one.clone() for one in state["good"]]
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Every tensor, and the tensor with its last good value; compiled steps update that."""

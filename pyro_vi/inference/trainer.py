@@ -7,12 +7,13 @@ nothing, so that its mean over data points is taken outside.
 
 from __future__ import annotations
 
-__all__ = ["SVITrainer", "Scaling", "Terms"]
+__all__ = ["SVITrainer", "Scaling"]
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
 
 import pyro
 import torch
@@ -28,6 +29,7 @@ from pyro_vi.inference.averaging import Average
 from pyro_vi.inference.nonfinite import LastGood
 from pyro_vi.inference.per_data_point import PerDataPoint
 from pyro_vi.inference.svi import SVI
+from pyro_vi.inference.training_state import Terms
 from pyro_vi.programs import Arguments, PlateSizes, Shuffled, Structure
 from pyro_vi.weighting import TermWeights
 
@@ -80,18 +82,6 @@ class _LastSite(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not site_is_subsample(msg):
             self.name = f"site {msg['name']!r}"
-
-
-class Terms(NamedTuple):
-    """What a step found, in nats per data point.
-
-    Reconstruction and KL are as they are without their weights, which come last.
-    """
-
-    loss: float
-    reconstruction: float
-    kl: float
-    weights: tuple[float, float]
 
 
 class SVITrainer(SVI):
@@ -152,6 +142,22 @@ class SVITrainer(SVI):
         """What the steps since the last call found, in their order."""
         found, self._found = self._found, []
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps taken, the optimizer and its schedule, batches that wait, the last good values."""
+        return {
+            "taken": self.taken,
+            "optimizer": deepcopy(self.optim.get_state()),
+            "waiting": list(self._waiting),
+            "good": self._good.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues where `state_dict` was called."""
+        self.taken = state["taken"]
+        self.optim.set_state(deepcopy(state["optimizer"]))
+        self._waiting = deque(state["waiting"])
+        self._good.load_state_dict(state["good"])
 
     def take(self, limit: int) -> int:
         """Takes at least one step, at most `limit`; returns how many.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Posterior(WeightedDraws):
     """Draws from a guide with their importance weights, and their export to ArviZ.
 
-    Attributes and methods are those of `pyro_vi.posterior.WeightedDraws`, and the exports below.
+    Its other attributes and methods are those of `pyro_vi.posterior.WeightedDraws`.
     """
 
     def to_datatree(self, **options: Any) -> xarray.DataTree:

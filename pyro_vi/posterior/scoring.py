@@ -33,8 +33,9 @@ from torch.distributions import biject_to
 from pyro_vi import diagnostics
 from pyro_vi.checks import check_count
 from pyro_vi.diagnostics import Estimate
-from pyro_vi.posterior.posterior import Draws, Posterior
+from pyro_vi.posterior.posterior import Posterior
 from pyro_vi.posterior.vectorize import NOISE, vectorize_over_draws
+from pyro_vi.posterior.weighted_draws import Draws
 from pyro_vi.process_state import seeded
 from pyro_vi.programs import (
     Arguments,

@@ -17,6 +17,7 @@ __all__ = ["Draws", "Loo", "Predictor", "WeightedDraws"]
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
@@ -96,6 +97,8 @@ class Predictor(Protocol):
     def prior(self, num_samples: int, *, seed: int = 0) -> tuple[Draws, Draws]: ...
 
     def given_data(self) -> tuple[Draws, Draws]: ...
+
+    def completed(self, samples: Mapping[str, Tensor]) -> Draws: ...
 
 
 @dataclass(frozen=True, repr=False)

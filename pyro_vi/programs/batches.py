@@ -230,6 +230,16 @@ class Shuffled:
         self._start += size
         return self._order[self._start - size : self._start]
 
+    def state_dict(self) -> dict[str, Any]:
+        """The order of the present epoch, the position in it, and the generator."""
+        order = None if self._order is None else self._order.clone()
+        return {"order": order, "start": self._start, "generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues where `state_dict` was called, on the same data."""
+        self._order, self._start = state["order"], state["start"]
+        self._generator.set_state(state["generator"])
+
     def make(self, rows: Tensor | None) -> Arguments:
         """The arguments made of some rows, transformed."""
         if self.is_fixed:
