@@ -210,6 +210,8 @@ class Recording:
             is_nan = record.emit(_aten.isnan.default, record.outputs[0])
             sound = _both(record, sound, record.emit(_aten.logical_not.default, is_nan))
         keep = _both(record, sound, finite if self._is_owner else None)
+        if keep is not None:  # TorchInductor calls this operation; else it would compute `keep`
+            keep = record.emit(_aten._is_all_true.default, keep)  # anew for each parameter
         pairs = [(tape.index(tensor), copy) for tensor, copy in self._svi._copies()]
         commit(record, keep, {i: outer(copy).storage for i, copy in pairs if i is not None})
         status = outer(torch.zeros(5, dtype=torch.float64, device=self._device))
