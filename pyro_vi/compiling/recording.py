@@ -11,6 +11,7 @@ __all__ = ["Recording", "StepRecord"]
 
 import random
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,7 +67,7 @@ class StepRecord:
         numbers = [] if self.numbers is None else [self.numbers]
         return [self.status, *self.batch, *numbers, *(index for index, _ in self.scheduled)]
 
-    @property
+    @cached_property
     def eps(self) -> float:
         """The rounding of the coarsest floating dtype that the record computes in."""
         dtypes = {ref.dtype for op in self.record.ops for ref in op.outs}
