@@ -11,6 +11,7 @@ __all__ = ["Recording", "StepRecord"]
 
 import random
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class StepRecord:
         numbers = [] if self.numbers is None else [self.numbers]
         return [self.status, *self.batch, *numbers, *(index for index, _ in self.scheduled)]
 
-    @property
+    @cached_property
     def eps(self) -> float:
         """The rounding of the coarsest floating dtype that the record computes in."""
         dtypes = {ref.dtype for op in self.record.ops for ref in op.outs}
@@ -208,6 +209,8 @@ class Recording:
             is_nan = record.emit(_aten.isnan.default, record.outputs[0])
             sound = _both(record, sound, record.emit(_aten.logical_not.default, is_nan))
         keep = _both(record, sound, finite if self._is_owner else None)
+        if keep is not None:  # TorchInductor calls this operation; else it would compute `keep`
+            keep = record.emit(_aten._is_all_true.default, keep)  # anew for each parameter
         pairs = [(tape.index(tensor), copy) for tensor, copy in self._svi._copies()]
         commit(record, keep, {i: outer(copy).storage for i, copy in pairs if i is not None})
         status = outer(torch.zeros(5, dtype=torch.float64, device=self._device))

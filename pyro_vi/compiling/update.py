@@ -1,8 +1,9 @@
 """The steps of torch's optimizers as formulas of tensors.
 
 A compiled step cannot call an optimizer, which is Python. It has the formulas of Adam, AdamW, SGD
-and Pyro's ClippedAdam instead, on the optimizers' own state. What lies in Python is an input of the
-record: the learning rates, and counts of steps that are no tensors of the device.
+and Pyro's ClippedAdam instead, on the optimizers' own state. What an optimizer computes in Python
+are three numbers: the learning rate, and Adam's corrections of the bias. They are inputs of the
+record.
 
 Other optimizers stay outside of the record, which then ends with the gradients.
 """
@@ -22,9 +23,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as optimizers
 
-# Of a parameter's step: its rate, and 1 / (1 - beta_1^n) and the root of 1 - beta_2^n if the
-# optimizer has betas.
-Numbers = tuple[Any, Any, Any]
+Numbers = Sequence[Any]  # of a step: the rate, 1 / (1 - beta_1^n), the root of 1 - beta_2^n
 
 
 class Update:
@@ -52,9 +51,8 @@ class Update:
             for p in group["params"]
             if id(p) in used
         ]
-        groups = {id(group): group for _, group, _, _ in every}
-        self._groups = list(groups.values())
-        self._decaying = [group for group in self._groups if group.get("lrd", 1.0) != 1.0]
+        groups = {id(group): group for _, group, _, _ in every}.values()
+        self._decaying = [group for group in groups if group.get("lrd", 1.0) != 1.0]
         device = parameters[0].device if parameters else torch.device("cpu")
         states = [state for *_, state in every]
         named = [item for state in states for item in state.items() if isinstance(item[1], Tensor)]
@@ -62,39 +60,35 @@ class Update:
         self.state = [one for name, one in named if name != "step"] + self._steps
         inside = set(map(id, self._steps))
         self._outside = [s for s in states if "step" in s and id(s["step"]) not in inside]
-        # Parameters that have taken equally many steps share a count: the first one's.
-        leads: dict[Any, dict[str, Any]] = {}
-        self._moves: list[tuple[Tensor, Any, dict[str, Any], int, dict[str, Any], Any]] = []
+        # Parameters of a group that have taken equally many steps share their numbers.
+        rows: dict[Any, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self._moves: list[tuple[Tensor, Any, dict[str, Any], dict[str, Any], int]] = []
         for formula, group, p, state in every:
-            lead = leads.setdefault(float(state.get("step", 0)), state)
-            place = list(groups).index(id(group))
-            self._moves.append((p, formula, group, place, state, lead))
-        outside = {id(state) for state in self._outside}
-        self._counted = [lead for lead in leads.values() if id(lead) in outside]
+            key = (id(group), float(state.get("step", 0)))
+            rows.setdefault(key, (group, state))
+            self._moves.append((p, formula, group, state, list(rows).index(key)))
+        self._rows = list(rows.values())
 
     def state_of(self, parameter: Tensor) -> list[Tensor]:
         """The tensors of the optimizer's state that belong to a parameter."""
-        states = [state for p, _, _, _, state, _ in self._moves if p is parameter]
+        states = [state for p, _, _, state, _ in self._moves if p is parameter]
         return [one for state in states for one in state.values() if isinstance(one, Tensor)]
 
     def rates(self) -> list[float]:
-        """The learning rates of the next step."""
-        return [group["lr"] * group.get("lrd", 1.0) for group in self._groups]
+        """The learning rate of the next step, by row."""
+        return [group["lr"] * group.get("lrd", 1.0) for group, _ in self._rows]
 
     def numbers(self, steps: int = 1) -> list[list[float]]:
-        """The numbers of the next steps at the present rates: rates first, then counts.
-
-        Returns:
-            A row for each step, or one row if they are the same in every step.
-        """
-        rates, counts = self.rates(), [float(state["step"]) + 1 for state in self._counted]
-        rows = [[*rates, *counts]]
-        if self._decaying or counts:
-            decays = [group.get("lrd", 1.0) for group in self._groups]
-            for i in range(1, steps):
-                rates = [rate * decay for rate, decay in zip(rates, decays, strict=True)]
-                rows.append([*rates, *(count + i for count in counts)])
-        return rows
+        """The numbers of the next steps at the present rates: for each step, three of each row."""
+        found: list[list[float]] = [[] for _ in range(steps)]
+        for (group, state), rate in zip(self._rows, self.rates(), strict=True):
+            n, decay = float(state.get("step", 0)), group.get("lrd", 1.0)
+            first, second = group.get("betas", (0.0, 0.0))
+            for numbers in found:
+                n += 1
+                numbers += rate, 1 / (1 - first**n), (1 - second**n) ** 0.5
+                rate *= decay
+        return found
 
     def apply(self, numbers: Tensor | None = None) -> None:
         """Moves the parameters that have a gradient, and their state, in place.
@@ -102,29 +96,15 @@ class Update:
         Args:
             numbers: of the step, as a tensor that is read anew; by default those of `numbers`.
         """
-        rows = self.numbers()[0] if numbers is None else numbers
         with torch.no_grad():
+            found = self.numbers()[0] if numbers is None else numbers
             for step in self._steps:
                 step.add_(1)
-            known: dict[Any, tuple[Any, Any]] = {}
-            for p, formula, group, place, state, lead in self._moves:
-                if p.grad is None:
-                    continue
-                if (clip := self._clips.get(id(p))) is not None:
-                    clip(p)
-                key = (id(lead), betas := group.get("betas"))
-                if betas is not None and key not in known:
-                    first, second = betas
-                    n = self._count(lead, rows, numbers is None)
-                    known[key] = 1 / (1 - first**n), (1 - second**n) ** 0.5
-                formula(p, p.grad, (rows[place], *known.get(key, (1, 1))), group, state)
-
-    def _count(self, lead: dict[str, Any], rows: Any, is_eager: bool) -> Any:
-        """How many steps a parameter has taken, this one included."""
-        for i, one in enumerate(self._counted):
-            if one is lead:
-                return rows[len(self._groups) + i]
-        return float(lead["step"]) if is_eager else lead["step"].double()
+            for p, formula, group, state, row in self._moves:
+                if p.grad is not None:
+                    if (clip := self._clips.get(id(p))) is not None:
+                        clip(p)
+                    formula(p, p.grad, found[3 * row : 3 * row + 3], group, state)
 
     def counts(self) -> list[Any]:
         """What `advance` changes."""
@@ -197,14 +177,14 @@ def _clipped_adam(p: Tensor, g: Tensor, numbers: Numbers, group: Any, state: Any
     mean.mul_(first).add_(gradient, alpha=1 - first)
     centred = gradient - mean if group["centered_variance"] else gradient
     square.mul_(second).addcmul_(centred, centred, value=1 - second)
-    rate, size, root = numbers
+    rate, size, root = numbers[0], numbers[1], numbers[2]
     p.sub_(rate * root * size * mean / (square.sqrt() + group["eps"]))
 
 
 def _adam(p: Tensor, g: Tensor, numbers: Numbers, group: Any, state: Any) -> None:
     gradient = -g if group["maximize"] else g
     first, second = group["betas"]
-    rate, size, root = numbers
+    rate, size, root = numbers[0], numbers[1], numbers[2]
     if group["weight_decay"] != 0 and group["decoupled_weight_decay"]:
         p.mul_(1 - rate * group["weight_decay"])
     elif group["weight_decay"] != 0:

@@ -19,6 +19,8 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import MaskedDistribution
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -76,7 +78,7 @@ def _vectorised(
     run: Callable[[Values], Values], num: int, given: Values, at_once: int | None
 ) -> Values:
     def one(token: Tensor, values: Values) -> Values:
-        with _EmptyPerDraw(token):
+        with _EmptyPerDraw(token), _DirichletPerDraw():
             return run(values)
 
     device = next((value.device for value in given.values()), None)
@@ -146,6 +148,29 @@ class _EmptyPerDraw(TorchFunctionMode):
         if func in _EMPTY and isinstance(made, Tensor):
             return made + (self._token * 0).to(made)
         return made
+
+
+class _DirichletPerDraw(Messenger):
+    """Draws the values of Dirichlet and beta sites.
+
+    torch draws them in a function with a gradient of its own, which vmap refuses. Nothing here asks
+    for gradients.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None and not msg["done"] and not msg["args"] and not msg["kwargs"]:
+            msg["value"] = _dirichlet(msg["fn"])
+
+
+def _dirichlet(fn: Any) -> Tensor | None:
+    """A draw of a Dirichlet or a beta distribution; None for another one."""
+    while isinstance(fn, (torch.distributions.Independent, MaskedDistribution)):
+        fn = fn.base_dist
+    if isinstance(fn, torch.distributions.Beta):
+        return torch._sample_dirichlet(fn._dirichlet.concentration).select(-1, 0)
+    if isinstance(fn, torch.distributions.Dirichlet):
+        return torch._sample_dirichlet(fn.concentration)
+    return None
 
 
 _EMPTY = (torch.empty, torch.empty_like, torch.Tensor.new_empty, torch.Tensor.new)

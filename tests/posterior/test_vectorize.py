@@ -318,16 +318,50 @@ def test_a_branch_on_a_latent_is_run_draw_by_draw(caplog: pytest.LogCaptureFixtu
     )
 
 
-def test_a_sampler_that_torch_cannot_vectorise_is_run_draw_by_draw(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize("event_dim", [0, 1])
+def test_beta_and_dirichlet_sites_are_drawn_at_once(
+    event_dim: int, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def model(x: Tensor) -> None:
+        bias = pyro.sample("bias", dist.Beta(2 + zeros(2), 1.0).to_event(1))
+        rates = pyro.sample("rates", dist.Dirichlet(1 + zeros(3)).mask(event_dim == 1))
+        pyro.factor("x", bias.log().sum() + rates.log()[0])
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("bias", dist.Beta(3 + zeros(2), 1.0).to_event(1))
+        pyro.sample("rates", dist.Dirichlet(1 + zeros(3)).mask(event_dim == 1))
+
     with caplog.at_level(logging.DEBUG, logger="pyro_vi.posterior.vectorize"):
-        posterior = Scorer(beta_bernoulli, beta_bernoulli_guide, COINS).posterior(200)
-    assert "one by one" in caplog.text
+        posterior = Scorer(model, guide, COINS).posterior(2_000)
+    assert "one by one" not in caplog.text
+    bias, rates = posterior.draws["bias"], posterior.draws["rates"]
+    assert bias.shape == (2_000, 2) and rates.shape == (2_000, 3)
+    torch.testing.assert_close(rates.sum(-1), torch.ones(2_000).double())
+    torch.testing.assert_close(bias.mean(0), torch.tensor([0.75, 0.75]).double(), atol=0.02, rtol=0)
+    torch.testing.assert_close(rates.mean(0), torch.full((3,), 1 / 3).double(), atol=0.03, rtol=0)
+    assert len(bias.unique()) == 4_000
+    expected = 2 * math.log(2 / 3) + rates.log()[:, 0]
+    torch.testing.assert_close(posterior.log_p - posterior.log_q, expected)
+
+
+def test_a_beta_guide_that_is_exact_has_constant_weights() -> None:
+    posterior = Scorer(beta_bernoulli, beta_bernoulli_guide, COINS).posterior(200)
     # the guide is exact: B(2 + 2, 1 + 1) / B(2, 1)
     evidence = math.lgamma(4) + math.lgamma(2) - math.lgamma(6) - math.lgamma(2) + math.lgamma(3)
     np.testing.assert_allclose(posterior.log_weights, evidence, atol=1e-10)
     assert len(posterior.draws["bias"].unique()) == 200
+
+
+def test_a_sampler_that_torch_cannot_vectorise_is_run_draw_by_draw(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def model(x: Tensor) -> None:
+        pyro.sample("angle", dist.VonMises(zeros(), 2.0))
+
+    with caplog.at_level(logging.DEBUG, logger="pyro_vi.posterior.vectorize"):
+        posterior = Scorer(model, model, COINS).posterior(50)
+    assert "one by one" in caplog.text
+    assert len(posterior.draws["angle"].unique()) == 50
 
 
 class OneOfNumPys(dist.TorchDistribution):
