@@ -43,7 +43,7 @@ def code(text: str) -> str:
 def missing_tests(text: str) -> list[str]:
     """The named tests that no file has."""
     missing = []
-    for name, test in re.findall(r"(tests/\w+\.py)(?:::(\w+))?", text):
+    for name, test in re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", text):
         path = ROOT / name
         tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.parse("")
         found = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -85,7 +85,7 @@ def test_what_a_document_names_is_there(path: Path) -> None:
 def test_the_equations_name_statements_that_are_there() -> None:
     text = EQUATIONS.read_text(encoding="utf-8")
     assert not missing_statements(text)
-    assert len(re.findall(r"tests/\w+\.py::test_\w+", text)) >= 30
+    assert len(re.findall(r"tests/[\w/]+\.py::test_\w+", text)) >= 30
 
 
 def test_what_is_not_there_is_found() -> None:

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, with fewer steps."""
+"""The Python of the README and of the documents runs as it stands, with fewer steps."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, DIFFUSION = ROOT / "README.md", ROOT / "docs" / "diffusion_and_prediction.md"
 
 
-def blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def blocks(path: Path = README) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_the_python_of_the_readme_runs(
@@ -55,7 +60,7 @@ def test_the_classical_model_of_the_readme_runs(
 
 
 def test_the_diffusion_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    code = blocks()[3]
+    (code,) = blocks(DIFFUSION)
     short = code.replace("steps=1_500", "steps=5, progress=False").replace("digits.test)", "X)")
     assert "steps=5" in short
     short = short.replace("bits_per_dim)", "bits_per_dim.value)").replace("X)", "digits.test[:20])")
