@@ -43,7 +43,7 @@ class Graph:
         GraphError: the compiler failed.
     """
 
-    can_draw_all = False
+    draws_ahead = can_draw_all = False
 
     def __init__(
         self,
@@ -185,7 +185,8 @@ def module_of(record: Record) -> tuple[fx.GraphModule, list[int]]:
         returned = op.func._schema.returns
         many = len(returned) > 1 or isinstance(returned[0].type, torch.ListType)
         for i, ref in enumerate(op.outs):
-            one = graph.call_function(getitem, (made, i)) if many else made
+            place = op.positions[i] if op.positions else i
+            one = graph.call_function(getitem, (made, place)) if many else made
             found_base(ref, one)
     graph.output(())
     graph.eliminate_dead_code()
