@@ -35,7 +35,7 @@ def compile_step(
     """Compiles a record.
 
     Args:
-        per_step, steps: see `Function`.
+        record, per_step, steps: see `Function`, for which the outputs of the record are conditions.
         waits: whether a compiler may be used that takes seconds to minutes.
         announce: called before that.
 
@@ -43,7 +43,7 @@ def compile_step(
         Unrecordable: no compiler takes it.
     """
     try:
-        return Function(record, steps=steps, per_step=per_step, largest=LARGE)
+        return Function(record, steps=steps, per_step=per_step, largest=LARGE, stops=True)
     except CannotCompile as error:
         warnings.warn(f"a step is compiled by TorchScript, which is slower: {error}", stacklevel=8)
         compiler = torchscript

@@ -50,7 +50,7 @@ class Compiled:
     def set_numbers(self, steps: int = 1) -> None:
         """Sets the optimizers' numbers of the next steps."""
         if self._numbers is not None and self.update is not None:
-            self._numbers[:steps] = self.update.numbers(steps)
+            self.update.write_numbers(self._numbers, steps)
 
     def fill(self, step: int, batch: Sequence[Tensor]) -> None:
         """Gives a step its batch, and the numbers that are set before it."""

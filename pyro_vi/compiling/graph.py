@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_vi.compiling.tape import Record, Ref
+from pyro_vi.compiling.tape import Op, Record, Ref
 
 _aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ class Graph:
         GraphError: the compiler failed.
     """
 
-    can_draw_all = False
+    draws_ahead = can_draw_all = False
 
     def __init__(
         self,
@@ -181,16 +181,32 @@ def module_of(record: Record) -> tuple[fx.GraphModule, list[int]]:
                 continue
         args = tuple(filled(one) for one in op.args)
         kwargs = {name: filled(value) for name, value in op.kwargs.items()}
-        made = graph.call_function(op.func, args, kwargs)
+        made = graph.call_function(_for_inductor(op), args, kwargs)
         returned = op.func._schema.returns
         many = len(returned) > 1 or isinstance(returned[0].type, torch.ListType)
         for i, ref in enumerate(op.outs):
-            one = graph.call_function(getitem, (made, i)) if many else made
+            place = op.positions[i] if op.positions else i
+            one = graph.call_function(getitem, (made, place)) if many else made
             found_base(ref, one)
     graph.output(())
     graph.eliminate_dead_code()
     graph.lint()
     return fx.GraphModule(torch.nn.Module(), graph), outer
+
+
+def _for_inductor(op: Op) -> Any:
+    """The same operation on truth values in a form that TorchInductor makes fast loops of."""
+    is_truth = bool(op.outs) and op.outs[0].dtype is torch.bool
+    if is_truth and op.func in _OF_TRUTH and op.args[0].numel > 1:
+        return _OF_TRUTH[op.func]
+    return op.func
+
+
+_OF_TRUTH = {
+    _aten._is_all_true.default: _aten.all.default,
+    _aten.bitwise_and.Tensor: _aten.logical_and.default,
+    _aten.bitwise_or.Tensor: _aten.logical_or.default,
+}
 
 
 def _is_whole(record: Record, ref: Ref) -> bool:

@@ -33,10 +33,13 @@ class Function:
         steps: the most repetitions of a call.
         per_step: storages that have other values in each repetition.
         largest: the most multiplications and additions of a repetition.
+        stops: whether the outputs of the record are truth values, and a repetition in which one of
+            them is false is the last one of its call.
 
     Attributes:
         by: what compiled it, in words.
         cost: about how many multiplications and additions a repetition takes.
+        draws_ahead: whether `step` draws random numbers, and runs nothing.
         can_draw_all: whether `draw_all` may take the place of `step` for all repetitions.
 
     Raises:
@@ -53,15 +56,19 @@ class Function:
         steps: int = 1,
         per_step: Sequence[int] = (),
         largest: float = math.inf,
+        stops: bool = False,
     ) -> None:
         self.record = record = merge_draws(record)
         self.steps = steps
         draws = [op for op in record.ops if op.is_random]
-        self._are_ahead = _are_independent(record)
-        if not self._are_ahead:
+        self.draws_ahead = _are_independent(record)
+        if not self.draws_ahead:
             draws = []
         drawn = [op.outs[0].storage for op in draws]
-        self._source = emit(record, [*per_step, *drawn]).source()
+        emitter = emit(record, [*per_step, *drawn])
+        for ref in record.outputs if stops else ():
+            emitter.code([f"if (!{emitter.at(ref)}) return 1;"], [ref], [])
+        self._source = emitter.source()
         self.cost = self._source.cost
         if self.cost > largest:
             raise Unemittable(f"a step of about {self.cost:,} multiplications and additions")
@@ -88,7 +95,7 @@ class Function:
         self._draws = [[f for op in draws for f in self._fills(op, i)] for i in range(steps)]
         is_one = len(draws) == 1 and draws[0].is_merged
         self._all = self._rows[drawn[0]] if is_one else torch.empty(0)
-        self.can_draw_all = is_one or not self._are_ahead
+        self.can_draw_all = is_one or not self.draws_ahead
 
     def view(self, index: int) -> Any:
         """The values of a storage in each repetition, as an array (steps, elements)."""
@@ -114,7 +121,7 @@ class Function:
         other, as it does for tensors of fewer than 16 elements. Numbers that depend on the run are
         drawn in `finish`.
         """
-        if not self._are_ahead:
+        if not self.draws_ahead:
             return
         if count == 1:  # which is contiguous
             self.step(0)
@@ -123,7 +130,7 @@ class Function:
 
     def step(self, step: int) -> None:
         """Draws the random numbers of a repetition, or runs it where they depend on the run."""
-        if self._are_ahead:
+        if self.draws_ahead:
             for draw in self._draws[step]:
                 draw()
         else:

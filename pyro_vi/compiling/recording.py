@@ -114,7 +114,7 @@ class Recording:
         inputs += [buffer for module in self.modules for buffer in module.buffers(recurse=False)]
         if self._update is not None:
             (numbers,) = self._update.numbers()
-            self._numbers = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+            self._numbers = torch.from_numpy(numbers).to(self._device)
             inputs += [*self._update.state, self._numbers]
         self._tape = Tape(inputs, fixed=HELD if is_owner else CONSTANT)
         self._parts: list[Tensor] = []
@@ -226,7 +226,7 @@ class Recording:
         ]
         for (_, gradient), ref in zip(gradients, record.outputs[4:], strict=True):
             record.write(outer(gradient), ref)
-        record.outputs = []
+        record.outputs = [] if keep is None else [keep]
         return StepRecord(
             record=clean(record),
             parameters=self._parameters,

@@ -123,7 +123,8 @@ class Op:
     Attributes:
         func: the overload, such as `torch.ops.aten.add.Tensor`.
         args, kwargs: as it was called, with a `Ref` for each tensor.
-        outs: what it returned.
+        outs: the tensors that it returned.
+        positions: of these among all that it returned, of which some may be None.
         is_view: whether it only makes another view of its first operand.
         is_random: whether it draws from torch's generator.
         is_merged: whether it draws one number after the other; see `clean.merge_draws`.
@@ -136,6 +137,7 @@ class Op:
     is_view: bool = False
     is_random: bool = False
     is_merged: bool = False
+    positions: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -372,7 +374,9 @@ class Tape(TorchDispatchMode):
                 self._add(tensor, VARYING, is_outer=False)
         places = tuple(_place(one, self._known(one) or 0) for one in tensors)
         self._alive += tensors
-        self.record.ops.append(Op(func, refs, named, places, is_view, is_random))
+        positions = tuple(i for i, one in enumerate(outs) if isinstance(one, Tensor))
+        op = Op(func, refs, named, places, is_view, is_random, positions=positions)
+        self.record.ops.append(op)
         return out
 
     def _is_known(self, tensor: Tensor) -> bool:

@@ -13,8 +13,13 @@ from __future__ import annotations
 __all__ = ["HOOKS_OF_ALL", "Update", "update_of"]
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pyro.optim import PyroOptim
 from pyro.optim.clipped_adam import ClippedAdam
@@ -78,17 +83,22 @@ class Update:
         """The learning rate of the next step, by row."""
         return [group["lr"] * group.get("lrd", 1.0) for group, _ in self._rows]
 
-    def numbers(self, steps: int = 1) -> list[list[float]]:
-        """The numbers of the next steps at the present rates: for each step, three of each row."""
-        found: list[list[float]] = [[] for _ in range(steps)]
-        for (group, state), rate in zip(self._rows, self.rates(), strict=True):
-            n, decay = float(state.get("step", 0)), group.get("lrd", 1.0)
-            first, second = group.get("betas", (0.0, 0.0))
-            for numbers in found:
-                n += 1
-                numbers += rate, 1 / (1 - first**n), (1 - second**n) ** 0.5
-                rate *= decay
+    def numbers(self, steps: int = 1) -> npt.NDArray[np.float64]:
+        """The numbers of the next steps at the present rates: (steps, 3 * rows)."""
+        found = np.empty((steps, 3 * len(self._rows)))
+        self.write_numbers(found, steps)
         return found
+
+    def write_numbers(self, target: Any, steps: int) -> None:
+        """Writes `numbers` into the first rows of an array."""
+        for i, ((group, state), rate) in enumerate(zip(self._rows, self.rates(), strict=True)):
+            decay = group.get("lrd", 1.0)
+            if decay != 1.0 and steps > 1:  # one by one, as the optimizer rounds
+                rate = list(accumulate([rate, *[decay] * (steps - 1)], mul))
+            target[:steps, 3 * i] = rate
+            betas = group.get("betas")
+            corrections = _corrections(betas, int(state["step"]), steps) if betas else 1.0
+            target[:steps, 3 * i + 1 : 3 * i + 3] = corrections
 
     def apply(self, numbers: Tensor | None = None) -> None:
         """Moves the parameters that have a gradient, and their state, in place.
@@ -97,7 +107,7 @@ class Update:
             numbers: of the step, as a tensor that is read anew; by default those of `numbers`.
         """
         with torch.no_grad():
-            found = self.numbers()[0] if numbers is None else numbers
+            found = self.numbers()[0].tolist() if numbers is None else numbers
             for step in self._steps:
                 step.add_(1)
             for p, formula, group, state, row in self._moves:
@@ -127,6 +137,25 @@ class Update:
             state["step"] += steps
         for group in self._decaying * steps:  # one by one, as the optimizer rounds
             group["lr"] *= group["lrd"]
+
+
+def _corrections(betas: Any, taken: int, steps: int) -> npt.NDArray[np.float64]:
+    """Adam's corrections in the steps after some: (steps, 2)."""
+    chunk, start = divmod(taken, _CHUNK)
+    found = _table(*betas, chunk)[start : start + steps]
+    if len(found) == steps:
+        return found
+    return np.concatenate([found, _corrections(betas, taken + len(found), steps - len(found))])
+
+
+@lru_cache(maxsize=64)
+def _table(first: float, second: float, chunk: int) -> npt.NDArray[np.float64]:
+    """The same, in tables that do not depend on how many steps are taken at once."""
+    n = np.arange(chunk * _CHUNK + 1, (chunk + 1) * _CHUNK + 1, dtype=np.float64)
+    return np.stack([1 / (1 - first**n), np.sqrt(1 - second**n)], axis=1)
+
+
+_CHUNK = 1_024
 
 
 def _copied(count: Any) -> Any:

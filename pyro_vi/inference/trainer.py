@@ -188,22 +188,27 @@ class SVITrainer(SVI):
     ) -> None:
         """Takes compiled steps. One that cannot stand is taken again, eagerly.
 
-        Then all is taken back to the beginning, and the steps before that one are taken again: so
-        the random generators are where they were.
+        Before that the random generators go back to where they were: the steps before it are drawn
+        again or, if draws depend on the parameters, taken again from the beginning.
 
         Args:
             states: of the generators before the first batch was made.
             first: the rows of the first batch.
             limit: the most steps.
         """
-        restore, begun = compiled.restorer(states), [first]
-        rows, weights = self._run(compiled, begun, min(limit, compiled.function.steps))
+        function, begun = compiled.function, [first]
+        restore = None if function.draws_ahead else compiled.restorer(states)
+        schedule = self._schedule_state()
+        rows, weights = self._run(compiled, begun, min(limit, function.steps))
         good = next((i for i, row in enumerate(rows) if not (row[3] and row[4])), len(rows))
         if good < len(rows):
-            restore()
+            if restore is not None:
+                restore()
+            compiled.rewind(states)
+            self._load_schedule(schedule)
             if good:
                 self._make(first)
-                self._run(compiled, begun[:good], good)
+                self._run(compiled, begun[:good], good, draws_alone=restore is None)
         compiled.finish(good)
         self.compiled_steps += good
         self._found += [
@@ -219,12 +224,13 @@ class SVITrainer(SVI):
             self._take_eagerly(*self._make(begun[good]))
 
     def _run(
-        self, compiled: Compiled, begun: list[Any], steps: int
+        self, compiled: Compiled, begun: list[Any], steps: int, *, draws_alone: bool = False
     ) -> tuple[list[list[float]], list[tuple[float, float]]]:
         """Runs compiled steps, of which the first batch was made.
 
         Args:
             begun: the rows of the first batches; those of the others are appended.
+            draws_alone: whether to draw the random numbers of these steps, and not to take them.
 
         Returns:
             The rows of `Compiled.status`, and the weights. A step that failed has zeros.
@@ -244,7 +250,7 @@ class SVITrainer(SVI):
                     self._fill(compiled, i)
                     function.step(i)
                     compiled.advance_schedule()
-            function.finish(len(begun))
+            function.finish(0 if draws_alone else len(begun))
         except Exception:  # of an operation; the eager step says which
             pass
         return compiled.status[: len(begun)].tolist(), weights

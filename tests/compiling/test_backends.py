@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from example_programs import normal_mean, normal_mean_guide
@@ -18,6 +19,7 @@ from pyro_vi.compiling import backends
 from pyro_vi.compiling import build as building
 
 X = torch.arange(5.0)
+Programs = tuple[Callable[..., None], Callable[..., None], torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -34,18 +36,39 @@ def forget() -> None:
     building._compiler.cache_clear()
 
 
-def losses(compile: bool, steps: int = 12) -> tuple[list[float], SVI]:
+def mean() -> Programs:
+    return normal_mean, normal_mean_guide, X
+
+
+def convolution() -> Programs:
+    """The gradient of its first layer has no part for the input."""
+    network = torch.nn.Conv2d(1, 2, 3)
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, 3, 3), 1.0).to_event(3))
+            pyro.sample("x", dist.Normal(z.sum((1, 2, 3)), 1.0), obs=x.sum((1, 2, 3)))
+
+    def guide(x: torch.Tensor) -> None:
+        pyro.module("network", network)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(network(x), 0.5).to_event(3))
+
+    return model, guide, torch.rand(4, 1, 5, 5)
+
+
+def losses(make: Callable[[], Programs], compile: bool, steps: int = 12) -> tuple[list[float], SVI]:
     pyro.clear_param_store()
     torch.manual_seed(0)
-    optim = pyro.optim.Adam({"lr": 0.01})
-    svi = SVI(normal_mean, normal_mean_guide, optim, Trace_ELBO(), compile=compile)
-    return [svi.step(X) for _ in range(steps)], svi
+    model, guide, x = make()
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), compile=compile)
+    return [svi.step(x) for _ in range(steps)], svi
 
 
-def check(by: str) -> None:
+def check(by: str, make: Callable[[], Programs] = mean) -> None:
     """Compiled steps have the losses of eager ones."""
-    expected, _ = losses(False)
-    found, svi = losses(True)
+    expected, _ = losses(make, False)
+    found, svi = losses(make, True)
     assert found == pytest.approx(expected, rel=1e-5)
     assert svi.compiled_steps == 8 and by in svi.explain()
 
@@ -87,6 +110,10 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(caught) == 1
 
 
+def test_convolutions_are_run_by_torch() -> None:
+    check("the C compiler", convolution)
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x7fELF" + bytes(100)])
 def test_a_damaged_file_is_compiled_again(
     content: bytes, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -125,5 +152,6 @@ def test_large_steps_stay_eager_in_short_fits(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a program whose gradient has parts that are None."""
     monkeypatch.setattr(backends, "LARGE", 1)
-    check("TorchInductor")
+    check("TorchInductor", convolution)
