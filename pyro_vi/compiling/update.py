@@ -93,9 +93,10 @@ class Update:
         """Writes `numbers` into the first rows of an array."""
         for i, ((group, state), rate) in enumerate(zip(self._rows, self.rates(), strict=True)):
             decay = group.get("lrd", 1.0)
-            if decay != 1.0 and steps > 1:  # one by one, as the optimizer rounds
-                rate = list(accumulate([rate, *[decay] * (steps - 1)], mul))
-            target[:steps, 3 * i] = rate
+            if decay == 1.0:
+                target[:steps, 3 * i] = rate
+            else:  # one by one, as the optimizer rounds
+                target[:steps, 3 * i] = [*accumulate([rate, *[decay] * (steps - 1)], mul)]
             betas = group.get("betas")
             corrections = _corrections(betas, int(state["step"]), steps) if betas else 1.0
             target[:steps, 3 * i + 1 : 3 * i + 3] = corrections
