@@ -163,7 +163,7 @@ class Prediction:
         self._changes, self._drawn, self._gradients = changes, drawn, gradients
         self.is_sound = bool(row[4])
         self._differs: str | None = None
-        self._noise: set[int] = set()  # addresses of what gradients of nothing but rounding move
+        self._noise: dict[int, Tensor] = {}  # by address: elements whose gradient is mere rounding
 
     def compare(self, loss: Any, parameters: Sequence[Tensor]) -> None:
         """Looks at the evaluated step: its loss, and its gradients if the record ends with them."""
@@ -172,8 +172,12 @@ class Prediction:
         norms = {p: float(p.grad.norm()) for p in parameters if p.grad is not None}
         least = 1000 * eps * max(norms.values(), default=0.0)
         if (update := self._step.update) is not None:
-            still = [p for p, norm in norms.items() if norm <= least]
-            self._noise = {t.data_ptr() for p in still for t in (p, *update.state_of(p))}
+            for p, norm in norms.items():
+                assert p.grad is not None
+                sizes = p.grad.abs()
+                floor = 1000 * eps * sizes.max() if norm > least else torch.inf
+                noise = (sizes <= floor) & (sizes > 0)
+                self._noise |= {t.data_ptr(): noise for t in (p, *update.state_of(p))}
         rounding = 1000 * eps * sum(abs(one) for one in self._row[:3] if math.isfinite(one))
         if list(map(id, parameters)) != list(map(id, self._step.parameters)):
             self._differs = "parameters"
@@ -187,8 +191,10 @@ class Prediction:
 
     def _compare_changes(self) -> None:
         for now, before, after in self._changes:
-            is_noise = now.data_ptr() in self._noise or not self._row[3]
-            if not is_noise and not _is_alike(after, now, self._step.eps, before):
+            noise = self._noise.get(now.data_ptr())
+            if noise is not None and noise.shape == now.shape:
+                after, before = (torch.where(noise, now, one) for one in (after, before))
+            if self._row[3] and not _is_alike(after, now, self._step.eps, before):
                 self._differs = self._differs or "update"
 
     def differs(self) -> str | None:

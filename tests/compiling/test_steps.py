@@ -387,3 +387,21 @@ def test_steps_in_single_precision() -> None:
     (eager, drawn), (found, mine) = runs
     assert svi.compiled_steps == 4
     assert found == pytest.approx(eager, rel=1e-5) and torch.equal(mine, drawn)
+
+
+def test_elements_whose_gradient_is_rounding_are_no_difference() -> None:
+    """A shift of all logits changes no softmax; Adam moves it by the sign of the rounding."""
+
+    def model(x: Tensor) -> None:
+        shift = pyro.param("shift", torch.tensor([0.3, 0.1]).float())
+        logits = torch.linspace(-1, 1, 64).float() * shift[0] + shift[1]
+        weights = torch.softmax(logits, 0).log_softmax(0)
+        pyro.factor("fit", (weights * torch.linspace(0, 3, 64).float()).sum())
+
+    def guide(x: Tensor) -> None:
+        pass
+
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), compile=True)
+    for _ in range(20):
+        svi.step(torch.zeros(1))
+    assert svi.compiled_steps == 16, svi.explain()
