@@ -35,7 +35,7 @@ class ForwardProcess(_Guide):
         diffusion: The model's own.
 
     Example:
-        >>> from pyro_vi.diffusion import Cosine
+        >>> from pyro_vi.diffusion import CosineSchedule
         >>> guide = ForwardProcess(Diffusion((2,), CosineSchedule(100), draws=3))
         >>> trace = pyro.poutine.trace(guide).get_trace(torch.randn(8, 2))
         >>> trace.nodes["x_t"]["value"].shape

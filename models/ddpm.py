@@ -81,7 +81,7 @@ class DDPM(PyroModule):
         >>> from pyro.infer import TraceMeanField_ELBO
         >>> from pyro_vi.diffusion import MLPDenoiser
         >>> from pyro_vi.guides import ForwardProcess
-        >>> from pyro_vi.diffusion import Cosine
+        >>> from pyro_vi.diffusion import CosineSchedule
         >>> diffusion = Diffusion((2,), CosineSchedule(100))
         >>> model = DDPM(diffusion, MLPDenoiser((2,), 100))
         >>> loss = TraceMeanField_ELBO().loss(model, ForwardProcess(diffusion), torch.randn(8, 2))
@@ -404,7 +404,7 @@ class DDPMChain(PyroModule):
 
     Example:
         >>> from pyro_vi.diffusion import MLPDenoiser
-        >>> from pyro_vi.diffusion import Cosine
+        >>> from pyro_vi.diffusion import CosineSchedule
         >>> chain = DDPMChain(DDPM(Diffusion((2,), CosineSchedule(3)), MLPDenoiser((2,), 3)))
         >>> trace = pyro.poutine.trace(chain).get_trace(torch.randn(8, 2))
         >>> [name for name in trace.nodes if name.startswith("x_")]

@@ -76,7 +76,7 @@ class InputNoise(nn.Module):
         in front of an encoder
 
     Example:
-        >>> from pyro_vi.diffusion import Cosine
+        >>> from pyro_vi.diffusion import CosineSchedule
         >>> noise = InputNoise(CosineSchedule(100), t_max=20)
         >>> def program(x):
         ...     with pyro.plate("data", len(x)):

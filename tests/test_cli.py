@@ -401,7 +401,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def take(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("training began")
 
-    monkeypatch.setattr(fitting.Engine, "take", take)
+    monkeypatch.setattr(fitting.SVITrainer, "take", take)
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -687,7 +687,7 @@ def test_files_that_are_no_fits_are_refused(
 ) -> None:
     whole = (run.folder / "mean-field.pt").read_bytes()
     out = tmp_path / "samples.png"
-    files: dict[str, tuple[Callable[[Path], Any], str]] = {
+    cases: dict[str, tuple[Callable[[Path], Any], str]] = {
         "truncated.pt": (lambda p: p.write_bytes(whole[: len(whole) // 2]), "is truncated or no"),
         "text.pt": (lambda p: p.write_text("hello"), "is truncated or no saved fit"),
         "other.pt": (lambda p: torch.save({"a": torch.ones(1)}, p), "no saved fit of pyro_vi"),
@@ -714,7 +714,7 @@ def test_files_that_are_no_fits_are_refused(
             "was made for other programs",
         ),
     }
-    for name, (make, message) in files.items():
+    for name, (make, message) in cases.items():
         make(tmp_path / name)
         error = refused(["sample", str(tmp_path / name), "--out", str(out)], capsys)
         assert name in error and message in error

@@ -160,15 +160,15 @@ def test_files_without_content_are_refused(tmp_path: Path, content: dict[str, An
 
 def test_a_damaged_pickle_in_an_intact_archive_is_refused(saved: Path) -> None:
     with zipfile.ZipFile(saved) as archive:
-        files = {name: archive.read(name) for name in archive.namelist()}
-    [pickled] = (name for name in files if name.endswith("data.pkl"))
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    [pickled] = (name for name in entries if name.endswith("data.pkl"))
     generator = random.Random(0)
     refused = 0
     for _ in range(300):
-        damaged = bytearray(files[pickled])
+        damaged = bytearray(entries[pickled])
         damaged[generator.randrange(2, len(damaged))] = generator.randrange(256)
         with zipfile.ZipFile(saved, "w") as archive:
-            for name, whole in {**files, pickled: bytes(damaged)}.items():
+            for name, whole in {**entries, pickled: bytes(damaged)}.items():
                 archive.writestr(name, whole)
         try:
             files.load(saved)

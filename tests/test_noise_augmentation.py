@@ -349,7 +349,7 @@ def test_a_model_and_its_guide_have_one_noise(name: str) -> None:
     noise = InputNoise(CosineSchedule(100), 20)
     model, guide = LinearPair(noise).model, LinearPair(OTHERS[name]).guide
     x, y = LinearPair().x, LinearPair().y
-    found = r"has InputNoise\(Cosine\(100\), t_max=20\) and the guide InputNoise\("
+    found = r"has InputNoise\(CosineSchedule\(100\), t_max=20\) and the guide InputNoise\("
     for loss in (Trace_ELBO(), TraceMeanField_ELBO()):
         with pytest.raises(ValueError, match=found):
             loss.loss(model, guide, x, y)

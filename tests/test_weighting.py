@@ -177,7 +177,9 @@ def test_weights_that_differ_are_refused() -> None:
 def test_what_are_no_weights_are_refused() -> None:
     with pytest.raises(TypeError, match="weights as a function of the steps, got 'simple'"):
         StepWeight("simple")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"expected the program's Diffusion, got Cosine\(\)"):
+    with pytest.raises(
+        TypeError, match=r"expected the program's Diffusion, got CosineSchedule\(\)"
+    ):
         Simple(CosineSchedule(5))  # type: ignore[arg-type]
 
 

@@ -59,7 +59,7 @@ def test_wheel_holds_the_folders_and_nothing_else(unpacked: Path) -> None:
     files = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()}
     (info,) = {name.split("/")[0] for name in files if ".dist-info/" in name}
     packed = {name for name in files if not name.startswith(f"{info}/")}
-    data = {"py.typed", "report.html.jinja", "compiling/special.h", "compiling/matrices.h"}
+    data = {"py.typed", "reporting/page.html.jinja", "compiling/special.h", "compiling/matrices.h"}
     assert packed == sources(ROOT) | {f"pyro_vi/{name}" for name in data}
     assert f"{info}/licenses/LICENSE" in files
 

@@ -311,7 +311,7 @@ def judge(
         >>> from pyro_vi.families import MeanField
         >>> from pyro_vi.guides import Encoder, ForwardProcess
         >>> from pyro_vi.models import DDPM, LinearGaussian
-        >>> from pyro_vi.diffusion import Cosine
+        >>> from pyro_vi.diffusion import CosineSchedule
         >>> x = torch.randn(40, 2)
         >>> diffusion = Diffusion((2,), CosineSchedule(10))
         >>> ddpm = DDPM(diffusion, MLPDenoiser((2,), 10))

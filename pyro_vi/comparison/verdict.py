@@ -82,7 +82,7 @@ def _lead(result: Comparison, ranked: list[Row]) -> str:
     if len(ranked) == 1:
         return f"{shown(best.family)}: {what} {best.elbo:.2f} nats"
     second = ranked[1]
-    if result.is_joint:
+    if result.is_joint or len(result.elbos[best.family]) < 2:
         lead, error = best.elbo - second.elbo, math.hypot(best.elbo_se, second.elbo_se)
     else:
         elbos = result.elbos

@@ -194,7 +194,7 @@ class Diffusion(nn.Module):
             not from 1 to T; the shape is empty or holds a size below one.
 
     Example:
-        >>> from pyro_vi.diffusion import Cosine
+        >>> from pyro_vi.diffusion import CosineSchedule
         >>> diffusion = Diffusion((2,), CosineSchedule(100))
         >>> y_0 = diffusion.encode(torch.randn(5, 2))
         >>> diffusion.noised(y_0, torch.tensor(50)).batch_shape

@@ -103,7 +103,7 @@ class Simple:
         Denoising Diffusion Probabilistic Models (arXiv:2006.11239), section 3.4
 
     Example:
-        >>> from pyro_vi.diffusion import Cosine
+        >>> from pyro_vi.diffusion import CosineSchedule
         >>> Simple(Diffusion((2,), CosineSchedule(4)))(torch.tensor([1, 2, 3, 4]))
         tensor([0.0535, 0.0535, 0.0522, 0.0002])
     """

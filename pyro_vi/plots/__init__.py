@@ -40,9 +40,9 @@ Example:
     ['original', 'MeanField', 'FullCovariance']
 """
 
+from pyro_vi.plots.data_points import khats, latent_space, posteriors
 from pyro_vi.plots.diffusion import bits, schedules, strips
 from pyro_vi.plots.joint import marginals, pairs
-from pyro_vi.plots.posteriors import khats, latent_space, posteriors
 from pyro_vi.plots.style import colours
 from pyro_vi.plots.training import grid, losses, reconstructions, samples, training_bounds
 

@@ -96,14 +96,14 @@ def datatree(
 
     Example:
         >>> import pyro, pyro.distributions as dist
-        >>> from pyro_vi.posterior import Programs
+        >>> from pyro_vi.posterior import Scorer
         >>> def model(x):
         ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
         >>> def guide(x):
         ...     pyro.sample("mean", dist.Normal(x.mean(), 0.5))
-        >>> tree = datatree(Programs(model, guide, torch.randn(4)).posterior(100))
+        >>> tree = datatree(Scorer(model, guide, torch.randn(4)).posterior(100))
         >>> dict(tree["log_likelihood"].sizes)
         {'chain': 1, 'draw': 100, 'data': 4}
     """

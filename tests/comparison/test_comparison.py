@@ -40,7 +40,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyro_vi import Comparison, Fit, Posterior, compare, fit, judge, report
-from pyro_vi.comparison import PerPoint, Row, summarize
+from pyro_vi.comparison import PerPoint, Row
+from pyro_vi.comparison.verdict import warnings, words
 from pyro_vi.data import binarize
 from pyro_vi.families import FullCovariance, MeanField
 from pyro_vi.guides import Encoder
@@ -448,7 +449,7 @@ ROW = Row(
 
 def bare(rows: tuple[Row, ...], points: dict[str, PerPoint]) -> Comparison:
     """A comparison of these rows and nothing behind them."""
-    result = Comparison(
+    return Comparison(
         rows=rows,
         fits={},
         posteriors={},
@@ -461,7 +462,6 @@ def bare(rows: tuple[Row, ...], points: dict[str, PerPoint]) -> Comparison:
         reference={},
         marginals={},
     )
-    return summarize(result)
 
 
 def verdict(*rows: Row, spread: float = 0.1) -> str:
@@ -475,7 +475,7 @@ def verdict(*rows: Row, spread: float = 0.1) -> str:
         )
         for row, n in zip(rows, noise, strict=True)
     }
-    return bare(rows, points).verdict
+    return words(bare(rows, points))
 
 
 def test_the_verdict_names_a_winner_only_beyond_its_error() -> None:
@@ -509,7 +509,7 @@ def test_the_verdict_does_not_trust_a_bad_k_hat() -> None:
 
 def test_a_collapsed_posterior_is_warned_of() -> None:
     rows = (replace(ROW, active_units=1, latent_units=4), replace(ROW, family="b"))
-    (warning,) = bare(rows, {}).warnings
+    (warning,) = warnings(bare(rows, {}))
     assert "a: 1 of 4 latent units are active" in warning and "collapse" in warning
 
 

@@ -471,7 +471,7 @@ def test_impossible_sizes_are_refused(
 
 @pytest.mark.parametrize("schedule", [100, CosineSchedule, None])
 def test_what_is_no_schedule_is_refused(schedule: Schedule) -> None:
-    with pytest.raises(TypeError, match=r"expected a Schedule, such as Cosine\(100\), got"):
+    with pytest.raises(TypeError, match=r"expected a Schedule, such as CosineSchedule\(100\), got"):
         Diffusion((2,), schedule)
 
 

@@ -174,7 +174,7 @@ def test_rates_that_are_not_above_zero_are_refused(first: float, last: float) ->
         LinearSchedule(10, first=first, last=last)
 
 
-# Cosine
+# CosineSchedule
 
 
 def cosine_levels(steps: int, offset: float) -> np.ndarray:

@@ -53,7 +53,7 @@ FITS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Pyro's optimizer": (mean, {"optim": pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.9})}),
     "schedule": (mean, {"schedule": partial(ExponentialLR, gamma=0.8), "clip_norm": 0.5}),
     "average": (vae, {"average": 0.9, "batch_size": 4}),
-    "patience": (vae, {"heldout": IMAGES[:5], "heldout_every": 2, "patience": 2, "batch_size": 4}),
+    "patience": (vae, {"heldout": IMAGES[:5], "heldout_every": 2, "patience": 5, "batch_size": 4}),
     "transform that draws": (vae, {"transform": lambda x: (torch.rand_like(x) < x).float()}),
 }
 FITS["momentum of minibatches"][1]["batch_size"] = 4

@@ -54,9 +54,9 @@ def hierarchical_guide(x: Tensor) -> None:
 
 def assert_moments(draws: Tensor, mean: Tensor | float, variance: float) -> None:
     """Means and variances over the first axis, within 5 standard errors of normal draws."""
-    num = len(vectorize)
-    assert ((vectorize.mean(0) - mean).abs() < 5 * math.sqrt(variance / num)).all()
-    assert ((vectorize.var(0) - variance).abs() < 5 * variance * math.sqrt(2 / num)).all()
+    num = len(draws)
+    assert ((draws.mean(0) - mean).abs() < 5 * math.sqrt(variance / num)).all()
+    assert ((draws.var(0) - variance).abs() < 5 * variance * math.sqrt(2 / num)).all()
 
 
 # Predictive and prior draws
@@ -65,19 +65,19 @@ def assert_moments(draws: Tensor, mean: Tensor | float, variance: float) -> None
 def test_predictive_draws_of_a_conjugate_model() -> None:
     source = Scorer(normal_mean, normal_guide, X)
     precision = 0.25 + len(X)
-    vectorize = source.posterior(20_000).predictive(seed=1)["x"]
-    assert vectorize.shape == (20_000, 5)
-    assert_moments(vectorize, X.sum() / precision, 1 + 1 / precision)
+    draws = source.posterior(20_000).predictive(seed=1)["x"]
+    assert draws.shape == (20_000, 5)
+    assert_moments(draws, X.sum() / precision, 1 + 1 / precision)
     # one data point's share of the noise is its own: what is common is the mean
-    common = torch.cov(vectorize.T)[0, 1]
+    common = torch.cov(draws.T)[0, 1]
     assert float(common) == pytest.approx(1 / precision, abs=5 * math.sqrt(2 / 20_000))
 
 
 def test_predictive_draws_belong_to_their_latents() -> None:
     source = Scorer(normal_mean, normal_guide, X)
     means = torch.arange(50).double() * 1_000
-    vectorize = source.predictive({"mean": means}, seed=1)["x"]
-    assert ((vectorize - means[:, None]).abs() < 6).all()
+    draws = source.predictive({"mean": means}, seed=1)["x"]
+    assert ((draws - means[:, None]).abs() < 6).all()
 
 
 def test_prior_draws_of_a_conjugate_model() -> None:
@@ -127,10 +127,10 @@ def test_plates_right_and_left_of_the_data_points(dims: tuple[int, int], flip: b
     posterior = Scorer(model, guide, x).posterior(2_000)
     assert posterior.plates == {"data": 4, "inner": 3}
     assert posterior.draws["z"].shape == (2_000, 4, 3)
-    vectorize = posterior.predictive(seed=1)["x"]
-    assert vectorize.shape == (2_000, 4, 3)
-    assert_moments(vectorize - posterior.draws["z"], 0.0, 0.25)
-    assert_moments(vectorize - 0.8 * x, 0.0, 0.45)
+    draws = posterior.predictive(seed=1)["x"]
+    assert draws.shape == (2_000, 4, 3)
+    assert_moments(draws - posterior.draws["z"], 0.0, 0.25)
+    assert_moments(draws - 0.8 * x, 0.0, 0.45)
     latents, observed = posterior.prior(30)
     assert latents["z"].shape == latents["twice"].shape == observed["x"].shape == (30, 4, 3)
     torch.testing.assert_close(latents["twice"], 2 * latents["z"])

@@ -228,7 +228,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Spied:
         assert vectorize._repeats(run, found, dict(given or {}), num, at_once or num)
         return found
 
-    monkeypatch.setattr(scoring, "over_draws", both)
+    monkeypatch.setattr(scoring, "vectorize_over_draws", both)
     return pairs
 
 
