@@ -175,8 +175,7 @@ class Prediction:
             for p, norm in norms.items():
                 assert p.grad is not None
                 sizes = p.grad.abs()
-                floor = 1000 * eps * sizes.max() if norm > least else torch.inf
-                noise = (sizes <= floor) & (sizes > 0)
+                noise = sizes <= (1000 * eps * sizes.max() if norm > least else torch.inf)
                 self._noise |= {t.data_ptr(): noise for t in (p, *update.state_of(p))}
         rounding = 1000 * eps * sum(abs(one) for one in self._row[:3] if math.isfinite(one))
         if list(map(id, parameters)) != list(map(id, self._step.parameters)):
