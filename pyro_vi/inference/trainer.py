@@ -124,7 +124,7 @@ class SVITrainer(SVI):
         self._tensors = list(tensors)
         self._has_fixed_batch = source.is_fixed
         self._last = _LastSite()
-        self._found: list[Terms] = []
+        self._terms = Terms()
         self._waiting: deque[Any] = deque()  # batches that were begun with and not used
         self.taken = 0
         self.batch: Arguments = ((), {})
@@ -138,10 +138,10 @@ class SVITrainer(SVI):
         """The site that the last eager step reached."""
         return self._last.name
 
-    def read(self) -> list[Terms]:
-        """What the steps since the last call found, in their order."""
-        found, self._found = self._found, []
-        return found
+    def read(self) -> Terms:
+        """The terms of the steps since the last call, in order."""
+        terms, self._terms = self._terms, Terms()
+        return terms
 
     def state_dict(self) -> dict[str, Any]:
         """Steps taken, the optimizer and its schedule, batches that wait, the last good values."""
@@ -211,10 +211,7 @@ class SVITrainer(SVI):
                 self._run(compiled, begun[:good], good, draws_alone=restore is None)
         compiled.finish(good)
         self.compiled_steps += good
-        self._found += [
-            self._terms(row[0], row[1], row[2], weight)
-            for row, weight in zip(rows[:good], weights, strict=False)
-        ]
+        self._add(rows[:good], weights[:good])
         self.taken += good
         if good < len(rows):
             self._waiting.extendleft(reversed(begun[good + 1 :]))
@@ -288,11 +285,12 @@ class SVITrainer(SVI):
             self._average.at(step)
         return self._weights.reconstruction, self._weights.kl
 
-    def _terms(
-        self, loss: float, reconstruction: float, kl: float, weights: tuple[float, float]
-    ) -> Terms:
-        scale = self._scale
-        return Terms(loss * scale, reconstruction * scale, kl * scale, weights)
+    def _add(self, rows: Sequence[Sequence[float]], weights: Sequence[tuple[float, float]]) -> None:
+        """Keeps the losses, reconstructions and KLs of some steps, the first three of each row."""
+        terms, scale = self._terms, self._scale
+        for values, i in ((terms.losses, 0), (terms.reconstruction, 1), (terms.kl, 2)):
+            values += [row[i] * scale for row in rows]
+        terms.weights += weights
 
     def _take_eagerly(self, args: Any, kwargs: Any) -> None:
         weights = self._weigh(self.taken)
@@ -304,7 +302,7 @@ class SVITrainer(SVI):
             self._update(parameters)
         self._good.accept()
         known = (math.nan, math.nan) if self.elbo_terms is None else self.elbo_terms.terms(loss)
-        self._found.append(self._terms(float(loss), float(known[0]), float(known[1]), weights))
+        self._add([[float(loss), float(known[0]), float(known[1])]], [weights])
         self.taken += 1
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 __all__ = ["Best", "History", "Terms", "Trainer", "TrainingState"]
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,16 +17,17 @@ from pyro_vi.inference.averaging import Average
 from pyro_vi.programs import Arguments, Shuffled, State
 
 
-class Terms(NamedTuple):
-    """The loss of one step and its terms, in nats per data point.
+@dataclass
+class Terms:
+    """The losses of some steps and their terms, in nats per data point, a number for each step.
 
     Reconstruction and KL are unweighted; `weights` are the weights of the two.
     """
 
-    loss: float
-    reconstruction: float
-    kl: float
-    weights: tuple[float, float]
+    losses: list[float] = field(default_factory=list)
+    reconstruction: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    weights: list[tuple[float, float]] = field(default_factory=list)
 
 
 class Trainer(Protocol):
@@ -52,7 +53,7 @@ class Trainer(Protocol):
         """
         ...
 
-    def read(self) -> list[Terms]:
+    def read(self) -> Terms:
         """The terms of the steps since the last call, in order."""
         ...
 
@@ -84,15 +85,16 @@ class History:
     seconds: float = 0.0
     recent: float = math.nan
 
-    def add(self, steps: Sequence[Terms]) -> None:
+    def add(self, terms: Terms) -> None:
         """Appends the terms of some steps."""
-        for step in steps:
-            smoothed = 0.95 * self.recent - 0.05 * step.loss
-            self.recent = -step.loss if math.isnan(self.recent) else smoothed
-        self.losses += [step.loss for step in steps]
-        self.reconstruction += [step.reconstruction for step in steps]
-        self.kl += [step.kl for step in steps]
-        self.weights += [step.weights for step in steps]
+        recent = self.recent
+        for loss in terms.losses:
+            recent = 0.95 * recent - 0.05 * loss if recent == recent else -loss
+        self.recent = recent
+        self.losses += terms.losses
+        self.reconstruction += terms.reconstruction
+        self.kl += terms.kl
+        self.weights += terms.weights
 
 
 @dataclass
