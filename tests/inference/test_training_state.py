@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR
 
 from pyro_vi import Fit, fit
+from pyro_vi.compiling import backends
 from pyro_vi.families import MeanField
 from pyro_vi.guides import Encoder
 from pyro_vi.inference import fitting
@@ -73,6 +75,7 @@ def test_a_loop_continues_from_its_state(
     name: str, compile: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     capture, train = Capture(), fitting._train
+    monkeypatch.setattr(backends, "LARGE", math.inf)  # no test waits for TorchInductor
 
     def watched(training: Any, interruption: Any) -> None:
         train(replace(training, callbacks=[*training.callbacks, capture]), interruption)
