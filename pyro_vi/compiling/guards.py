@@ -1,8 +1,8 @@
-"""What a recorded step is good for, and what is looked at before each.
+"""Checks whether a record still stands for a step.
 
-A record is good for one kind of batch: shapes and dtypes of its tensors, its other arguments by
-value, and the handlers and settings around the step (`batch_key`). Outside of `fit`, where a user
-may change anything between two steps, `Guards` compares by identity, before each step:
+A record is valid for one kind of batch: shapes and dtypes of its tensors, its other arguments by
+value, and the handlers and settings around the step (`batch_key`). Outside of `fit`, a user may
+change anything between two steps. So `Guards` compares these by identity before each step:
 
 - the parts of the modules (parameters, buffers, submodules, hooks) and whether they train;
 - which parameters train, and where they and all other tensors of the record lie;
@@ -10,12 +10,12 @@ may change anything between two steps, `Guards` compares by identity, before eac
 - the loss and its options;
 - the optimizer, its state and its options.
 
-What else a user's Python may change is a constant of the record, by contract.
+By contract, everything else in a user's Python is a constant of the record.
 """
 
 from __future__ import annotations
 
-__all__ = ["Guards", "Strange", "batch_key"]
+__all__ = ["Guards", "RefusedBatch", "batch_key"]
 
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class Guards:
-    """Compares what a step depends on with what it was.
+    """Compares what a step depends on with what it was when the step was recorded.
 
     Args:
         svi: whose step it is.
@@ -78,11 +78,11 @@ class Guards:
             ],
         }
         self._known = {name: look() for name, look in self._looks.items()}
-        # What is compared by its identity stays alive, so that no other object gets it.
+        # Objects that are compared by identity stay alive, so that no new object has the same.
         self._alive = [vars(svi).copy(), list(map(dict.copy, parts)), vars(given).copy()]
 
     def changed(self) -> str | None:
-        """What is something else than it was, in words; None while all is the same."""
+        """The first thing that has changed, in words; None if nothing has."""
         for name, look in self._looks.items():
             if look() != self._known[name]:
                 return name
@@ -95,26 +95,27 @@ _STATE = attrgetter("state")
 _HOOKS = attrgetter("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
-class Strange(str):
-    """A kind of batch that no record is good for, in words."""
+class RefusedBatch(str):
+    """The reason why no record is valid for a batch."""
 
 
 def batch_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
-    """What a record of a step is good for, and the batch's tensors.
+    """The kind of a batch, for which a record is valid, and the batch's tensors.
 
     Returns:
-        A hashable key, or a `Strange` one. None where a step is not to be counted at all.
+        The kind as a hashable key: a `RefusedBatch` if no record can be made, and None if steps
+            under the present settings are not counted.
     """
     if not torch.is_grad_enabled() or torch.is_anomaly_enabled():
         return None, []
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None, []
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return Strange("autocast around a step: put it around the network (Autocast)"), []
+        return RefusedBatch("autocast around a step: put it around the network (Autocast)"), []
     if torch._C._len_torch_dispatch_stack():
-        return Strange("a mode of torch's around a step, which sees every operation"), []
+        return RefusedBatch("a mode of torch's around a step, which sees every operation"), []
     if _PYRO_STACK and any(type(one).__hash__ is None for one in _PYRO_STACK):
-        return Strange("a handler around a step that cannot be told from others (no hash)"), []
+        return RefusedBatch("a handler around a step that cannot be told from others (no hash)"), []
     modes = [
         torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())
     ]
@@ -129,7 +130,7 @@ def batch_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             if leaf.layout is not torch.strided or leaf.requires_grad or type(leaf) not in _PLAIN:
-                return Strange("an argument that is no plain tensor, or has a gradient"), []
+                return RefusedBatch("an argument that is no plain tensor, or has a gradient"), []
             key.append((leaf.shape, leaf.dtype, leaf.device))
             batch.append(leaf)
         elif isinstance(leaf, (bool, int, float, str, type(None), torch.dtype, torch.device)):
@@ -137,7 +138,7 @@ def batch_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[
         elif isinstance(leaf, nn.Module):
             key.append(leaf)
         else:
-            return Strange(f"an argument of type {type(leaf).__name__}"), []
+            return RefusedBatch(f"an argument of type {type(leaf).__name__}"), []
     return tuple(key), batch
 
 

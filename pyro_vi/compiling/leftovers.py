@@ -1,4 +1,4 @@
-"""Whether a step leaves something behind that the next one may read.
+"""Finds what a step leaves behind in Python for the next one.
 
 A compiled step repeats the operations on tensors, and none of the Python around them: a counter, an
 appended list, a hidden state that is bound anew would stay as they were when it was recorded. So

@@ -1,8 +1,8 @@
 """Records one step of an SVI while it is taken.
 
-The step is a real one: evaluation of the loss, gradients, and the update by the optimizers'
-formulas. Recorded, it becomes a transaction: it updates nothing unless every condition holds that
-the run took for granted and, in `fit`, loss and gradients are finite.
+The step is a real one: it evaluates the loss and the gradients, and updates the parameters by the
+optimizers' formulas. Its record is a transaction: it updates nothing unless all conditions of the
+recorded run hold and, in `fit`, the loss and the gradients are finite.
 """
 
 from __future__ import annotations

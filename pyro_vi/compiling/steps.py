@@ -20,19 +20,19 @@ from torch import Tensor
 
 from pyro_vi.compiling.backends import compile_step
 from pyro_vi.compiling.compiled import Compiled
-from pyro_vi.compiling.guards import Guards, Strange, batch_key
+from pyro_vi.compiling.guards import Guards, RefusedBatch, batch_key
 from pyro_vi.compiling.leftovers import difference, held_values
 from pyro_vi.compiling.recording import Recording
 from pyro_vi.compiling.stepper import Stepper
 from pyro_vi.compiling.tape import Unrecordable
 
-_FIRST = 2  # eager steps of a kind of batch before its record
-_OTHERS = 100  # the same, once there is a record of another kind
-_RECORDS = 4  # of an SVI
-_KINDS = 100  # kinds of batches that are counted
-_UNSOUND = 3  # steps whose conditions did not hold, after which the records are dropped,
+_EAGER_STEPS = 2  # eager steps of a kind of batch before its record
+_EAGER_STEPS_OF_OTHERS = 100  # the same, once there is a record of another kind
+_MOST_RECORDS = 4  # of an SVI
+_MOST_KINDS = 100  # kinds of batches that are counted
+_MOST_UNSOUND = 3  # steps whose conditions did not hold, after which the records are dropped,
 _SHARE = 10  # if they are more than one in so many
-_LONG = 5_000  # eager steps before a record, at most, after records were dropped
+_MOST_EAGER_STEPS = 5_000  # eager steps before a record, at most, after records were dropped
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Compiler:
     ) -> None:
         self.svi, self._steps = svi, steps
         self._is_owner, self._waits, self._announce = is_owner, waits, announce
-        self._first = _FIRST
+        self._first = _EAGER_STEPS
         self._kinds: dict[Any, _Kind] = {}
         self._notes: list[str] = []
         self._held: dict[str, Any] = {}
@@ -114,7 +114,7 @@ class Compiler:
         if kind is None:
             return self._eager(args, kwargs)
         kind.seen += 1
-        if isinstance(key, Strange):
+        if isinstance(key, RefusedBatch):
             self._refuse(kind, str(key))
         if kind.refused or kind.is_proven or kind.seen <= self._due(kind):
             loss = self._eager(args, kwargs)
@@ -137,7 +137,7 @@ class Compiler:
         """Counts a compiled step whose conditions did not hold."""
         self._unsound += 1
         uses = sum(kind.uses for kind in self._kinds.values())
-        if self._unsound >= _UNSOUND and _SHARE * self._unsound > uses:
+        if self._unsound >= _MOST_UNSOUND and _SHARE * self._unsound > uses:
             self._drop(
                 "losses are NaN, parameters and values are outside of their constraints and"
                 " supports, or masks and scales that were alike in model and guide are not always"
@@ -150,22 +150,26 @@ class Compiler:
 
     def _kind(self, key: Any) -> _Kind | None:
         """The kind of a batch; None for one that is not counted."""
-        if key is None or (key not in self._kinds and len(self._kinds) > _KINDS):
+        if key is None or (key not in self._kinds and len(self._kinds) > _MOST_KINDS):
             return None
-        if len(self._kinds) == _KINDS and key not in self._kinds:
+        if len(self._kinds) == _MOST_KINDS and key not in self._kinds:
             self._warn(
-                f"most steps stay eager: {_KINDS} kinds of batches so far, by shapes, by numbers"
-                " among the arguments, or by handlers around a step (a number that changes from"
-                " step to step should be a tensor)"
+                f"most steps stay eager: {_MOST_KINDS} kinds of batches so far, by shapes, by"
+                " numbers among the arguments, or by handlers around a step (a number that changes"
+                " from step to step should be a tensor)"
             )
         return self._kinds.setdefault(key, _Kind())
 
     def _due(self, kind: _Kind) -> float:
         """How many eager steps of a kind come before its record."""
         others = [one for one in self._kinds.values() if one.compiled and one is not kind]
-        if kind.compiled is None and len(others) >= _RECORDS:
+        if kind.compiled is None and len(others) >= _MOST_RECORDS:
             return float("inf")
-        return max(self._first, _OTHERS) if others and kind.compiled is None else self._first
+        return (
+            max(self._first, _EAGER_STEPS_OF_OTHERS)
+            if others and kind.compiled is None
+            else self._first
+        )
 
     def _holds(self, kind: _Kind) -> bool:
         """Whether a record still stands for its programs; else all are dropped."""
@@ -176,7 +180,10 @@ class Compiler:
 
     def _drop(self, why: str) -> None:
         self._kinds = {key: kind for key, kind in self._kinds.items() if kind.refused}
-        self._first, self._unsound = min(10 * self._first, _LONG), 0  # it may well happen again
+        self._first, self._unsound = (
+            min(10 * self._first, _MOST_EAGER_STEPS),
+            0,
+        )  # it may well happen again
         self._warn(
             f"the compiled step is dropped, and the next {self._first} steps are eager: {why}"
         )

@@ -244,11 +244,11 @@ class Tape(TorchDispatchMode):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Records; Pyro's own questions for values are answered (`_Answers`)."""
+        """Records what runs in the context."""
         token = _recording.set(True)
         try:
             with ExitStack() as stack:
-                stack.enter_context(_Answers(self))
+                stack.enter_context(_ValueQuestions(self))
                 stack.enter_context(self)
                 yield
         finally:
@@ -331,7 +331,7 @@ class Tape(TorchDispatchMode):
             func = _aten._native_batch_norm_legit.default  # which says what it changes
         elif func is _aten._efficientzerotensor.default:
             func = _aten.zeros.default  # which has memory
-        elif func in _SECRETIVE:
+        elif func in _UNDECLARED_WRITES:
             self.refuse(f"{func} changes its arguments{_line()}")
         if func in (_aten.equal.default, _aten.allclose.default):
             if self._compared(func, args, kwargs):
@@ -475,17 +475,17 @@ class Tape(TorchDispatchMode):
         return value
 
 
-# torch wraps the method in one that imports its compiler, in 1.2 seconds, when it is first called.
+# torch wraps the method in a function whose first call imports torch's compiler, in 1.2 seconds.
 setattr(Tape, "__torch_dispatch__", vars(Tape)["__torch_dispatch__"].__wrapped__)  # noqa: B010
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-# What makes memory without values.
+# Operations that allocate memory and leave it unset.
 UNSET = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default} | {
     _aten.new_empty.default,
     _aten.new_empty_strided.default,
 }
-# What changes running statistics, and does not say so in its schema.
-_SECRETIVE = {_aten.cudnn_batch_norm.default, _aten.miopen_batch_norm.default}
+# Operations that change running statistics, which their schema does not declare.
+_UNDECLARED_WRITES = {_aten.cudnn_batch_norm.default, _aten.miopen_batch_norm.default}
 _RESIZING = {_aten.resize_.default, *(getattr(_aten.set_, name) for name in _aten.set_.overloads())}
 _FILLS = {
     _aten.index_put.default: _aten.masked_fill.Tensor,
@@ -495,7 +495,7 @@ _INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.defaul
     _aten._index_put_impl_.default,
     _aten._unsafe_index.Tensor,
 }
-# Where a truth value is a check that raises an error, and no branch of an algorithm.
+# Modules in which Python asks for a truth value to raise an error, not to choose a branch.
 _CHECKING = (
     "torch.distributions.distribution",
     "torch.distributions.constraints",
@@ -537,11 +537,11 @@ def _fails_by_nan_alone(frame: FrameType) -> bool:
     return checked is constraints.real
 
 
-class _Answers(TorchFunctionMode):
-    """Sees what asks tensors for values before torch's dispatcher does.
+class _ValueQuestions(TorchFunctionMode):
+    """Intercepts reads of values that torch's dispatcher does not see.
 
-    The losses that Pyro's ELBOs read as numbers stay tensors, so that they are recorded. Lists and
-    arrays are read without the dispatcher.
+    Pyro's ELBOs convert losses to numbers; here they stay tensors, so that they are recorded. Lists
+    and NumPy arrays are made without the dispatcher.
     """
 
     def __init__(self, tape: Tape) -> None:

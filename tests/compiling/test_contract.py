@@ -145,7 +145,7 @@ def rows(x: Tensor) -> None:
 def test_other_shapes_and_dtypes_have_records_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compiler, "_OTHERS", 4)
+    monkeypatch.setattr(compiler, "_EAGER_STEPS_OF_OTHERS", 4)
     sizes = [3] * 6 + [2] * 8 + [3, 2] * 3 + [1] * 2
     both(lambda: rows, lambda i: (X[: sizes[i]],), steps=len(sizes), compiled=2 + 2 + 6)
     both(lambda: rows, lambda i: (X.float() if i > 5 else X,), compiled=2)
