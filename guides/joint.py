@@ -21,8 +21,7 @@ class Joint:
     sub-sampled, all have the indices that the first of them drew.
 
     Args:
-        guides: Callables of the model's arguments, called in this order. They stay what they are:
-            a recorded step would not see others.
+        guides: Callables of the model's arguments, called in this order.
 
     Raises:
         TypeError: What is not callable.
@@ -39,18 +38,13 @@ class Joint:
         ['a', 'b']
     """
 
-    guides: tuple[Callable[..., Any], ...]
-
     def __init__(self, *guides: Callable[..., Any]) -> None:
         if not guides:
             raise ValueError("expected guides, such as Joint(weights, encoder), got none")
         for guide in guides:
             if not callable(guide):
                 raise TypeError(f"expected callables as guides, got {guide!r}")
-        vars(self)["guides"] = guides
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{name!r} of a Joint cannot be set: make another one")
+        self.guides = guides
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         beside = _Beside()

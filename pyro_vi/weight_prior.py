@@ -84,13 +84,6 @@ class WeightPrior:
         {'decoder.layers.0.weight': (256, 2), 'z': (3, 2)}
     """
 
-    model: Callable[..., Any]
-    scale: float
-    sites: list[str]
-    _places: dict[str, list[_Place]]
-    _own: list[tuple[str, Tensor]]
-    _is_checked: bool
-
     def __init__(self, model: Callable[..., Any], module: nn.Module, scale: float) -> None:
         if not callable(model):
             raise TypeError(f"expected a Pyro program as model, got {model!r}")
@@ -103,18 +96,11 @@ class WeightPrior:
         places = _places(model, module)
         inner = model.sites if isinstance(model, WeightPrior) else []
         called = poutine.unwrap(model)
-        vars(self).update(
-            model=model,
-            scale=scale,
-            sites=[*places, *inner],
-            __signature__=inspect.signature(getattr(called, "forward", called)),
-            _places=places,
-            _own=_originals(places),
-            _is_checked=False,
-        )
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{name!r} of a WeightPrior cannot be set: make another one")
+        self.model, self.scale = model, scale
+        self.sites: list[str] = [*places, *inner]
+        self.__signature__ = inspect.signature(getattr(called, "forward", called))
+        self._places, self._own = places, _originals(places)
+        self._is_checked = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         installed = partial(_in_place, self._places, self._draw())
@@ -126,7 +112,7 @@ class WeightPrior:
         with installed(), Bound(installed), watched:
             result = self.model(*args, **kwargs)
         if checks:
-            vars(self)["_is_checked"] = True
+            self._is_checked = True
         return result
 
     def originals(self) -> list[tuple[str, Tensor]]:

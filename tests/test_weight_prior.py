@@ -335,14 +335,6 @@ def test_a_guide_that_shares_the_weights_is_refused() -> None:
     assert fit(prior, Joint(weights, beside), IMAGES, **options).losses.isfinite().all()
 
 
-def test_what_a_recorded_step_could_not_see_cannot_be_set() -> None:
-    prior, *_ = bayesian()
-    for name in ("model", "scale", "sites", "others"):
-        with pytest.raises(AttributeError, match=f"'{name}' of a WeightPrior cannot be set"):
-            setattr(prior, name, 1.0)
-    assert prior.scale == SCALE and isinstance(prior.model, VAE)
-
-
 def test_many_draws_at_once() -> None:
     """vmap gives every draw its weights, and the same as one by one."""
     model, module = by_statement()
@@ -632,8 +624,6 @@ def test_what_is_no_guide_is_refused() -> None:
         Joint()
     with pytest.raises(ValueError, match="site 'z' is in two of the guides"):
         Joint(encoder, encoder)(IMAGES)
-    with pytest.raises(AttributeError, match="'guides' of a Joint cannot be set"):
-        Joint(encoder).guides = ()
 
 
 def two_latents(x: Tensor) -> None:
