@@ -446,7 +446,7 @@ from pathlib import Path
 import numpy as np
 import xarray
 
-from pyro_vi.inference_data import load, save
+from pyro_vi.posterior import load, save
 
 path = Path(sys.argv[1])
 values = np.arange(400_000.0).reshape(1, 1_000, 400)
