@@ -1,20 +1,23 @@
-"""Pyro's bounds, told apart and made right where Pyro is silent.
+"""Pyro's ELBOs, which keep the terms of the last evaluation, with corrections.
 
-`told(loss)` gives the same bound as an object of ours that also keeps, for the last evaluation,
-the reconstruction (the observed sites' expected log-likelihood), the KL, and every site's term, so
-that a NaN can be named. The KL is the sum of its own terms: as reconstruction minus ELBO it would
-be lost to rounding where the reconstruction is large. Both are as they are without `TermWeights`.
-The mathematics stay Pyro's; changed is
+`with_terms(loss)` returns the same bound as an `ElboTerms`. After an evaluation it has the
+reconstruction (the expected log-likelihood of the observed sites), the KL, and the term of every
+site, so that an error message can name the site of a NaN. The KL is the sum of its own terms: the
+difference of reconstruction and ELBO would lose it to rounding if the reconstruction is large.
+Both are without the weights of `TermWeights`.
 
-- TraceMeanField_ELBO: torch has no KL between a full or low-rank normal and an independent one,
-  and Pyro would sample it: it is put together from what torch has, exactly. Pyro's KL for Delta
-  drops its log density and so is wrong under autoguides: such sites are evaluated at the sample
-  instead, which is exact; so are sites whose mask or scale differ between model and guide, of which
-  Pyro reads the guide's alone. A latent that the guide draws before one on which the model lets it
-  depend is an error, where Pyro warns and is biased.
-- these three: observed sites of a guide are not part of log q. Those that it shares with the
-  model, because it runs the model, are left out of it; others are an error.
-- RenyiELBO: scaled sites, and orders below 0, are refused, since they give no bound.
+The mathematics are Pyro's. These cases are corrected:
+
+- `TraceMeanField_ELBO`: torch has no KL between a normal with a full or low-rank covariance and an
+  independent normal, so Pyro samples it; here it is exact (`pyro_vi.divergences`). Pyro's KL of a
+  Delta omits its log density, which is wrong under autoguides; here such a site is evaluated at
+  the sample, which is exact. Pyro reads the mask and the scale of the guide's site alone; if they
+  differ from the model's, the site is evaluated at the sample. If the model draws a latent given
+  another, and the guide draws it before that other, the bound is biased: Pyro warns, and here it
+  is an error.
+- All three ELBOs: observed sites of a guide are not part of log q. Those that the model has too,
+  because the guide runs the model, are left out; others are an error.
+- `RenyiELBO`: scaled sites and orders below 0 give no bound, and are an error.
 """
 
 from __future__ import annotations

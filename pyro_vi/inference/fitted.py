@@ -67,7 +67,7 @@ class Fit:
         losses: what was minimised, nats per data point: the negative bound where the step's weights
             are one, and else a weighted objective, which in general bounds nothing; shape (steps,).
         reconstruction: expected log-likelihood, unweighted, nats per data point; (steps,). NaN if
-            the ELBO's terms are not told apart, such as TraceEnum_ELBO's.
+            the ELBO does not keep its terms, such as TraceEnum_ELBO.
         kl: KL from the latents' prior, likewise, at a weight of 0 too; (steps,).
         weights: the step's weights on reconstruction and KL; (steps, 2).
         heldout: (step, bound in nats per data point) of every held-out evaluation; (k, 2).
@@ -124,7 +124,7 @@ class Fit:
     def bounds(self) -> Tensor:
         """The bound at every step, nats per data point; (steps,).
 
-        With weights, reconstruction minus KL without them; NaN where these are not told apart.
+        With weights, reconstruction minus KL without them; NaN if the ELBO does not keep its terms.
         """
         if bool((self.weights == 1).all()):
             return -self.losses

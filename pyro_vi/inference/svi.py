@@ -1,9 +1,9 @@
 """A drop-in for Pyro's SVI.
 
-`SVI` takes the arguments of `pyro.infer.SVI`, is a subclass of it, trains in place and writes the
-parameter store. It evaluates Pyro's ELBOs through `pyro_vi.inference`, which mends what is silently
-wrong in them, and works under `module_local_params` too. An eager step is evaluation (`_evaluate`),
-then update (`_update`); `pyro_vi.compiled` records both as one graph.
+`SVI` is a subclass of `pyro.infer.SVI` with the same arguments. It trains in place and writes the
+parameter store. It evaluates Pyro's ELBOs with the corrections in `elbo.py`, and works under
+`module_local_params` too. An eager step evaluates (`_evaluate`), then updates (`_update`);
+`pyro_vi.compiling` records both.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from pyro_vi.programs import SubsampleCheck, own_memory
 class SVI(pyro.infer.SVI):
     """Stochastic variational inference, as `pyro.infer.SVI`.
 
-    Where Pyro's bounds are none, losses are others, or errors: `pyro_vi.inference` lists where.
+    Where Pyro's loss is not a bound, this class returns the corrected loss or raises an error; the
+    header of `pyro_vi/inference/elbo.py` lists these cases.
 
     Args:
         model: the model, a callable with Pyro statements.

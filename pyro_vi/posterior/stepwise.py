@@ -1,4 +1,4 @@
-r"""The bound of a diffusion program, told apart by step.
+r"""The bound of a diffusion program, by step.
 
     -ELBO = KL(q(y_T | x_0) || p(y_T))                            the prior's term
             + sum_{t > 1} E KL(q(y_{t-1} | y_t, x_0) || p(y_{t-1} | y_t))

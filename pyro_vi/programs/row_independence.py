@@ -1,10 +1,11 @@
-"""Whether programs take each data point by itself.
+"""Whether each data point has a posterior of its own.
 
 A plate over data points declares that the sites inside it are independent, given those outside.
-Programs can break that in silence: by a parameter for each row of the data, by the row's place in
-its batch, by a normalisation over the batch, or by shared latents whose guide reads the data. Such
-programs are right for all of their training data together, and for nothing else: not for some rows
-at a time, nor for other data. So rows are run again in other company.
+A program can violate this without an error: by a parameter for each row of the data, by reading the
+position of a row in its batch, by a normalisation over the batch, or by shared latents whose guide
+reads the data. Such a program is valid for all of its training data together, but neither for some
+of the rows nor for other data. So rows are run again in other batches, and must have the same log
+probabilities.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ _ROUNDING = 64  # times the rounding of one operation: results that differ by le
 
 @dataclass(frozen=True)
 class RowIndependence:
-    """What programs make of the rows of a batch.
+    """Whether the rows of a batch are independent of one another in some programs.
 
-    Given the same draws, a row must have the same log probability at every site inside the plate
-    wherever it stands, and whatever stands around it; and so must the sites of the guide that
-    stand outside, on which the rows have no say. Where the guide holds a latent at a point, that
-    is the point itself.
+    Given the same draws, a row must have the same log probability at every site inside the plate,
+    whatever its position and the other rows. The sites of the guide outside of the plate must have
+    the same log probability for all rows. If the guide holds a latent at a point, its value must be
+    the same instead.
 
     Attributes:
-        amortized: whether this is so: then the guide has latents for other data too. An autoguide
-            has none for other data points.
-        local: whether it is, some rows can be taken without the others, and all sites stand inside
-            the plate: then each data point has a posterior of its own.
+        amortized: whether the rows are independent. Then the guide has latents for other data too.
+            An autoguide has none for other data points.
+        local: whether, in addition, some rows can be run without the others, and all sites are
+            inside the plate. Then each data point has a posterior of its own.
         rows: the arguments that have a row for each data point, by position or keyword.
 
     Example:
@@ -187,7 +188,7 @@ class _Terms:
         again = found._at(every)
         if again is None or not found._agree(found.values, again):
             return None
-        # By how much the last digits of the draws change a term, it may change in other company.
+        # A term may differ in another batch by as much as the last digits of the draws change it.
         nudged = found._at(every, nudge=True) or {}
         changes = {
             name: float(change.max())
