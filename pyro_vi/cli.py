@@ -49,6 +49,7 @@ from pyro_vi.inference import (
     POSITIVE,
     TEXT,
     Fit,
+    Interruption,
     Kind,
     Maybe,
     check_entries,
@@ -242,6 +243,41 @@ def _summary() -> str:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    families, schedules, device = _check_options(options)
+    images = _checked_images(options)
+    recipes = _recipes(options, images, families, schedules)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        programs = _programs(recipes)
+    vae, ddpm = _fit_options(options, images, device)
+    _print_setting(options, images, recipes, families, schedules, device)
+    makers = {
+        name: partial(
+            fit,
+            *programs[name],
+            images.train,
+            progress=False if options.quiet else name,
+            **(vae if name in families else ddpm),
+        )
+        for name in recipes
+    }
+    guides = {name: programs[name][1] for name in families}
+    with interruptible() as interruption:
+        results = _train_and_judge(options, images, makers, guides, vae, interruption)
+        with _replacing(options.out) as folder:
+            _write_all(options, folder, results, recipes)
+    print(f"\nTables, plots and fits are in {options.out}")
+    if options.report:
+        print(f"All of it on one page: {options.out / 'report.html'}")
+    if interruption.requested:
+        return 130
+    return int(any(result.failures for result in results.values()))
+
+
+def _check_options(
+    options: argparse.Namespace,
+) -> tuple[list[str], list[str], torch.device | None]:
+    """The families, the schedules and the device; sets the number of threads and the folder."""
     models = _names("model", options.models, _MODELS)
     families = _names("family", options.families, _FAMILIES)
     schedules = _names("schedule", options.schedules, _SCHEDULES)
@@ -249,7 +285,6 @@ def _compare(options: argparse.Namespace) -> int:
         raise ValueError("--schedules and --chain are a diffusion's: add ddpm to --models")
     if "vae" not in models and families != list(_FAMILIES):
         raise ValueError("--families are a VAE's: add vae to --models")
-    families, schedules = families * ("vae" in models), schedules * ("ddpm" in models)
     if not options.learning_rate > 0:
         raise ValueError(f"expected a positive learning rate, got {options.learning_rate}")
     if options.test_images < 2:
@@ -273,6 +308,15 @@ def _compare(options: argparse.Namespace) -> int:
     if options.out == Path("runs/DATA"):
         options.out = Path("runs") / Path(options.data).stem
     _check_out(options.out, options.overwrite)
+    return (
+        families if "vae" in models else [],
+        schedules if "ddpm" in models else [],
+        device,
+    )
+
+
+def _checked_images(options: argparse.Namespace) -> ImageData:
+    """The data set with the test images that are asked for; sets the batch size."""
     images = _load(options.data)
     images = replace(images, test=images.test[: options.test_images])
     if len(images.test) < 2 or images.shape[0] not in (1, 3):
@@ -280,84 +324,105 @@ def _compare(options: argparse.Namespace) -> int:
             "expected at least two test images, of one channel or three, got"
             f" {len(images.test)} of shape {images.shape}"
         )
-    batch_size = options.batch_size
-    if batch_size is None:
-        batch_size = min(128, len(images.train))
-    Batches(images.train, batch_size=batch_size)  # raises if it exceeds the data
-    recipes = _recipes(options, images, families, schedules)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        programs = _programs(recipes)
-    every: dict[str, Any] = {
+    if options.batch_size is None:
+        options.batch_size = min(128, len(images.train))
+    Batches(images.train, batch_size=options.batch_size)  # raises if it exceeds the data
+    return images
+
+
+def _fit_options(
+    options: argparse.Namespace, images: ImageData, device: torch.device | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of `fit` for a VAE, and for a diffusion."""
+    both: dict[str, Any] = {
         "loss": TraceMeanField_ELBO(),
         "optim": partial(torch.optim.Adam, lr=options.learning_rate),
         "schedule": partial(CosineAnnealingLR, T_max=max(1, options.steps)),
         "steps": options.steps,
-        "batch_size": batch_size,
+        "batch_size": options.batch_size,
         "transform": data.binarize if options.binarize else None,
         "seed": options.seed,
         "device": device,
     }
     # Without a warm-up the families collapse to different numbers of active units by chance.
-    vae = {**every, "kl_weight": warmup(max(1, options.steps // 5))}
-    ddpm = {**every, "clip_norm": 1.0}
-    said = []
+    return {**both, "kl_weight": warmup(max(1, options.steps // 5))}, {**both, "clip_norm": 1.0}
+
+
+def _print_setting(
+    options: argparse.Namespace,
+    images: ImageData,
+    recipes: Mapping[str, Mapping[str, Any]],
+    families: Sequence[str],
+    schedules: Sequence[str],
+    device: torch.device | None,
+) -> None:
+    """Prints the data and the programs in one line."""
+    programs = []
     if families:
         likelihood = recipes[families[0]]["likelihood"]
-        said.append(f"{likelihood} likelihood, {options.latent_dim} latent dimensions")
+        programs.append(f"{likelihood} likelihood, {options.latent_dim} latent dimensions")
     if schedules:
-        said.append(f"diffusions of {options.chain:,} steps")
+        programs.append(f"diffusions of {options.chain:,} steps")
     print(
         f"{images.name}: {len(images.train):,} training images, {len(images.test):,} test images,"
-        f" shape {images.shape}; {'; '.join(said)}, on {device}",
+        f" shape {images.shape}; {'; '.join(programs)}, on {device}",
         flush=True,
     )
-    makers = {
-        name: partial(
-            fit,
-            *programs[name],
-            images.train,
-            progress=False if options.quiet else name,
-            **(vae if name in families else ddpm),
-        )
-        for name in recipes
-    }
+
+
+def _train_and_judge(
+    options: argparse.Namespace,
+    images: ImageData,
+    makers: Mapping[str, Callable[[], Fit]],
+    guides: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    interruption: Interruption,
+) -> dict[str, Comparison]:
+    """The comparisons by their heading: of all programs, and of the guides of one frozen model."""
     judged: dict[str, Any] = {"num_samples": options.draws, "progress": not options.quiet}
-    with interruptible() as interruption:
-        joint = judge_each(
-            makers,
-            *fit_each(makers),
+    fits, failures = fit_each(makers)
+    joint = judge_each(
+        makers,
+        fits,
+        failures,
+        images,
+        transform=vae["transform"],
+        seed=options.seed,
+        **judged,
+    )
+    heading = "Each with a model of its own"
+    results = {heading: joint}
+    print(f"{heading}:\n{joint}", flush=True)
+    ranked = [row for row in joint.rows if row.family in guides and row.elbo == row.elbo]
+    if ranked and not interruption.requested:
+        best = max(ranked, key=lambda row: row.elbo)
+        heading = f"Inference alone, with the model of {best.family} frozen"
+        results[heading] = compare(
+            joint.fits[best.family].model,
+            {row.family: guides[row.family] for row in ranked},
             images,
-            transform=every["transform"],
-            seed=options.seed,
             **judged,
+            **vae,
         )
-        heading = "Each with a model of its own"
-        results = {heading: joint}
-        print(f"{heading}:\n{joint}", flush=True)
-        ranked = [row for row in joint.rows if row.family in families and row.elbo == row.elbo]
-        if ranked and not interruption.requested:
-            best = max(ranked, key=lambda row: row.elbo)
-            guides = {row.family: programs[row.family][1] for row in ranked}
-            heading = f"Inference alone, with the model of {best.family} frozen"
-            results[heading] = compare(
-                joint.fits[best.family].model, guides, images, **judged, **vae
-            )
-            print(f"\n{heading}:\n{results[heading]}", flush=True)
-        text = "\n\n".join(f"{heading}:\n{result}" for heading, result in results.items())
-        with _replacing(options.out) as folder:
-            (folder / "comparison.txt").write_text(f"{text}\n", encoding="utf-8")
-            _write(folder, joint, recipes)
-            if len(results) > 1:
-                _write_inference(folder, results[heading], recipes)
-            if options.report:
-                report(results, folder / "report.html")
-    print(f"\nTables, plots and fits are in {options.out}")
+        print(f"\n{heading}:\n{results[heading]}", flush=True)
+    return results
+
+
+def _write_all(
+    options: argparse.Namespace,
+    folder: Path,
+    results: Mapping[str, Comparison],
+    recipes: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Writes tables, plots, fits and the report into a folder."""
+    text = "\n\n".join(f"{heading}:\n{result}" for heading, result in results.items())
+    (folder / "comparison.txt").write_text(f"{text}\n", encoding="utf-8")
+    joint, *inference = results.values()
+    _write(folder, joint, recipes)
+    if inference:
+        _write_inference(folder, inference[0], recipes)
     if options.report:
-        print(f"All of it on one page: {options.out / 'report.html'}")
-    if interruption.requested:
-        return 130
-    return int(any(result.failures for result in results.values()))
+        report(results, folder / "report.html")
 
 
 def _write(folder: Path, joint: Comparison, recipes: Mapping[str, Mapping[str, Any]]) -> None:

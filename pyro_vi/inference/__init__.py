@@ -13,7 +13,7 @@ from pyro_vi.inference.file_format import (
 )
 from pyro_vi.inference.fitted import Fit
 from pyro_vi.inference.fitting import fit
-from pyro_vi.inference.interrupts import interruptible
+from pyro_vi.inference.interrupts import Interruption, interruptible
 from pyro_vi.inference.nonfinite import NonFiniteError
 from pyro_vi.inference.per_data_point import PerDataPoint
 from pyro_vi.inference.restarts import perturb
@@ -28,6 +28,7 @@ __all__ = [
     "TEXT",
     "Average",
     "Fit",
+    "Interruption",
     "Kind",
     "Maybe",
     "NonFiniteError",
