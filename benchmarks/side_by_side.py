@@ -73,7 +73,7 @@ class Own:
 
 
 class InFit:
-    """The steps inside of `pyro_vi.fit`, timed where its loop asks the engine for the next ones.
+    """The steps inside of `pyro_vi.fit`, timed where its loop asks the trainer for the next ones.
 
     So everything counts that a running fit does: the steps, what is kept of them, the audits, the
     progress. A call is a fit of its own; its eager steps, its compilation and its first block of
@@ -112,7 +112,7 @@ class InFit:
                 return super().take(limit)
 
         steps = 4 + BLOCK * (2 + max(self._least, count) // BLOCK)  # one block first, and one last
-        with mock.patch.object(fitting, "Engine", Timed):
+        with mock.patch.object(fitting, "SVITrainer", Timed):
             fitted = pyro_vi.fit(
                 *self._programs, steps=steps, progress=False, compile=True, **self._options
             )

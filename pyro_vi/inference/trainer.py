@@ -1,4 +1,4 @@
-"""The engine of fit(): SVI in nats per data point that refuses to step on a NaN.
+"""The trainer of fit(): SVI in nats per data point that refuses to step on a NaN.
 
 Trace_ELBO and TraceMeanField_ELBO are sums over sites, which `PerDataPoint` and `TermWeights` scale
 site by site. An importance-weighted bound is not: scaled sites inside its logarithm would bound
